@@ -1,0 +1,1 @@
+"""Fine-tune language models with LoRA, sweep any setting, evaluate honestly."""

@@ -1,0 +1,61 @@
+"""The command: check what was typed, let Hydra compose it, hand it to the sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.config import Refused, conf_dir, register
+from finetune.overrides import find_override_problems, first_line
+
+
+def main() -> None:
+    """Run `python -m finetune`.
+
+    Exit codes: 0 all runs finished, 1 a run failed or diverged, 2 refused before the start,
+    130 interrupted.
+    """
+    register()
+    args = get_args_parser().parse_args()
+    problems = find_override_problems(
+        args.overrides, multirun=args.multirun, config_dir=args.config_dir
+    )
+    if problems and not args.shell_completion:
+        refuse(problems)
+    # Hydra would print its errors itself and exit with 1: a refusal is a 2 here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
+    except Refused as refused:
+        refuse(refused.problems)
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse([first_line(error)])
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(composed: DictConfig) -> None:
+    """Run a single job as a sweep of one."""
+    from finetune.sweep import build_job, run_sweep
+
+    job = build_job(composed, swept=[])
+    raise SystemExit(run_sweep([job], job.overrides))
+
+
+def refuse(problems: list[str]) -> None:
+    """Print every problem and end with exit code 2."""
+    heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    print(f"finetune: {heading}, nothing was started", file=sys.stderr)
+    for problem in problems:
+        print(f"  - {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The tokenizer and the frozen base model, from the hub, a local folder, a GGUF file or at random.
+
+A GGUF file and the random model are written once into a verified cache folder, so that every
+model is loaded in one way. Adapters and memory live elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from httpx2 import HTTPError  # what huggingface_hub's requests raise
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from finetune.config import ModelConfig, local_path
+from finetune.runs import cache_dir, digest, file_digest, slug, write_atomic
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_TIMEOUT_SECONDS = 10.0
+CONVERSION = 1  # raise it when a converted folder would differ
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model is: a local folder or a hub id at one commit."""
+
+    location: str
+    digest: str  # what the weights are: a commit of the hub, or a digest of their content
+    revision: str | None = None
+
+
+def find_model(model: ModelConfig) -> Source:
+    """Find the base model, converting a GGUF file on its first use.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says what was looked for and where.
+    """
+    if model.path == "random://tiny":
+        return _cached("tiny", {"tiny": 1}, _write_tiny)
+    if model.path.startswith("package://") or model.path.endswith(".gguf"):
+        return _converted(local_path(model.path))
+    folder = local_path(model.path)
+    if (folder / "config.json").is_file():
+        return Source(str(folder), _folder_digest(folder))
+    if folder.exists() or model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
+        raise FileNotFoundError(
+            f"model.path={model.path}: there is no model folder (no {folder / 'config.json'}), "
+            "and it is not a hub id (OWNER/NAME) either"
+        )
+    commit = hub_commit(model.path, model.revision, repo_type="model", key="model.path")
+    return Source(model.path, f"hub:{model.path}@{commit}", commit)
+
+
+def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+    """Return the commit of a hub repository, from the hub or else from the local hub cache.
+
+    Raises:
+        FileNotFoundError: neither has it, or the hub refuses it.
+    """
+    try:
+        info = HfApi().repo_info(
+            path, revision=revision, repo_type=repo_type, timeout=HUB_TIMEOUT_SECONDS
+        )
+        assert info.sha is not None
+        return str(info.sha)
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{key}={path}: the hub asks for a licence to be accepted first; do so on its page "
+            "and set HF_TOKEN"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{key}={path}: neither a local folder nor on the hub{at} (a private one: set HF_TOKEN)"
+        ) from None
+    except (HTTPError, OfflineModeIsEnabled):
+        return _cached_commit(path, revision, repo_type=repo_type, key=key)
+
+
+def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        folder = snapshot_download(
+            path, revision=revision, repo_type=repo_type, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{key}={path} is not on this machine: there is no such folder, the hub cache "
+            f"{HF_HUB_CACHE} does not hold it, and the hub cannot be reached"
+        ) from None
+    return Path(folder).name
+
+
+def load_config(model: ModelConfig, source: Source) -> PreTrainedConfig:
+    """Load the model's own config, without weights."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+    )
+    return config
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest sequence the model was made for, in tokens; None where it has no bound."""
+    length = config.get_text_config().to_dict().get("max_position_embeddings")
+    return int(length) if length else None
+
+
+def load_tokenizer(model: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with its end of sequence."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model without weights, to look at its modules and count its parameters."""
+    with torch.device("meta"):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code
+        )
+    return built
+
+
+def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTrainedModel:
+    """Load the base model onto one device, quantised as configured, with all weights frozen."""
+    dtype = compute_dtype(model, device)
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        revision=source.revision,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+        dtype=dtype,
+        attn_implementation=model.attn_implementation,
+        quantization_config=_quantization(model, dtype),
+        device_map={"": device},
+    )
+    base.requires_grad_(False)
+    if model.quantization in ("nf4", "fp4"):
+        _keep_4bit_layout(base)
+    return base
+
+
+def _quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if model.quantization == "none":
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_4bit_layout(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights at the first evaluation on an AVX512-BF16 CPU.
+
+    The repacked weights make every later training gradient wrong without a word (0.50.2).
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of `training.device`: auto takes the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of `model.dtype`: auto is bf16 where the GPU has it, else fp16; CPU fp32."""
+    if model.dtype != "auto":
+        return TORCH_DTYPES[model.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float16
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device computes in bf16 itself (a P100 or T4 only emulates it)."""
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise FileNotFoundError(
+            f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"
+        )
+    return digest({p.name: file_digest(p) for p in files})
+
+
+def _converted(gguf: Path) -> Source:
+    if not gguf.is_file():
+        raise FileNotFoundError(f"model.path: there is no file {gguf}")
+    key = {"gguf": file_digest(gguf), "conversion": CONVERSION}
+    return _cached(gguf.stem, key, lambda folder: _write_dequantised(gguf, folder))
+
+
+def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> Source:
+    """Return the cache folder of `key`, written anew if it is not there or was altered."""
+    content = digest(key)
+    folder = cache_dir() / "models" / f"{slug(name)}-{content[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not _is_intact(folder):
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            try:
+                write(temporary)
+                manifest = {p.name: file_digest(p) for p in temporary.iterdir()}
+                write_atomic(temporary / "manifest.json", json.dumps(manifest))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return Source(str(folder), content)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return all(file_digest(folder / name) == sha256 for name, sha256 in manifest.items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def _write_dequantised(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as safetensors in fp32, with its tokenizer."""
+    parent, name = str(gguf.parent), gguf.name
+    model = AutoModelForCausalLM.from_pretrained(parent, gguf_file=name, dtype=torch.float32)
+    # It is plain fp32 by now, but save_pretrained refuses a model that is marked as GGUF.
+    model.hf_quantizer = None  # type: ignore[assignment]  # transformers' own field
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
+
+
+def _write_tiny(folder: Path) -> None:
+    """Write a Llama of two layers with seeded random weights and a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,391 @@
+"""One run on one screen: check, load, score the base, train, score the result.
+
+Runs in the worker process; the sweep reads what it leaves in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune import adapters, data, evaluation, models, training
+from finetune.config import Config, EvaluationConfig, find_problems
+from finetune.data import Examples
+from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
+from finetune.models import Source
+from finetune.runs import EventLog, Job, Plan, RunFolder, State, Status, cache_dir, digest, slug
+
+log = logging.getLogger("finetune")
+
+# The versions that can change a number; bitsandbytes only where it is used.
+TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
+EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
+# Settings that leave a trained adapter's numbers as they are.
+NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The parts of a run that are found before any weight is loaded."""
+
+    device: torch.device
+    source: Source
+    data: data.DataSource
+    identity: str  # of the training
+
+
+def prepare(config: Config) -> Plan:
+    """Check everything that can be known without loading weights, and name the run."""
+    problems = find_problems(config)
+    problems += training.find_optimizer_problems(config.optimizer)
+    problems += evaluation.find_task_problems(config.evaluation)
+    if config.training.device == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            "training.device is cuda, and this machine has no CUDA device; "
+            "use one that has, or set training.device=auto for the CPU"
+        )
+    else:
+        problems += training.find_precision_problems(_precision(config))
+    for check in (_find_model_problems, _find_data_problems):
+        try:
+            problems += check(config)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        return Plan(None, problems)
+    return Plan(_folder(config, find_inputs(config)).path, [])
+
+
+def _find_model_problems(config: Config) -> list[str]:
+    source = models.find_model(config.model)
+    model_config = models.load_config(config.model, source)
+    problems = adapters.find_target_problems(
+        models.load_meta_model(config.model, model_config), config.lora
+    )
+    longest = models.max_positions(model_config)
+    if longest and config.training.max_length > longest:
+        problems.append(
+            f"training.max_length is {config.training.max_length}; "
+            f"{config.model.path} was made for at most {longest} tokens"
+        )
+    return problems
+
+
+def _find_data_problems(config: Config) -> list[str]:
+    found = data.find_data(config.data)
+    data.read_rows(config.data, found)
+    return []
+
+
+def find_inputs(config: Config) -> Inputs:
+    """Find model and data, and compute the training's identity from what changes its numbers."""
+    source = models.find_model(config.model)
+    found = data.find_data(config.data)
+    precision = _precision(config)
+    neutral = dict.fromkeys(NEUTRAL)
+    seed = config.training.seed
+    data_seed = seed if config.training.data_seed is None else config.training.data_seed
+    identity = digest(
+        {
+            "model": _model_identity(config, source, precision.device),
+            "peft": asdict(config.peft),
+            "lora": asdict(config.lora),
+            "optimizer": asdict(config.optimizer),
+            "data": {**asdict(config.data), "path": None, "revision": None, "digest": found.digest},
+            "training": {
+                **asdict(config.training), **neutral,
+                "precision": str(precision.autocast), "data_seed": data_seed,
+            },
+            "versions": _versions(config, TRAINING_VERSIONS),
+        }
+    )  # fmt: skip
+    return Inputs(precision.device, source, found, identity)
+
+
+def _precision(config: Config) -> training.Precision:
+    device = models.pick_device(config.training.device)
+    base = models.compute_dtype(config.model, device)
+    return training.resolve_precision(config.training.precision, base, device)
+
+
+def _model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
+    return {
+        **asdict(config.model),
+        "path": None,
+        "revision": None,
+        "digest": source.digest,
+        "dtype": str(models.compute_dtype(config.model, device)),
+    }
+
+
+def _versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
+    names = list(packages)
+    if config.model.quantization != "none" or "8bit" in config.optimizer.name:
+        names.append("bitsandbytes")
+    return {name: version(name) for name in names}
+
+
+def _folder(config: Config, inputs: Inputs) -> RunFolder:
+    name = Path(config.model.path).name.partition(".")[0]
+    described = slug(f"{name}-{config.peft.method}-r{config.lora.r}-lr{config.optimizer.lr}")
+    return RunFolder(Path(config.output_dir).absolute() / f"{described}-{inputs.identity[:12]}")
+
+
+def run(job: Job) -> State:
+    """Run one job and return how it ended; all it computed is in its folder."""
+    inputs = find_inputs(job.config)
+    folder = _folder(job.config, inputs)
+    with folder.locked(), _recording(folder) as events:
+        if _is_done(job.config, inputs, folder):
+            log.info("%s is finished already", folder.name)
+            return "finished"
+        started = time.time()
+        _describe(job, inputs, folder, events)
+        folder.write_status(Status("running", started=started))
+        events.status("running")
+        state, reason = _guarded(job.config, inputs, folder, events)
+        folder.write_status(Status(state, reason, started, time.time()))
+        events.status(state, reason)
+    return state
+
+
+def _is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
+    """Return whether the run finished, also for the tasks and limits asked for now."""
+    status = folder.status()
+    if status is None or status.state != "finished":
+        return False
+    tasks = _load_tasks(config)
+    stores = _scorers(config, inputs, folder)
+    return all(scorer.has(tasks) for scorer in stores)
+
+
+def _guarded(
+    config: Config, inputs: Inputs, folder: RunFolder, events: EventLog
+) -> tuple[State, str | None]:
+    """Run the stages; this is the failure boundary of a job."""
+    try:
+        _run_stages(config, inputs, folder, events)
+        return "finished", None
+    except training.Diverged as error:
+        log.error("%s diverged: %s", folder.name, error)
+        return "diverged", str(error)
+    except KeyboardInterrupt:
+        return "interrupted", "interrupted by the user"
+    except Exception as error:
+        log.error("%s failed: %s", folder.name, error)
+        log.debug("where it failed", exc_info=True)  # for the run's log, not for the screen
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def _run_stages(config: Config, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
+    """Score the base, train, score the result; each only where that is not done yet."""
+    tasks = _load_tasks(config)
+    tokenizer = models.load_tokenizer(config.model, inputs.source)
+    model = models.load_base(config.model, inputs.source, inputs.device)
+    tuned, *base = _scorers(config, inputs, folder)
+    for scorer in base:
+        scorer.score(tasks, model, tokenizer)
+    adapted = _trained(config, inputs, folder, events, model, tokenizer)
+    tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
+    _write_results(folder, events, tuned.read(tasks), base[0].read(tasks) if base else {})
+
+
+def _trained(
+    config: Config,
+    inputs: Inputs,
+    folder: RunFolder,
+    events: EventLog,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PeftModel:
+    """Return the model with its adapter: loaded where the training is done, else trained."""
+    if folder.read_json("training.json") is not None:
+        return adapters.load(model, folder.adapter)
+    examples = _examples(config, inputs, tokenizer)
+    log.info("data: %s", examples.counts.summary())
+    folder.write_json("data.json", asdict(examples.counts))
+    arguments = training.build_arguments(
+        folder, config.optimizer, config.training, _precision(config),
+        validate=bool(examples.validation),
+    )  # fmt: skip
+    adapted = adapters.attach(model, config.lora, config.training.seed)
+    result = training.train(adapted, tokenizer, examples, arguments, events)
+    adapters.save(adapted, folder.adapter)
+    folder.write_json("training.json", asdict(result))
+    return adapted
+
+
+def _examples(config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    rows = data.read_rows(config.data, inputs.data)
+    return data.build_examples(rows, config.data, config.training, tokenizer)
+
+
+def _load_tasks(config: Config) -> list[LoadedTask]:
+    settings = json.dumps(asdict(config.evaluation), sort_keys=True)
+    return [_load_task(name, settings) for name in config.evaluation.tasks]
+
+
+@lru_cache(maxsize=8)
+def _load_task(name: str, settings: str) -> LoadedTask:
+    """Build a task once for all runs of this process; `settings` is the section as JSON."""
+    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)))
+
+
+def _scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Scorer]:
+    """Return the scorer of the tuned model, and the base's where it is asked for.
+
+    The base's scores are shared by all runs of this user.
+    """
+    tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
+    base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
+    return [tuned, base] if config.evaluation.base else [tuned]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores one model, base (`adapter` None) or tuned, on tasks, each once per identity."""
+
+    config: Config
+    inputs: Inputs
+    store: ScoreStore
+    adapter: str | None
+
+    def identity(self, task: LoadedTask) -> str:
+        return digest(
+            {
+                "model": _model_identity(self.config, self.inputs.source, self.inputs.device),
+                "adapter": self.adapter,
+                "task": task.name,
+                "prompts": task.prompts_digest,
+                "seed": evaluation.SEED,
+                "versions": _versions(self.config, EVALUATION_VERSIONS),
+            }
+        )
+
+    def has(self, tasks: list[LoadedTask]) -> bool:
+        return len(self.read(tasks)) == len(tasks)
+
+    def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
+        found = {task.name: self.store.read(task.name, self.identity(task)) for task in tasks}
+        return {name: score for name, score in found.items() if score is not None}
+
+    def score(
+        self,
+        tasks: list[LoadedTask],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Compute the scores that are not stored yet."""
+        settings = self.config.evaluation
+        for task in tasks:
+            identity = self.identity(task)
+            with self.store.locked(task.name, identity):
+                if self.store.read(task.name, identity) is None:
+                    log.info("%s: %s", "tuned" if self.adapter else "base", task.name)
+                    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+                    self.store.write(identity, evaluation.score(lm, task, settings))
+
+
+def _write_results(
+    folder: RunFolder,
+    events: EventLog,
+    tuned: Mapping[str, TaskScore],
+    base: Mapping[str, TaskScore],
+) -> None:
+    """Write each task's scores and question outcomes, base beside tuned, and report them."""
+    for name, score in tuned.items():
+        pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
+        described = {side: one.summary() for side, one in pair.items()}
+        folder.write_json(f"evaluation/{name}.json", described)
+        items: dict[str, dict[str, Any]] = {}
+        for side, one in pair.items():
+            for item in one.items:
+                line = items.setdefault(item.hash, {"hash": item.hash, "prompt": item.prompt_hash})
+                line.setdefault(side, {}).update(item.outcomes)
+        lines = "".join(json.dumps(line) + "\n" for line in items.values())
+        (folder.evaluation / f"{name}.items.jsonl").write_text(lines, encoding="utf-8")
+        events.metrics({f"{name}/{key}": value for key, value in score.metrics.items()}, 0)
+        if name in base:
+            scores = base[name].metrics.items()
+            events.metrics({f"{name}/base_{key}": value for key, value in scores}, 0)
+    for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
+        if (folder.path / path).exists():
+            events.artifact(path, into)
+
+
+def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
+    """Write down, before anything runs, what is about to run and where."""
+    (folder.path / "config.yaml").write_text(job.yaml, encoding="utf-8")
+    overrides = OmegaConf.to_yaml(OmegaConf.create(job.overrides))
+    (folder.path / "overrides.yaml").write_text(overrides, encoding="utf-8")
+    folder.write_json("environment.json", describe_environment(inputs.device))
+    settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
+    assert isinstance(settings, dict)
+    sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
+    events.params(dict(_flat({name: settings[name] for name in sections})))
+    events.dataset(
+        slug(Path(inputs.data.location).stem),
+        digest=inputs.data.digest,
+        source=inputs.data.location,
+        context="training",
+        rows=len(data.read_rows(job.config.data, inputs.data)),
+    )
+    events.artifact("config.yaml", "config")
+
+
+def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted names with their values as text, floats in their shortest exact form."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value) if isinstance(value, float) else str(value)
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, hardware and code commit: what a rerun compares."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "git_commit": commit.stdout.strip() or None,
+    }
+
+
+@contextmanager
+def _recording(folder: RunFolder) -> Iterator[EventLog]:
+    """Keep the run's events, and a copy of its log lines."""
+    events = EventLog(folder.events)
+    handler = logging.FileHandler(folder.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield events
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        events.close()

@@ -1,0 +1,43 @@
+"""`python -m finetune.sync`: send to MLflow what it missed while it was down."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from finetune.tracking import Mirror, send
+
+
+def main() -> None:
+    """Send the rest of the named sweeps, or of all; exit code 0, or 1 where that failed."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.sync", description=__doc__)
+    parser.add_argument(
+        "sweeps", nargs="*", type=Path, help="folders of sweeps (default: multirun_reports/*)"
+    )
+    folders = parser.parse_args().sweeps or sorted(Path("multirun_reports").glob("*"))
+    tracked = [folder for folder in folders if (folder / "mlflow.json").is_file()]
+    untracked = [folder for folder in folders if folder not in tracked and folder.is_dir()]
+    missing = [folder for folder in folders if not folder.is_dir()]
+    for folder in untracked:
+        print(f"{folder}: was not tracked (it has no mlflow.json)")
+    for folder in missing:
+        print(f"{folder}: there is no such sweep", file=sys.stderr)
+    failed = [folder for folder in tracked if not _sync(folder)]
+    sys.exit(1 if failed or missing else 0)
+
+
+def _sync(folder: Path) -> bool:
+    path = folder / "mlflow.json"
+    mirror = Mirror.load(path)
+    try:
+        num_events = send(mirror, path, list(mirror.children))
+    except Exception as error:  # whatever the store raises
+        print(f"{folder}: {mirror.uri}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    print(f"{folder}: {num_events} events sent to {mirror.uri}")
+    return True
+
+
+if __name__ == "__main__":
+    main()

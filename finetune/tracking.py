@@ -1,0 +1,372 @@
+"""Mirror the runs' event logs to MLflow, from a thread of the sweep's process.
+
+The event logs are the truth. A store that is down or slow neither stops nor slows a run: what is
+missing is sent later, by the next sweep or by `python -m finetune.sync`. Sending twice adds
+nothing, since MLflow keeps one row for equal key, value, time and step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock
+
+from finetune.config import TrackingConfig
+from finetune.runs import RunFolder, State, slug, write_atomic
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger("finetune")
+
+END_STATES = {
+    "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED",
+    "diverged": "FAILED", "interrupted": "KILLED",
+}  # fmt: skip
+POLL_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
+CLOSE_SECONDS = 20.0  # that the end of a sweep waits for the store
+LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
+
+
+class Tracker(Protocol):
+    """Where a sweep's runs are compared."""
+
+    ui_command: str
+
+    def follow(self, run: RunFolder) -> None:
+        """Mirror this run from now on, whole, also where an earlier sweep trained it."""
+
+    def run_id(self, run: RunFolder) -> str | None:
+        """Return the MLflow run of a run of this sweep, once it has one."""
+
+    def close(self, *, state: State) -> str | None:
+        """Send the rest and end the sweep's own run; return what is missing, with its remedy."""
+
+
+class NullTracker:
+    """Track nothing; the runs' own files are all there is."""
+
+    ui_command = ""
+
+    def follow(self, run: RunFolder) -> None:
+        pass
+
+    def run_id(self, run: RunFolder) -> str | None:
+        return None
+
+    def close(self, *, state: State) -> str | None:
+        return None
+
+
+@dataclass
+class Child:
+    """How far one run of the sweep has been sent."""
+
+    path: str
+    run_id: str | None = None
+    offset: int = 0  # bytes of its event log that MLflow has
+
+
+@dataclass
+class Mirror:
+    """What `mlflow.json` of a sweep says: where its runs are tracked and how far."""
+
+    uri: str
+    experiment: str
+    name: str
+    swept: list[str]
+    experiment_id: str | None = None
+    run_id: str | None = None
+    state: State = "running"
+    children: dict[str, Child] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Mirror:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        children = {name: Child(**child) for name, child in stored.pop("children").items()}
+        return cls(**stored, children=children)
+
+    def save(self, path: Path) -> None:
+        write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def build_tracker(
+    tracking: TrackingConfig, sweep_dir: Path, *, sweep_name: str, swept: Sequence[str]
+) -> Tracker:
+    """Return the sweep's tracker; one that was tracked before is continued.
+
+    Args:
+        tracking: store, experiment, and whether to track at all.
+        sweep_dir: the sweep's folder below `multirun_reports`.
+        sweep_name: the name of its MLflow run.
+        swept: the keys that differ between its runs.
+    """
+    if not tracking.enabled:
+        return NullTracker()
+    uri, path = absolute_uri(tracking.uri), sweep_dir / "mlflow.json"
+    mirror = Mirror(uri, tracking.experiment, sweep_name, list(swept))
+    if path.exists():
+        stored = Mirror.load(path)
+        if (stored.uri, stored.experiment) == (uri, tracking.experiment):
+            mirror = stored
+            mirror.state = "running"
+    mirror.save(path)
+    return MlflowTracker(mirror, path)
+
+
+def absolute_uri(uri: str) -> str:
+    """Return the store's URI, a SQLite file's path made absolute."""
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
+class MlflowTracker:
+    """Follow the event logs of a sweep's runs from a thread that alone talks to MLflow."""
+
+    def __init__(self, mirror: Mirror, path: Path) -> None:
+        self._mirror = mirror
+        self._path = path
+        self._changed = threading.Lock()
+        self._closing = threading.Event()
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._keep_sending, daemon=True)
+        self._thread.start()
+        self.ui_command = f"mlflow ui --backend-store-uri {mirror.uri}"
+
+    def follow(self, run: RunFolder) -> None:
+        with self._changed:
+            path = str(run.path)
+            self._mirror.children.setdefault(run.name, Child(path)).path = path
+
+    def run_id(self, run: RunFolder) -> str | None:
+        child = self._mirror.children.get(run.name)
+        return child.run_id if child else None
+
+    def close(self, *, state: State) -> str | None:
+        self._mirror.state = state
+        self._closing.set()
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive() and self._error is None:
+            return None
+        return (
+            f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
+            f"send the rest with: python -m finetune.sync {self._path.parent}"
+        )
+
+    def _keep_sending(self) -> None:
+        wait = POLL_SECONDS
+        while not self._closing.wait(wait):
+            wait = POLL_SECONDS if self._send() else min(2 * wait, LONGEST_WAIT_SECONDS)
+        self._send()
+
+    def _send(self) -> bool:
+        """Send what is new; return whether the store took it."""
+        with self._changed:
+            names = list(self._mirror.children)
+        try:
+            send(self._mirror, self._path, names)
+        except Exception as error:  # whatever a store may raise, the runs go on
+            if self._error is None:
+                log.warning("MLflow at %s cannot be reached; going on without", self._mirror.uri)
+            self._error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return False
+        self._error = None
+        return True
+
+
+def send(mirror: Mirror, path: Path, names: Sequence[str]) -> int:
+    """Send the runs' new events to MLflow; return how many were new.
+
+    The mirror's file is saved after each run, so that a kill repeats one run's events at most.
+    """
+    client = _open_client(mirror)
+    if mirror.run_id is None:
+        mirror.run_id = _create_run(client, mirror, mirror.name, {"finetune.sweep": mirror.name})
+        mirror.save(path)
+        client.log_param(mirror.run_id, "swept", ", ".join(mirror.swept) or "nothing")
+    num_events = 0
+    for name in names:
+        child = mirror.children[name]
+        if child.run_id is None:
+            tags = {"mlflow.parentRunId": mirror.run_id, "finetune.sweep": mirror.name}
+            child.run_id = _create_run(client, mirror, name, tags)
+            mirror.save(path)
+        events, offset = _new_events(child)
+        if events:
+            _send_events(client, child, events)
+            child.offset = offset
+            mirror.save(path)
+            num_events += len(events)
+    client.update_run(mirror.run_id, status=END_STATES[mirror.state])
+    mirror.save(path)
+    return num_events
+
+
+def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines that were not sent yet, and the offset behind them."""
+    try:
+        with (Path(child.path) / "events.jsonl").open("rb") as file:
+            file.seek(child.offset)
+            new = file.read()
+    except FileNotFoundError:
+        return [], child.offset
+    whole = new[: new.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], child.offset + len(whole)
+
+
+def _send_events(client: MlflowClient, child: Child, events: Sequence[dict[str, Any]]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+    assert child.run_id is not None
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_kind.setdefault(event["event"], []).append(event)
+    _send_params(client, child.run_id, by_kind.get("param", []))
+    metrics = [
+        Metric(_key(e["key"]), e["value"], e["time"], e["step"]) for e in by_kind.get("metric", [])
+    ]
+    for start in range(0, len(metrics), METRICS_A_CALL):
+        client.log_batch(child.run_id, metrics=metrics[start : start + METRICS_A_CALL])
+    for event in by_kind.get("tag", []):
+        client.set_tag(child.run_id, _key(event["key"]), event["value"])
+    for event in by_kind.get("dataset", []):
+        source = json.dumps({"uri": event["source"]})
+        profile = json.dumps({"num_rows": event["rows"]})
+        digest = event["digest"][-36:]  # the longest that MLflow takes
+        dataset = Dataset(event["name"], digest, "local", source, profile=profile)
+        tags = [InputTag("mlflow.data.context", event["context"])]
+        client.log_inputs(child.run_id, [DatasetInput(dataset, tags)])
+    # An artifact may be told again after a resume: it is sent as it is now, once.
+    for path, folder in {(e["path"], e["folder"]) for e in by_kind.get("artifact", [])}:
+        local = Path(child.path) / path
+        if local.is_dir():
+            client.log_artifacts(child.run_id, str(local), folder)
+        elif local.exists():
+            client.log_artifact(child.run_id, str(local), folder)
+    if "status" in by_kind:
+        _send_status(client, child.run_id, by_kind["status"][-1])
+
+
+def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
+    """Send each parameter once; one that changed since is told in a tag, as MLflow keeps both."""
+    from mlflow.entities import Param
+
+    stored = client.get_run(run_id).data.params
+    params = {_key(event["key"]): _shortened(event["value"]) for event in events}
+    drift = [f"{k}: {stored[k]} -> {v}" for k, v in params.items() if stored.get(k, v) != v]
+    if drift:
+        client.set_tag(run_id, "param_drift", "; ".join(drift)[:4000])
+    fresh = [Param(key, value) for key, value in params.items() if key not in stored]
+    for start in range(0, len(fresh), PARAMS_A_CALL):
+        client.log_batch(run_id, params=fresh[start : start + PARAMS_A_CALL])
+
+
+def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> None:
+    client.set_tag(run_id, "finetune.state", event["state"])
+    if event["reason"]:
+        client.set_tag(run_id, "finetune.reason", event["reason"][:4000])
+    if event["state"] == "running":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, END_STATES[event["state"]], end_time=event["time"])
+
+
+def _open_client(mirror: Mirror) -> MlflowClient:
+    """Open the store, made first where it is a SQLite file, and find or make the experiment."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default blocks one call for minutes
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    for library in ("alembic", "mlflow"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if mirror.uri.startswith("sqlite:///"):
+        _make_sqlite_store(Path(mirror.uri.removeprefix("sqlite:///")))
+    client = mlflow.MlflowClient(tracking_uri=mirror.uri)
+    if mirror.experiment_id is None:
+        found = client.get_experiment_by_name(mirror.experiment)
+        if found is None:
+            try:
+                mirror.experiment_id = client.create_experiment(
+                    mirror.experiment, artifact_location=_artifact_location(mirror)
+                )
+            except MlflowException:  # another process made it in between
+                found = client.get_experiment_by_name(mirror.experiment)
+                if found is None:
+                    raise
+        if found is not None:
+            mirror.experiment_id = found.experiment_id
+    return client
+
+
+def _artifact_location(mirror: Mirror) -> str | None:
+    if not mirror.uri.startswith("sqlite:///"):
+        return None
+    store = Path(mirror.uri.removeprefix("sqlite:///"))
+    return (store.parent / "mlartifacts" / slug(mirror.experiment)).as_uri()
+
+
+def _make_sqlite_store(store: Path) -> None:
+    """Migrate a new store in a temporary file and rename it.
+
+    A store that several processes open cold, or that is killed while it is first migrated, is
+    broken for good (MLflow 3.17).
+    """
+    if store.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with FileLock(f"{store}.lock"):
+        if store.exists():
+            return
+        temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        made = SqlAlchemyStore(f"sqlite:///{temporary}", str(store.parent / "mlartifacts"))
+        made.engine.dispose()
+        connection = sqlite3.connect(temporary)
+        connection.execute("pragma journal_mode=wal")
+        connection.close()
+        os.replace(temporary, store)
+
+
+def _create_run(client: MlflowClient, mirror: Mirror, name: str, tags: dict[str, str]) -> str:
+    from mlflow.tracking.context.registry import resolve_tags
+
+    assert mirror.experiment_id is not None
+    created = client.create_run(
+        mirror.experiment_id,
+        start_time=int(time.time() * 1000),
+        tags=resolve_tags(tags),
+        run_name=name,
+    )
+    return str(created.info.run_id)
+
+
+def _key(name: str) -> str:
+    """Return a name in the letters that MLflow allows."""
+    return re.sub(r"[^\w./ -]", "_", name)
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= LONGEST_PARAM:
+        return value
+    note = f"... [{len(value)} characters]"
+    return value[: LONGEST_PARAM - len(note)] + note

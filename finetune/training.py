@@ -1,0 +1,315 @@
+"""Train one adapter: TRL's SFTTrainer on our own rows, with the head only where there is a label.
+
+Sequences of a micro-batch lie end to end without padding (axes: batch 1, token, vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.training_args import OptimizerNames
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune.adapters import num_trainable
+from finetune.config import OptimizerConfig, TrainingConfig, nearest
+from finetune.data import IGNORED, Example, Examples
+from finetune.models import TORCH_DTYPES, has_bf16
+from finetune.runs import EventLog, RunFolder
+
+# Optimizers beyond torch's own, by the package that brings them.
+OPTIMIZER_PACKAGES = {
+    "8bit": "bitsandbytes",
+    "paged_": "bitsandbytes",
+    "_bnb": "bitsandbytes",
+    "lion_": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "adamw_torch_8bit": "torchao",
+    "adamw_torch_4bit": "torchao",
+    "galore_": "galore_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "apollo_": "apollo_torch",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "torch_xla": "torch_xla",
+    "npu": "torch_npu",
+}
+
+
+class Diverged(ArithmeticError):
+    """A loss or gradient that is not finite; training on would be worthless."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to; `loss` is the mean over all steps, times are seconds."""
+
+    steps: int
+    loss: float
+    validation_loss: float | None
+    train_seconds: float
+    tokens_per_second: float  # real tokens, each counted once an epoch
+    peak_memory_gib: float  # of the process on a CPU, of the allocator on a GPU
+    num_trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of training on one device."""
+
+    device: torch.device
+    autocast: torch.dtype  # fp32 means none
+
+
+def resolve_precision(name: str, base: torch.dtype, device: torch.device) -> Precision:
+    """Return the autocast of `training.precision`; auto takes the base's compute type."""
+    return Precision(device, base if name == "auto" else TORCH_DTYPES[name])
+
+
+def find_precision_problems(precision: Precision) -> list[str]:
+    """Return why the device cannot train like this, with the remedy."""
+    if precision.autocast == torch.float16 and precision.device.type == "cpu":
+        return [
+            "training.precision or model.dtype is fp16, which cannot be trained on a CPU; set "
+            "model.dtype and training.precision to fp32 or bf16, or use a GPU"
+        ]
+    if precision.autocast == torch.bfloat16 and not has_bf16(precision.device):
+        name = torch.cuda.get_device_name(precision.device)
+        return [f"training.precision or model.dtype is bf16, which {name} lacks; set fp16 or fp32"]
+    return []
+
+
+def find_optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
+    """Return why the optimizer cannot be had here, with the remedy."""
+    known = [item.value for item in OptimizerNames]
+    if optimizer.name not in known:
+        return [f"optimizer.name is {optimizer.name!r}; {nearest(optimizer.name, known)}"]
+    from importlib.util import find_spec
+
+    parts = [part for part in OPTIMIZER_PACKAGES if part in optimizer.name]
+    package = OPTIMIZER_PACKAGES[max(parts, key=len)] if parts else None
+    if package and find_spec(package) is None:
+        return [
+            f"optimizer.name={optimizer.name} needs the package {package}; pip install "
+            f"{package.replace('_', '-')}, or use optimizer.name=adamw_torch"
+        ]
+    return []
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    arguments: SFTConfig,
+    events: EventLog,
+) -> TrainResult:
+    """Train the adapter in place and leave the model as it was but for it.
+
+    Raises:
+        Diverged: the loss or the gradient's norm is not finite.
+    """
+    watch = StepWatch(events, num_tokens=sum(len(e["input_ids"]) for e in examples.train))
+    with _base_restored(model):
+        trainer = LabelTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=_as_dataset(examples.train),
+            eval_dataset=_as_dataset(examples.validation) if examples.validation else None,
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # TRL makes them bf16 on a quantised base
+                parameter.data = parameter.data.float()
+        started = time.monotonic()
+        output = trainer.train()
+        seconds = time.monotonic() - started
+    tokens = watch.num_tokens * trainer.state.epoch
+    return TrainResult(
+        steps=output.global_step,
+        loss=output.training_loss,
+        validation_loss=watch.validation_loss,
+        train_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_memory_gib=peak_memory_gib(arguments.device),
+        num_trainable_parameters=num_trainable(model),
+    )
+
+
+def build_arguments(
+    run: RunFolder,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    precision: Precision,
+    *,
+    validate: bool,
+) -> SFTConfig:
+    """Translate our settings into TRL's."""
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=precision.autocast == torch.bfloat16,
+        fp16=precision.autocast == torch.float16,
+        use_cpu=precision.device.type == "cpu",
+        seed=training.seed,
+        data_seed=training.seed if training.data_seed is None else training.data_seed,
+        optim=optimizer.name,
+        learning_rate=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        lr_scheduler_type=optimizer.scheduler,
+        warmup_steps=optimizer.warmup_ratio,  # below 1 it is a share of all steps
+        max_grad_norm=optimizer.max_grad_norm,
+        save_steps=training.checkpoint_every,
+        save_total_limit=training.keep_checkpoints,
+        eval_strategy="epoch" if validate else "no",
+        disable_tqdm=True,  # StepWatch shows the progress
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # on, it would log a NaN loss as 0.0 and go on
+        report_to="none",
+        max_length=None,  # the rows are cut and counted already
+        padding_free=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=precision.device.type == "cuda",
+    )
+
+
+class LabelTrainer(SFTTrainer):
+    """SFTTrainer whose head and loss see only the positions that predict a label.
+
+    The objective is the stock one: the sum of the labels' cross-entropies over the number of
+    labels in the whole optimizer step.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        assert not return_outputs, "nothing asks this trainer for logits"
+        labels = inputs["labels"][0, 1:]
+        rows = (labels != IGNORED).nonzero()[:, 0]
+        targets = labels[rows]
+        forward = {key: value for key, value in inputs.items() if key != "labels"}
+        with _head_on_rows(self.accelerator.unwrap_model(model).get_output_embeddings(), rows):
+            logits = model(**forward, use_cache=False).logits[0]
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+
+
+@contextmanager
+def _head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
+    """Let the head see only the given token positions of its input [1, token, hidden]."""
+
+    def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0][:, rows],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _base_restored(model: PeftModel) -> Iterator[None]:
+    """Take off the base, at the end, what TRL and the Trainer put onto it."""
+    base = cast(PreTrainedModel, model.get_base_model())
+    use_cache = base.config.use_cache
+    try:
+        yield
+    finally:
+        base.__dict__.pop("forward", None)  # TRL's fused head
+        if base.is_gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
+        base.config.use_cache = use_cache
+        model.eval()
+
+
+class StepWatch(TrainerCallback):
+    """Record every step, show the progress, and stop a training that has diverged."""
+
+    def __init__(self, events: EventLog, num_tokens: int) -> None:
+        self.num_tokens = num_tokens  # of one epoch
+        self.validation_loss: float | None = None
+        self._events = events
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        done, total = state.global_step, state.max_steps
+        self._bar = tqdm(desc="train", initial=done, total=total, unit="step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self._bar is not None
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        logs: dict[str, float] = given["logs"]
+        step = state.global_step
+        if "eval_loss" in logs:
+            self.validation_loss = logs["eval_loss"]
+            self._events.metrics({"validation/loss": logs["eval_loss"]}, step)
+        if "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs[name]):
+                raise Diverged(f"{name} became {logs[name]} at step {step} of {state.max_steps}")
+        names = {
+            "loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr",
+        }  # fmt: skip
+        self._events.metrics({ours: logs[theirs] for theirs, ours in names.items()}, step)
+        assert self._bar is not None
+        self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self._bar is not None
+        self._bar.close()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak memory so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB
+
+
+def _as_dataset(examples: list[Example]) -> Dataset:
+    return Dataset.from_list([dict(example) for example in examples])

@@ -1,0 +1,125 @@
+"""The process that runs jobs one after another, so that torch lives outside the sweep."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import warnings
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, cast
+
+from finetune.runs import Job, Plan, State
+
+
+STOP_SECONDS = 5.0  # that an idle worker has to end by itself
+
+
+class WorkerDied(RuntimeError):
+    """The worker ended without an answer; the message says how."""
+
+
+class Worker:
+    """A worker process that is started when first needed, and again when it died."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def prepare(self, job: Job) -> Plan:
+        """Check a job and name its run."""
+        return cast(Plan, self._ask("prepare", job))
+
+    def run(self, job: Job) -> State:
+        """Run a job to its end."""
+        return cast(State, self._ask("run", job))
+
+    def wait_for_interrupted(self, timeout_seconds: float) -> None:
+        """After Ctrl-C, which reached the worker too, let it write down where it stopped."""
+        if self._pipe is not None and self._pipe.poll(timeout_seconds):
+            self._pipe.recv()
+
+    def stop(self) -> None:
+        """End the process; it has nothing to save."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()  # an idle worker ends at this
+            self._process.join(STOP_SECONDS)
+            self._process.kill()
+            self._process.join()
+            self._process = self._pipe = None
+
+    def _ask(self, verb: str, job: Job) -> Any:
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+        assert self._pipe is not None
+        try:
+            self._pipe.send((verb, job))
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise WorkerDied(self._how_it_ended()) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        self._process.join()
+        code = self._process.exitcode or 0
+        self._process = self._pipe = None
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            return f"the worker was killed by {name}{hint}"
+        return f"the worker ended with exit code {code}"
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer requests until the sweep is gone."""
+    try:
+        _quieten_libraries()
+        from finetune import pipeline
+
+        verbs = {"prepare": lambda job: pipeline.prepare(job.config), "run": pipeline.run}
+        while True:
+            verb, job = pipe.recv()
+            try:
+                answer: Any = verbs[verb](job)
+            except (ValueError, OSError) as error:
+                answer = error
+            pipe.send(answer)
+    except (EOFError, KeyboardInterrupt):
+        pass
+
+
+def _quieten_libraries() -> None:
+    """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen])
+    logging.getLogger("finetune").setLevel(logging.DEBUG)
+    warnings.simplefilter("ignore")
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_datasets_bar()

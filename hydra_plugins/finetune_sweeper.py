@@ -1,0 +1,53 @@
+"""Hydra's way in for `--multirun`: compose every point of the grid and hand all to the sweep."""
+
+# No `from __future__ import annotations` here: Hydra runs this file without naming it in
+# sys.modules, where the dataclass decorator would look up annotations that are text.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class FinetuneSweeperConf:
+    """The settings of `hydra/sweeper=finetune`: none, the sweep's are under `sweep`."""
+
+    _target_: str = "hydra_plugins.finetune_sweeper.FinetuneSweeper"
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="finetune", node=FinetuneSweeperConf, provider="finetune"
+)
+
+
+class FinetuneSweeper(Sweeper):
+    """Take the product of all swept values, in Hydra's order, as one sweep."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def sweep(self, arguments: Sequence[str]) -> None:
+        """Run the grid; ends the process with the sweep's exit code."""
+        from finetune.sweep import build_job, run_sweep
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        loader = self.hydra_context.config_loader
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
+        jobs = []
+        for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
+            composed = loader.load_sweep_config(self.config, list(point))
+            HydraConfig.instance().set_config(composed)
+            jobs.append(build_job(composed, swept=swept))
+        raise SystemExit(run_sweep(jobs, arguments))
