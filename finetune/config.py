@@ -199,8 +199,15 @@ def local_path(path: str) -> Path:
 
 
 def build_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into dataclasses, its own `hydra` node left out."""
-    ours = {key: value for key, value in composed.items_ex(resolve=False) if key != "hydra"}
+    """Turn what Hydra composed into dataclasses, its own `hydra` node left out.
+
+    Raises:
+        Refused: a value that must be set is not.
+    """
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    missing = sorted(OmegaConf.missing_keys(ours))
+    if missing:
+        raise Refused([f"{key} has no value; set {key}=VALUE" for key in missing])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), ours))
     assert isinstance(config, Config)
     return config

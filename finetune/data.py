@@ -118,6 +118,21 @@ def read_rows(data: DataConfig, source: DataSource) -> list[Row]:
     return rows
 
 
+def check_rows(rows: Sequence[Row], data: DataConfig) -> None:
+    """Check that some row can be used, without tokenising any.
+
+    Raises:
+        ValueError: none can; the message names the first one's fault.
+    """
+    counts = RowCounts(read=len(rows))
+    if next(_sound_texts(rows, data, counts), None) is None:
+        raise _nothing_left(data, counts)
+
+
+def _nothing_left(data: DataConfig, counts: RowCounts) -> ValueError:
+    return ValueError(f"data.path={data.path}: no row is left to train on: {counts.summary()}")
+
+
 def build_examples(
     rows: Sequence[Row],
     data: DataConfig,
@@ -142,7 +157,7 @@ def build_examples(
     counts.drawn = len(examples)
     held_out = round(len(examples) * data.validation_fraction)
     if held_out == len(examples):
-        raise ValueError(f"data.path={data.path}: no row is left to train on: {counts.summary()}")
+        raise _nothing_left(data, counts)
     shuffled = random.Random(seed).sample(examples, len(examples)) if held_out else examples
     return Examples(shuffled[held_out:], shuffled[:held_out], counts)
 
@@ -209,7 +224,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _as_row(_parse_json(line, path, number), path, f"line {number}")
+                yield _as_row(_parse_json(line.rstrip("\n"), path, number), path, f"line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import Config, build_config, conf_dir, find_problems, nearest
+from finetune.config import Config, Refused, build_config, conf_dir, find_problems, nearest
 
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
 
@@ -131,6 +131,8 @@ def _range_problems(overrides: list[Override], config_dir: str | None) -> list[s
             chosen = [*fixed, *searched, *([one] if one else [])]
             try:
                 found = find_problems(build_config(compose("config", chosen)))
+            except Refused as refused:
+                found = refused.problems
             except (HydraException, OmegaConfBaseException) as error:
                 found = [first_line(error)]
             problems.update(dict.fromkeys(found))

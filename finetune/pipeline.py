@@ -89,7 +89,7 @@ def _find_model_problems(config: Config) -> list[str]:
 
 def _find_data_problems(config: Config) -> list[str]:
     found = data.find_data(config.data)
-    data.read_rows(config.data, found)
+    data.check_rows(data.read_rows(config.data, found), config.data)
     return []
 
 

@@ -150,6 +150,7 @@ class MlflowTracker:
         with self._changed:
             path = str(run.path)
             self._mirror.children.setdefault(run.name, Child(path)).path = path
+            self._mirror.save(self._path)  # so that sync knows of it, should MLflow be down
 
     def run_id(self, run: RunFolder) -> str | None:
         child = self._mirror.children.get(run.name)

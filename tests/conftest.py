@@ -1,0 +1,66 @@
+"""What several tests share: their own cache, small rows, and the command as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# The tiny model, MLflow off, few rows: one run of seconds.
+TINY = (
+    "model=tiny", "tracking=none", "data.num_examples=16", "evaluation.limit=12",
+    "training.max_length=400",
+)  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Keep the tiny model and its scores out of the user's cache; slow tests may use it."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Command:
+    """Return the command, called as `python -m finetune ...` in an empty folder."""
+
+    def call(*arguments: str, module: str = "finetune") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+    return call
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of public data that is no part of the project."""
+    folder = Path(os.environ.get("FINETUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_absolute():
+        folder = ROOT / folder
+    if not folder.is_dir():
+        pytest.skip(f"no public test data in {folder}; set FINETUNE_TEST_DATA")
+    return folder

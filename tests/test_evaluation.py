@@ -1,0 +1,159 @@
+"""Evaluation: lm-eval's own numbers, tasks found quickly, scores stored and verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from finetune.config import EvaluationConfig, ModelConfig
+from finetune.evaluation import (
+    Item,
+    ScoreStore,
+    TaskScore,
+    find_task_file,
+    find_task_problems,
+    load_task,
+    score,
+)
+from finetune.models import find_model, load_base, load_tokenizer
+from tests.conftest import write_rows
+
+ARC_ROW = {
+    "id": "q", "question": "Which is a metal?", "answerKey": "B",
+    "choices": {"text": ["wood", "iron", "milk"], "label": ["A", "B", "C"]},
+}  # fmt: skip
+
+
+def tiny_lm(model: ModelConfig | None = None) -> HFLM:
+    model = model or ModelConfig(path="random://tiny")
+    source = find_model(model)
+    base = load_base(model, source, torch.device("cpu"))
+    return HFLM(pretrained=base, tokenizer=load_tokenizer(model, source), batch_size=4)
+
+
+def local_arc(tmp_path: Path, count: int) -> EvaluationConfig:
+    rows: list[object] = [{**ARC_ROW, "question": f"Question {i}: a metal?"} for i in range(count)]
+    file = write_rows(tmp_path / "arc.jsonl", rows)
+    return EvaluationConfig(tasks=["arc_easy"], data_files={"arc_easy": {"test": str(file)}})
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "mmlu", "gsm8k"])
+def test_the_shipped_tasks_are_found_without_the_index(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shipped option pays for indexing all of lm-eval."""
+    monkeypatch.setattr("finetune.evaluation.stock_index", lambda: pytest.fail("indexed"))
+    path = find_task_file(name)
+    assert path is not None
+    assert path.suffix == ".yaml"
+
+
+def test_an_unknown_task_gets_the_nearest_known_one() -> None:
+    """A misspelt task is told with the one that was meant."""
+    (problem,) = find_task_problems(EvaluationConfig(tasks=["arc_eazy", "demo_science"]))
+    assert "no task 'arc_eazy'; did you mean 'arc_easy'?" in problem
+
+
+def test_scores_equal_lm_eval_called_directly(tmp_path: Path) -> None:
+    """acc, acc_norm and stderr are those of simple_evaluate on the same questions."""
+    settings = local_arc(tmp_path, 12)
+    lm = tiny_lm()
+    ours = score(lm, load_task("arc_easy", settings), settings)
+    questions = [dict(ARC_ROW, question=f"Question {i}: a metal?") for i in range(12)]
+    direct = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[plain_arc(questions)],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+    )["results"]["arc_easy"]
+    for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        assert ours.metrics[metric] == direct[f"{metric},none"]
+    assert len(ours.items) == 12
+    mean = sum(item.outcomes["acc"] for item in ours.items) / 12
+    assert mean == pytest.approx(ours.metrics["acc"])
+
+
+def plain_arc(questions: list[dict[str, object]]) -> dict[str, object]:
+    """ARC's definition written out by hand, as a second source for the comparison."""
+    import datasets
+
+    data = datasets.DatasetDict({"test": datasets.Dataset.from_list(questions)})
+    return {
+        "task": "arc_easy",
+        "custom_dataset": lambda **_: data,
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+        "doc_to_choice": "{{choices.text}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+
+def test_few_shot_prompts_are_the_same_every_time(tmp_path: Path) -> None:
+    """Solved examples are drawn by a fixed seed, whatever was drawn before."""
+    settings = local_arc(tmp_path, 8)
+    settings.num_fewshot = 2
+    lm = tiny_lm()
+    task = load_task("arc_easy", settings)
+    first = score(lm, task, settings)
+    again = score(lm, task, settings)
+    assert first.items == again.items
+    assert first.num_fewshot == 2
+    assert load_task("arc_easy", settings).prompts_digest == task.prompts_digest
+    settings.num_fewshot = 0
+    assert load_task("arc_easy", settings).prompts_digest != task.prompts_digest
+
+
+def test_a_limit_takes_the_first_questions(tmp_path: Path) -> None:
+    """evaluation.limit shortens the task and enters its digest."""
+    settings = local_arc(tmp_path, 8)
+    whole = load_task("arc_easy", settings).prompts_digest
+    settings.limit = 3
+    task = load_task("arc_easy", settings)
+    assert task.prompts_digest != whole
+    assert len(score(tiny_lm(), task, settings).items) == 3
+
+
+@pytest.mark.parametrize("harm", ["none", "altered", "cut", "absent"])
+def test_a_stored_score_is_used_only_if_it_is_whole(tmp_path: Path, harm: str) -> None:
+    """A score is read back exactly; an altered file counts as none."""
+    store = ScoreStore(tmp_path)
+    kept = TaskScore("t", "1.0", 0, {"acc": 0.1}, 1.5, [Item("h", "p", {"acc": 1.0})])
+    store.write("a" * 64, kept)
+    (file,) = tmp_path.glob("*.json")
+    if harm == "altered":
+        stored = json.loads(file.read_text())
+        stored["score"]["metrics"]["acc"] = 0.9
+        file.write_text(json.dumps(stored))
+    elif harm == "cut":
+        file.write_text(file.read_text()[:50])
+    elif harm == "absent":
+        file.unlink()
+    assert store.read("t", "a" * 64) == (kept if harm == "none" else None)
+    assert store.read("t", "b" * 64) is None
+
+
+@pytest.mark.slow
+def test_base_accuracy_on_real_arc_easy_equals_lm_eval(shared_data: Path) -> None:
+    """The real model on real questions: our score is lm-eval's on the same file."""
+    file = shared_data / "arc_easy_test.jsonl"
+    settings = EvaluationConfig(
+        tasks=["arc_easy"], data_files={"arc_easy": {"test": str(file)}}, limit=60
+    )
+    lm = tiny_lm(ModelConfig())
+    ours = score(lm, load_task("arc_easy", settings), settings)
+    questions = [json.loads(line) for line in file.read_text().splitlines()]
+    direct = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[plain_arc(questions)],
+        limit=60,
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+    )["results"]["arc_easy"]
+    assert ours.metrics["acc"] == direct["acc,none"]
+    assert ours.metrics["acc_norm"] == direct["acc_norm,none"]
+    assert ours.metrics["acc"] > 0.35

@@ -1,0 +1,139 @@
+"""The base model: found or named, converted once, verified, on the right dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import adapters, models
+from finetune.config import LoraConfig, ModelConfig
+from finetune.models import find_model, load_base, load_config, load_tokenizer
+
+TINY = ModelConfig(path="random://tiny")
+CPU = torch.device("cpu")
+
+
+def test_the_tiny_model_is_the_same_every_time() -> None:
+    """Random weights are seeded, and its tokenizer gives back what it took."""
+    first = load_base(TINY, find_model(TINY), CPU).state_dict()
+    again = load_base(TINY, find_model(TINY), CPU).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    tokenizer = load_tokenizer(TINY, find_model(TINY))
+    text = "Ünïcode and\nlines ### too"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest"])
+def test_a_harmed_cache_folder_is_made_again(harm: str) -> None:
+    """A converted model is checked by digest each time it is found."""
+    folder = Path(find_model(TINY).location)
+    weights = folder / "model.safetensors"
+    sound = weights.read_bytes()
+    if harm == "flip":
+        weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    elif harm == "truncate":
+        weights.write_bytes(sound[:100])
+    elif harm == "delete":
+        weights.unlink()
+    else:
+        (folder / "manifest.json").write_text("{", encoding="utf-8")
+    find_model(TINY)
+    assert weights.read_bytes() == sound
+
+
+def test_a_local_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    """The digest follows the weights, not the folder's name."""
+    tiny = load_base(TINY, find_model(TINY), CPU)
+    digests = []
+    for name in ("a", "b"):
+        tiny.save_pretrained(tmp_path / name)
+        digests.append(find_model(ModelConfig(path=str(tmp_path / name))).digest)
+    assert digests[0] == digests[1]
+    with torch.no_grad():
+        tiny.lm_head.weight[0, 0] += 1
+    tiny.save_pretrained(tmp_path / "b")
+    assert find_model(ModelConfig(path=str(tmp_path / "b"))).digest != digests[0]
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    """A folder without safetensors is refused."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="pickled weights are not loaded"):
+        find_model(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./nowhere", "there is no model folder"),
+        ("nowhere", "not a hub id"),
+        ("package://finetune/none.gguf", "there is no file"),
+        ("owner/model", "is not on this machine.*hub cache.*cannot be reached"),
+    ],
+)
+def test_a_missing_model_is_told_with_where_it_was_looked_for(
+    path: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line says what was looked for and where."""
+    import httpx2
+
+    def down(*_: object, **__: object) -> None:
+        raise httpx2.ConnectError("no route")
+
+    monkeypatch.setattr(models.HfApi, "repo_info", down)
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        find_model(ModelConfig(path=path))
+    assert "\n" not in str(caught.value)
+
+
+def test_dtype_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16."""
+    gpu = torch.device("cuda", 0)
+    assert models.compute_dtype(TINY, CPU) == torch.float32
+    for has, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert models.compute_dtype(TINY, gpu) == expected
+
+
+def test_targets_are_checked_one_by_one_against_the_model() -> None:
+    """A wrong name beside right ones, and a rank wider than its layer, are found."""
+    model = models.load_meta_model(TINY, load_config(TINY, find_model(TINY)))
+    (unknown,) = adapters.find_target_problems(model, LoraConfig(target_modules=["q_proj", "qprj"]))
+    assert "no linear layer 'qprj'; did you mean 'q_proj'?" in unknown
+    (wide,) = adapters.find_target_problems(model, LoraConfig(r=33))
+    assert "lora.r is 33; the layer k_proj is only 32 wide" in wide
+    assert adapters.find_target_problems(model, LoraConfig(target_modules=["all-linear"])) == []
+
+
+def test_4bit_training_gradients_survive_an_evaluation() -> None:
+    """Bitsandbytes repacks weights at an eval-mode forward on some CPUs; here it must not."""
+    nf4 = ModelConfig(path="random://tiny", quantization="nf4")
+    model = adapters.attach(load_base(nf4, find_model(nf4), CPU), LoraConfig(r=4), seed=0)
+    ids = torch.arange(20)[None]
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return torch.cat(grads)
+
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert torch.equal(before, gradient())
+    assert before.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_the_real_model_is_converted_and_speaks() -> None:
+    """The package's GGUF file becomes a model that continues a sentence sensibly."""
+    source = find_model(ModelConfig())
+    model, tokenizer = load_base(ModelConfig(), source, CPU), load_tokenizer(ModelConfig(), source)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])

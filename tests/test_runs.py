@@ -1,0 +1,77 @@
+"""A run's files: whole or absent, each step once, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.runs import EventLog, RunFolder, Status, digest, read_events, slug
+
+
+def test_a_digest_depends_on_content_alone() -> None:
+    """The order of keys does not matter, a value does."""
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("text", ["../../etc/passwd", "a/b", "..", "x" * 400, "", "Ä b"])
+def test_a_slug_stays_one_name_inside_its_folder(text: str) -> None:
+    """No name leaves its folder or breaks the file system."""
+    name = slug(text)
+    assert name not in ("", ".", "..")
+    assert "/" not in name
+    assert len(name) <= 80
+
+
+def test_the_status_is_read_back(tmp_path: Path) -> None:
+    """What was written is read; a run that never started has none."""
+    run = RunFolder(tmp_path)
+    assert run.status() is None
+    run.write_status(Status("failed", "why", 1.0, 2.0))
+    assert run.status() == Status("failed", "why", 1.0, 2.0)
+
+
+def test_a_resumed_log_has_each_step_and_parameter_once(tmp_path: Path) -> None:
+    """Steps that were recorded before a kill are not recorded again; a torn line is cut off."""
+    path = tmp_path / "events.jsonl"
+    first = EventLog(path)
+    first.params({"lora.r": "4"})
+    for step in (1, 2, 3):
+        first.metrics({"train/loss": step / 2}, step)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"event": "metric", "key": "train/lo')
+    second = EventLog(path)
+    second.params({"lora.r": "4"})
+    for step in (2, 3, 4):
+        second.metrics({"train/loss": step / 2, "train/nan": float("nan")}, step)
+    second.close()
+    events = list(read_events(path))
+    assert [e["step"] for e in events if e["event"] == "metric"] == [1, 2, 3, 4]
+    assert [e["key"] for e in events if e["event"] == "param"] == ["lora.r"]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+    """The second process is told; a killed holder's lock is free."""
+    code = (
+        "import sys, time; from pathlib import Path; from finetune.runs import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    run = RunFolder(tmp_path)
+    with pytest.raises(BlockingIOError, match="another process is working on"), run.locked():
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with run.locked():
+        pass

@@ -1,0 +1,218 @@
+"""The MLflow mirror: everything once, whatever dies, and never in a run's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.config import TrackingConfig
+from finetune.runs import EventLog, RunFolder
+from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
+from tests.conftest import Command
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
+
+
+@pytest.fixture(scope="session")
+def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Migrate one empty store, which takes seconds, for all tests to copy."""
+    from finetune.tracking import _make_sqlite_store
+
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    _make_sqlite_store(store)
+    return store
+
+
+@pytest.fixture
+def uri(template_store: Path, tmp_path: Path) -> str:
+    shutil.copy(template_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def recorded_run(folder: Path, num_steps: int = 50) -> RunFolder:
+    """A run that logged one of everything and `num_steps` losses."""
+    run = RunFolder(folder)
+    events = EventLog(run.events)
+    events.status("running")
+    events.params({"lora.r": "4", "data.path": "x" * 7000})
+    events.tag("note", "hello")
+    events.dataset("rows", digest="ab" * 32, source="rows.jsonl", context="training", rows=7)
+    for step in range(1, num_steps + 1):
+        events.metrics({"train/loss": 1 / step}, step)
+    run.write_json("adapter/adapter_config.json", {"r": 4})
+    events.artifact("adapter", "adapter")
+    events.status("diverged", "loss became nan")
+    events.close()
+    return run
+
+
+def tracker(uri: str, sweep_dir: Path) -> Tracker:
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    return build_tracker(
+        TrackingConfig(uri=uri), sweep_dir, sweep_name=sweep_dir.name, swept=["lora.r"]
+    )
+
+
+def history(uri: str, run_id: str | None, key: str = "train/loss") -> list[int]:
+    import mlflow
+
+    return [m.step for m in mlflow.MlflowClient(uri).get_metric_history(str(run_id), key)]
+
+
+def test_everything_arrives_under_the_sweeps_parent(uri: str, tmp_path: Path) -> None:
+    """Metrics, params, tags, data set, artifact and end state, in a child of the sweep's run."""
+    import mlflow
+
+    run = recorded_run(tmp_path / "run")
+    tracked = tracker(uri, tmp_path / "sweep")
+    tracked.follow(run)
+    assert tracked.close(state="failed") is None
+    client = mlflow.MlflowClient(uri)
+    child = client.get_run(str(tracked.run_id(run)))
+    assert history(uri, child.info.run_id) == list(range(1, 51))
+    assert child.data.params["lora.r"] == "4"
+    assert child.data.params["data.path"].endswith("[7000 characters]")
+    assert child.data.tags["note"] == "hello"
+    assert child.data.tags["finetune.state"] == "diverged"
+    assert child.data.tags["finetune.reason"] == "loss became nan"
+    assert (child.info.status, child.info.run_name) == ("FAILED", "run")
+    assert [i.dataset.name for i in child.inputs.dataset_inputs] == ["rows"]
+    artifacts = client.list_artifacts(child.info.run_id, "adapter")
+    assert [a.path for a in artifacts] == ["adapter/adapter_config.json"]
+    parent = client.get_run(child.data.tags["mlflow.parentRunId"])
+    assert (parent.info.run_name, parent.info.status) == ("sweep", "FAILED")
+
+
+def test_sending_again_adds_nothing(uri: str, tmp_path: Path) -> None:
+    """A mirror that forgot how far it was repeats itself without a trace."""
+    run = recorded_run(tmp_path / "run")
+    tracked = tracker(uri, tmp_path / "sweep")
+    tracked.follow(run)
+    assert tracked.close(state="finished") is None
+    path = tmp_path / "sweep" / "mlflow.json"
+    mirror = Mirror.load(path)
+    mirror.children["run"].offset = 0
+    assert send(mirror, path, ["run"]) > 50
+    assert history(uri, tracked.run_id(run)) == list(range(1, 51))
+
+
+def test_a_second_sweep_shows_a_finished_run_whole(uri: str, tmp_path: Path) -> None:
+    """A run that an earlier sweep trained is replayed into a child of its own."""
+    run = recorded_run(tmp_path / "run")
+    ids = []
+    for name in ("first", "second"):
+        tracked = tracker(uri, tmp_path / name)
+        tracked.follow(run)
+        assert tracked.close(state="finished") is None
+        ids.append(tracked.run_id(run))
+    assert ids[0] != ids[1]
+    assert history(uri, ids[1]) == list(range(1, 51))
+
+
+def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
+    """Half a line is not sent; the whole one is, once."""
+    run = recorded_run(tmp_path / "run", num_steps=2)
+    line = json.dumps({"event": "metric", "key": "train/loss", "value": 0.1, "step": 3, "time": 1})
+    with run.events.open("a") as file:
+        file.write(line[:20])
+    path = tmp_path / "mlflow.json"
+    mirror = Mirror(uri, "e", "s", [])
+    from finetune.tracking import Child
+
+    mirror.children["run"] = Child(str(run.path))
+    send(mirror, path, ["run"])
+    assert history(uri, mirror.children["run"].run_id) == [1, 2]
+    with run.events.open("a") as file:
+        file.write(line[20:] + "\n")
+    send(mirror, path, ["run"])
+    assert sorted(history(uri, mirror.children["run"].run_id)) == [1, 2, 3]
+
+
+def test_a_store_that_is_down_stops_nothing_and_sync_recovers_all(
+    template_store: Path, tmp_path: Path, finetune: Command
+) -> None:
+    """Nothing is lost while the store is away; the remedy that is printed works."""
+    run = recorded_run(tmp_path / "run")
+    (tmp_path / "mlflow.db").mkdir()  # no store can be opened or made here
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    started = time.monotonic()
+    tracked = tracker(uri, tmp_path / "multirun_reports" / "sweep")
+    tracked.follow(run)
+    behind = tracked.close(state="finished")
+    assert time.monotonic() - started < 60
+    assert behind is not None
+    assert "python -m finetune.sync" in behind
+    failed = finetune(module="finetune.sync")
+    assert failed.returncode == 1
+    (tmp_path / "mlflow.db").rmdir()
+    shutil.copy(template_store, tmp_path / "mlflow.db")
+    synced = finetune(module="finetune.sync")
+    assert synced.returncode == 0, synced.stderr
+    mirror = Mirror.load(tmp_path / "multirun_reports" / "sweep" / "mlflow.json")
+    assert history(uri, mirror.children["run"].run_id) == list(range(1, 51))
+
+
+def test_a_mirror_killed_at_work_goes_on_where_it_was(uri: str, tmp_path: Path) -> None:
+    """Kill -9 in the middle of sending: the next one completes it, each step once."""
+    run = recorded_run(tmp_path / "run", num_steps=20_000)
+    code = (
+        "import sys, time; from pathlib import Path; from finetune.runs import RunFolder\n"
+        "from tests.test_tracking import tracker\n"
+        "t = tracker(sys.argv[1], Path(sys.argv[2]))\nt.follow(RunFolder(Path(sys.argv[3])))\n"
+        "print('following', flush=True); t.close(state='finished')"
+    )
+    arguments = [sys.executable, "-c", code, uri, str(tmp_path / "sweep"), str(run.path)]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=root, text=True)
+    path = tmp_path / "sweep" / "mlflow.json"
+    while not path.exists() or Mirror.load(path).children.get("run") is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert Mirror.load(path).children["run"].offset == 0
+    tracked = tracker(uri, tmp_path / "sweep")
+    tracked.follow(run)
+    assert tracked.close(state="finished") is None
+    assert sorted(history(uri, tracked.run_id(run))) == list(range(1, 20_001))
+
+
+@pytest.mark.slow
+def test_four_processes_on_a_cold_store_lose_nothing(tmp_path: Path) -> None:
+    """A store that does not exist yet is made once and takes everything."""
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    (tmp_path / "new").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from tests.test_tracking import *\n"
+        "folder = Path(sys.argv[2]); run = recorded_run(folder / 'run')\n"
+        "t = tracker(sys.argv[1], folder / 'sweep'); t.follow(run)\n"
+        "assert t.close(state='finished') is None"
+    )
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, uri, str(tmp_path / str(i))], cwd=root)
+        for i in range(4)
+    ]
+    assert [process.wait() for process in processes] == [0] * 4
+    for i in range(4):
+        mirror = Mirror.load(tmp_path / str(i) / "sweep" / "mlflow.json")
+        assert history(uri, mirror.children["run"].run_id) == list(range(1, 51))
+
+
+def test_the_null_tracker_has_the_same_methods(tmp_path: Path) -> None:
+    """tracking=none needs no special case anywhere."""
+    tracked = build_tracker(TrackingConfig(enabled=False), tmp_path, sweep_name="s", swept=[])
+    assert isinstance(tracked, NullTracker)
+    run = RunFolder(tmp_path)
+    tracked.follow(run)
+    assert tracked.run_id(run) is None
+    assert tracked.close(state="finished") is None
+    assert list(tmp_path.iterdir()) == []

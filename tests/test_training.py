@@ -1,0 +1,142 @@
+"""The training step: the stock objective, repeatable, and stopped where it diverges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune import adapters, training
+from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.data import Example, Examples, RowCounts
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.runs import EventLog, RunFolder, read_events
+
+TINY = ModelConfig(path="random://tiny")
+CPU = training.Precision(torch.device("cpu"), torch.float32)
+
+
+def random_examples(count: int) -> list[Example]:
+    """Rows of different lengths, the first half of each masked."""
+    draw = torch.Generator().manual_seed(3)
+    examples = []
+    for i in range(count):
+        ids = torch.randint(3, 250, (8 + 5 * (i % 7),), generator=draw).tolist()
+        masked = len(ids) // 2
+        examples.append(Example(input_ids=ids, labels=[-100] * masked + ids[masked:]))
+    return examples
+
+
+def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list[float]]:
+    """Train the tiny model; return it, the result and the loss of each step."""
+    settings = TrainingConfig(
+        batch_size=4, gradient_accumulation_steps=2, **changes.pop("training", {})
+    )
+    optimizer = OptimizerConfig(weight_decay=0.01, **changes.pop("optimizer", {}))
+    model = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    adapted = adapters.attach(model, LoraConfig(r=4, **changes.pop("lora", {})), settings.seed)
+    run = RunFolder(folder)
+    examples = Examples(random_examples(40), changes.pop("validation", []), RowCounts())
+    arguments = training.build_arguments(
+        run, optimizer, settings, CPU, validate=bool(examples.validation)
+    )
+    events = EventLog(run.events)
+    tokenizer = load_tokenizer(TINY, find_model(TINY))
+    try:
+        result = training.train(adapted, tokenizer, examples, arguments, events)
+    finally:
+        events.close()
+    losses = [e["value"] for e in read_events(run.events) if e.get("key") == "train/loss"]
+    return adapted, result, losses
+
+
+def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
+    """Twenty steps with accumulation, clipping and weight decay: within 1e-4 of stock TRL."""
+    ours, result, losses = train(tmp_path / "ours", training={"epochs": 4})
+    model = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    theirs = adapters.attach(model, LoraConfig(r=4), 42)
+    stock = SFTTrainer(
+        model=theirs,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "stock"), num_train_epochs=4, use_cpu=True, bf16=False,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
+            weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=0.03, seed=42,
+            data_seed=42, logging_steps=1, save_strategy="no", report_to="none",
+            activation_checkpointing=False, disable_tqdm=True, max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list([dict(e) for e in random_examples(40)]),
+        processing_class=load_tokenizer(TINY, find_model(TINY)),
+    )  # fmt: skip
+    stock.train()
+    expected = [log["loss"] for log in stock.state.log_history if "loss" in log]
+    assert len(losses) == result.steps == 20
+    assert losses == pytest.approx(expected, abs=1e-4)
+    mine, other = adapter_weights(ours), adapter_weights(theirs)
+    assert max((mine[n] - other[n]).abs().max() for n in mine) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:
+    """Training is repeatable, dropout included."""
+    first, _, _ = train(tmp_path / "a", lora={"dropout": 0.1})
+    again, _, _ = train(tmp_path / "b", lora={"dropout": 0.1})
+    other, _, _ = train(tmp_path / "c", lora={"dropout": 0.1}, training={"seed": 1})
+    one, two, three = map(adapter_weights, (first, again, other))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert any(not torch.equal(one[n], three[n]) for n in one)
+
+
+def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
+    """Only the adapter changes; without it the model's output is bit for bit the base's."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    ids = torch.arange(30)[None]
+    expected = base(input_ids=ids).logits
+    adapted, _, _ = train(tmp_path, training={"gradient_checkpointing": True})
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(input_ids=ids).logits, expected)
+    assert not torch.equal(adapted(input_ids=ids).logits, expected)
+    assert not adapted.get_base_model().is_activation_checkpointing
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
+    """A learning rate beyond all measure is told as divergence, with the step."""
+    with pytest.raises(training.Diverged, match=r"became (nan|inf) at step \d+ of 15"):
+        train(tmp_path, optimizer={"lr": 1e18, "warmup_ratio": 0.0}, training={"epochs": 3})
+
+
+def test_validation_loss_is_the_mean_over_held_out_labels(tmp_path: Path) -> None:
+    """It is reported, and recorded as an event."""
+    _, result, _ = train(tmp_path, validation=random_examples(6))
+    assert result.validation_loss is not None
+    assert 4 < result.validation_loss < 7
+    keys = {e.get("key") for e in read_events(tmp_path / "events.jsonl")}
+    assert {"train/loss", "train/lr", "train/grad_norm", "validation/loss"} <= keys
+
+
+def test_what_cannot_run_here_is_refused_with_the_remedy() -> None:
+    """Unknown optimizers, missing packages and precisions are never replaced silently."""
+    (unknown,) = training.find_optimizer_problems(OptimizerConfig(name="adamw8bit"))
+    assert "did you mean 'adamw_8bit'?" in unknown
+    (missing,) = training.find_optimizer_problems(OptimizerConfig(name="galore_adamw"))
+    assert "pip install galore-torch" in missing
+    half = training.Precision(torch.device("cpu"), torch.float16)
+    (problem,) = training.find_precision_problems(half)
+    assert "cannot be trained on a CPU" in problem
+    for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
+        assert training.find_optimizer_problems(OptimizerConfig(name=name)) == []
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}, {"init": "pissa"}])
+def test_the_relatives_of_lora_train(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """rsLoRA, DoRA and another initialisation run on the same path and learn."""
+    _, _, losses = train(tmp_path, lora=changes, training={"epochs": 3})
+    assert losses[-1] < losses[0]
