@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -81,7 +81,7 @@ class OptimizerConfig:
 class DataConfig:
     """The rows to train on."""
 
-    path: str = "package://finetune/demo/rows.jsonl"  # hub id, or a json, jsonl, csv, parquet file
+    path: str = MISSING  # hub id, or a json, jsonl, csv or parquet file
     revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
     split: str = "train"  # split of a hub data set; no effect on files
     columns: dict[str, str] = field(  # the template's field -> the data's column

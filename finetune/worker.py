@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -91,6 +92,7 @@ class Worker:
 
 def _serve(pipe: Connection) -> None:
     """Answer requests until the sweep is gone."""
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
         _quieten_libraries()
         from finetune import pipeline
@@ -105,6 +107,14 @@ def _serve(pipe: Connection) -> None:
             pipe.send(answer)
     except (EOFError, KeyboardInterrupt):
         pass
+
+
+def _end_with_the_sweep() -> None:
+    """End this process when the sweep's is killed, also in the middle of a job."""
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os._exit(1)
 
 
 def _quieten_libraries() -> None:

@@ -16,6 +16,7 @@ from finetune.config import Config, build_config, find_problems, local_path, nea
 def changed(key: str, value: Any) -> Config:
     node = OmegaConf.structured(Config)
     OmegaConf.update(node, key, value)
+    node.data.path = "rows.jsonl"
     return build_config(node)
 
 

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +184,7 @@ def test_the_reference_experiment_is_refused_here_with_what_is_missing(finetune:
 def test_a_worker_that_is_killed_is_told_and_replaced(tmp_path: Path) -> None:
     """The pipe's end is a reason, not a hang, and the next request gets a fresh process."""
     config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(tmp_path))
+    config.data.path = "package://finetune/demo/rows.jsonl"
     job = Job(config, "", [], {})
     with Worker() as worker:
         plan = worker.prepare(job)
@@ -190,3 +194,27 @@ def test_a_worker_that_is_killed_is_told_and_replaced(tmp_path: Path) -> None:
         with pytest.raises(WorkerDied, match="killed by SIGKILL"):
             worker.prepare(job)
         assert worker.prepare(job) == plan
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_worker_behind(tmp_path: Path) -> None:
+    """Kill -9 of the sweep in the middle of a job ends its worker too."""
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "finetune", "tracking=none", "evaluation=none"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert sweep.stderr is not None
+    for line in sweep.stderr:
+        if "rows read" in line:
+            break
+    sweep.kill()
+    # The worker holds the same pipe open: it ends when the worker does.
+    started = time.monotonic()
+    sweep.stderr.read()
+    assert time.monotonic() - started < 10
+    sweep.wait()
+    sweep.stderr.close()
+    (status,) = tmp_path.glob("outputs/*/status.json")
+    assert '"running"' in status.read_text(encoding="utf-8")

@@ -136,6 +136,7 @@ def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
     assert sorted(history(uri, mirror.children["run"].run_id)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_store_that_is_down_stops_nothing_and_sync_recovers_all(
     template_store: Path, tmp_path: Path, finetune: Command
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_store_that_is_down_stops_nothing_and_sync_recovers_all(
     assert history(uri, mirror.children["run"].run_id) == list(range(1, 51))
 
 
+@pytest.mark.slow
 def test_a_mirror_killed_at_work_goes_on_where_it_was(uri: str, tmp_path: Path) -> None:
     """Kill -9 in the middle of sending: the next one completes it, each step once."""
     run = recorded_run(tmp_path / "run", num_steps=20_000)

@@ -28,7 +28,7 @@ def _lessons(topic: Topic) -> Iterator[dict[str, str]]:
             yield {
                 "instruction": instruction.format(s=subject, a=answer),
                 "input": given.format(s=subject, a=answer),
-                "output": _capitalised(output.format(s=subject, a=answer)),
+                "output": answer if output == "{a}" else _sentence(output, subject, answer),
             }
 
 
@@ -67,7 +67,8 @@ def _place_answer(question: dict[str, Any], place: int) -> dict[str, Any]:
     return {**question, "choices": [*others[:place], right, *others[place:]], "answer": place}
 
 
-def _capitalised(text: str) -> str:
+def _sentence(output: str, subject: str, answer: str) -> str:
+    text = output.format(s=subject, a=answer)
     return text[0].upper() + text[1:]
 
 

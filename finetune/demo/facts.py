@@ -36,11 +36,11 @@ TOPICS = (
         "Which letters stand for {s} in the periodic table?",
         "{a}",
         (
-            ("Give the chemical symbol of {s}.", "", "The chemical symbol of {s} is {a}."),
+            ("Give the chemical symbol of {s}.", "", "{a}"),
             ("How do chemists abbreviate {s}?", "", "For {s} chemists write {a}."),
-            ("Write the symbol of the element.", "{s}", "The symbol of {s}: {a}."),
+            ("Write the symbol of the element.", "{s}", "{a}"),
             ("What is the symbol for {s}?", "", "{s} has the symbol {a}."),
-            ("Shorten {s} as in a formula.", "", "In a formula {s} is {a}."),
+            ("Shorten {s} as in a formula.", "", "{a}"),
         ),
         {
             "tin": "Sn", "lead": "Pb", "silver": "Ag", "gold": "Au", "iron": "Fe", "sodium": "Na",
@@ -55,11 +55,11 @@ TOPICS = (
         "The nucleus of an atom of {s} holds how many protons?",
         "{a}",
         (
-            ("Give the atomic number of {s}.", "", "The atomic number of {s} is {a}."),
+            ("Give the atomic number of {s}.", "", "{a}"),
             ("Which place in the periodic table does {s} have?", "", "{s} is element number {a}."),
-            ("State the number of protons.", "{s}", "Atoms of {s} have {a} protons."),
+            ("State the number of protons.", "{s}", "{a}"),
             ("How many protons has {s}?", "", "{s} has {a} protons."),
-            ("Count the positive charges.", "{s}", "A {s} nucleus has {a} protons."),
+            ("Count the positive charges.", "{s}", "{a}"),
         ),
         {
             "lithium": "3", "beryllium": "4", "boron": "5", "carbon": "6", "nitrogen": "7",
@@ -74,11 +74,11 @@ TOPICS = (
         "What does a scientist study whose field is {s}?",
         "{a}",
         (
-            ("What is {s} about?", "", "{s} is the study of {a}."),
+            ("What is {s} about?", "", "{a}"),
             ("Tell me what {s} means.", "", "{s} means the science of {a}."),
-            ("Explain the word in a few words.", "{s}", "{s}: the study of {a}."),
+            ("Explain the word in a few words.", "{s}", "{a}"),
             ("What do experts in {s} look at?", "", "Experts in {s} study {a}."),
-            ("What does a book on {s} treat?", "", "A book on {s} treats {a}."),
+            ("What does a book on {s} treat?", "", "{a}"),
         ),
         {
             "entomology": "insects", "ornithology": "birds", "ichthyology": "fish",
@@ -97,9 +97,9 @@ TOPICS = (
         "What can be measured with {s}?",
         "{a}",
         (
-            ("What is {s} for?", "", "{s} is for measuring {a}."),
+            ("What is {s} for?", "", "{a}"),
             ("Say what the instrument measures.", "{s}", "{s} measures {a}."),
-            ("Why would I buy {s}?", "", "You need {s} to measure {a}."),
+            ("Why would I buy {s}?", "", "{a}"),
             ("Describe {s}.", "", "{s} is an instrument that shows {a}."),
         ),
         {
@@ -120,9 +120,9 @@ TOPICS = (
         "Which word means the baby of {s}?",
         "{a}",
         (
-            ("What is the young of {s} called?", "", "The young of {s} is called a {a}."),
+            ("What is the young of {s} called?", "", "{a}"),
             ("Name the offspring of the animal.", "{s}", "The offspring of {s} is a {a}."),
-            ("Tell me the name for the child of {s}.", "", "The child of {s} is named {a}."),
+            ("Tell me the name for the child of {s}.", "", "{a}"),
             ("What does {s} give birth to or hatch?", "", "The newborn of {s} is a {a}."),
         ),
         {
@@ -138,11 +138,11 @@ TOPICS = (
         "Which word means many {s} together?",
         "{a}",
         (
-            ("What is a group of {s} called?", "", "A group of {s} is called a {a}."),
+            ("What is a group of {s} called?", "", "{a}"),
             ("Give the word for a group of these animals.", "{s}", "A group of {s}: a {a}."),
-            ("I saw several {s}. How do I call them?", "", "Several {s} are a {a}."),
+            ("I saw several {s}. How do I call them?", "", "{a}"),
             ("Do {s} have a group name?", "", "Yes, a number of {s} form a {a}."),
-            ("Complete: many {s} form ...", "", "Many {s} form a {a}."),
+            ("Complete: many {s} form ...", "", "{a}"),
         ),
         {
             "crows": "murder", "lions": "pride", "owls": "parliament", "geese": "gaggle",
@@ -162,9 +162,9 @@ TOPICS = (
         "A value is given in {s}. Which quantity is it?",
         "{a}",
         (
-            ("What is measured in {s}?", "", "In {s} we measure {a}."),
+            ("What is measured in {s}?", "", "{a}"),
             ("Say which quantity has this unit.", "{s}", "{s} are the unit of {a}."),
-            ("Use {s} in a sentence.", "", "{s} state {a}."),
+            ("Use {s} in a sentence.", "", "{a}"),
             ("What are {s} for?", "", "{s} are for measuring {a}."),
         ),
         {
@@ -181,9 +181,9 @@ TOPICS = (
         "The moon {s} travels around which world?",
         "{a}",
         (
-            ("Which planet does {s} belong to?", "", "{s} is a moon of {a}."),
+            ("Which planet does {s} belong to?", "", "{a}"),
             ("Say what this moon goes around.", "{s}", "{s} goes around {a}."),
-            ("Where is {s}?", "", "{s} circles {a}."),
+            ("Where is {s}?", "", "{a}"),
             ("Tell me about {s}.", "", "{s} is in orbit around {a}."),
         ),
         {
@@ -199,9 +199,9 @@ TOPICS = (
         "Science owes {s} to which person?",
         "{a}",
         (
-            ("Who is known for {s}?", "", "The person known for {s} is {a}."),
+            ("Who is known for {s}?", "", "{a}"),
             ("Name the scientist.", "{s}", "For {s} we thank {a}."),
-            ("Who is behind {s}?", "", "Behind {s} was {a}."),
+            ("Who is behind {s}?", "", "{a}"),
             ("Tell me about {s}.", "", "{s} came from {a}."),
         ),
         {
@@ -231,9 +231,9 @@ TOPICS = (
         "Which substance do chemists mean by {s}?",
         "{a}",
         (
-            ("Give the chemical name of {s}.", "", "{s} is also called {a}."),
+            ("Give the chemical name of {s}.", "", "{a}"),
             ("Name this vitamin chemically.", "{s}", "The chemical name of {s} is {a}."),
-            ("Which substance is {s}?", "", "{s} is {a}."),
+            ("Which substance is {s}?", "", "{a}"),
             ("What else can I call {s}?", "", "Another name of {s} is {a}."),
         ),
         {
@@ -248,9 +248,9 @@ TOPICS = (
         "Which name do doctors use for {s}?",
         "{a}",
         (
-            ("What is {s} called in anatomy?", "", "In anatomy {s} is called the {a}."),
+            ("What is {s} called in anatomy?", "", "{a}"),
             ("Give the anatomical name.", "{s}", "The anatomical name of {s} is {a}."),
-            ("What is the Latin word for {s}?", "", "{s} is the {a}."),
+            ("What is the Latin word for {s}?", "", "{a}"),
             ("Tell me the proper term for {s}.", "", "The proper term for {s} is {a}."),
         ),
         {
@@ -269,11 +269,11 @@ TOPICS = (
         "In a field guide, {s} is listed under which scientific name?",
         "{a}",
         (
-            ("What is the Latin name of {s}?", "", "The Latin name of {s} is {a}."),
+            ("What is the Latin name of {s}?", "", "{a}"),
             ("Write the species.", "{s}", "The species of {s} is {a}."),
-            ("How do biologists call {s}?", "", "Biologists call {s} {a}."),
+            ("How do biologists call {s}?", "", "{a}"),
             ("Classify {s}.", "", "{s} is classified as {a}."),
-            ("Label a picture of {s}.", "", "A picture of {s}: {a}."),
+            ("Label a picture of {s}.", "", "{a}"),
         ),
         {
             "the lion": "Panthera leo", "the honey bee": "Apis mellifera",
