@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
@@ -64,7 +65,9 @@ def test_scores_equal_lm_eval_called_directly(tmp_path: Path) -> None:
     settings = local_arc(tmp_path, 12)
     lm = tiny_lm()
     ours = score(lm, load_task("arc_easy", settings), settings)
-    questions = [dict(ARC_ROW, question=f"Question {i}: a metal?") for i in range(12)]
+    questions: list[dict[str, Any]] = [
+        {**ARC_ROW, "question": f"Question {i}: a metal?"} for i in range(12)
+    ]
     direct = lm_eval.simple_evaluate(
         model=lm,
         tasks=[plain_arc(questions)],
@@ -77,7 +80,7 @@ def test_scores_equal_lm_eval_called_directly(tmp_path: Path) -> None:
     assert mean == pytest.approx(ours.metrics["acc"])
 
 
-def plain_arc(questions: list[dict[str, object]]) -> dict[str, object]:
+def plain_arc(questions: list[dict[str, Any]]) -> dict[str, object]:
     """ARC's definition written out by hand, as a second source for the comparison."""
     import datasets
 

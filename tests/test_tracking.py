@@ -84,6 +84,7 @@ def test_everything_arrives_under_the_sweeps_parent(uri: str, tmp_path: Path) ->
     assert child.data.tags["finetune.state"] == "diverged"
     assert child.data.tags["finetune.reason"] == "loss became nan"
     assert (child.info.status, child.info.run_name) == ("FAILED", "run")
+    assert child.inputs is not None
     assert [i.dataset.name for i in child.inputs.dataset_inputs] == ["rows"]
     artifacts = client.list_artifacts(child.info.run_id, "adapter")
     assert [a.path for a in artifacts] == ["adapter/adapter_config.json"]
