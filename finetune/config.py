@@ -118,7 +118,8 @@ class EvaluationConfig:
     tasks: list[str] = field(default_factory=lambda: ["demo_science"])  # lm-eval names; [] for none
     num_fewshot: int | None = None  # solved examples before each question; null: the task's own
     limit: int | None = None  # first questions of each task; null takes all
-    batch_size: int = 8  # sequences in one forward pass of the scorer
+    batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
+    dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
     base: bool = True  # score the base model too
     data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file
 
@@ -271,7 +272,9 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     yield from _at_least("evaluation.num_fewshot", evaluation.num_fewshot, 0)
     yield from _at_least("evaluation.limit", evaluation.limit, 1)
-    yield from _at_least("evaluation.batch_size", evaluation.batch_size, 1)
+    if evaluation.batch_tokens is not None:
+        yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
+    yield from _one_of("evaluation.dtype", evaluation.dtype, DTYPES)
     for task, splits in evaluation.data_files.items():
         if task not in evaluation.tasks:
             yield (

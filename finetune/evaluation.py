@@ -10,18 +10,21 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.api.task
+import lm_eval.utils
 import numpy as np
 import torch
 from filelock import FileLock
 from lm_eval import evaluator
-from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -29,6 +32,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from finetune.config import EvaluationConfig, nearest
 from finetune.data import READERS
 from finetune.runs import digest, write_atomic
+from finetune.scoring import Scoring, SharedContextLM
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -52,7 +56,18 @@ class TaskScore:
     num_fewshot: int | None
     metrics: dict[str, float]  # acc, acc_stderr, acc_norm, ...
     seconds: float
+    scoring: Scoring
     items: list[Item]
+
+    def describe(self) -> str:
+        """Return one line for the log: what was scored, how long it took, and what to know."""
+        how = self.scoring
+        line = f"{self.task}: {len(self.items)} questions in {self.seconds:.1f} s"
+        if how.path == "plain":
+            line += f", by lm-eval's own path since {how.reason}"
+        if how.sampled:
+            line += f"; another dtype flipped {how.flipped} of {how.sampled} sampled answers"
+        return line
 
     def summary(self) -> dict[str, Any]:
         """Return the score without its questions, but with their number."""
@@ -66,7 +81,7 @@ class LoadedTask:
 
     name: str
     loaded: dict[str, Any]  # what TaskManager.load returns
-    prompts_digest: str  # of all requests and the questions behind them
+    digest: str  # of its definition, all its requests and the questions behind them
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -123,18 +138,32 @@ def load_task(name: str, evaluation: EvaluationConfig) -> LoadedTask:
         assert path is not None, "find_task_problems comes first"
         manager = TaskManager(include_defaults=False, include_path=str(path.parent))
         loaded = manager.load([name])
-    prompts = [
-        [(instance.args, instance.doc) for instance in task.instances]
-        for task in _with_requests(loaded["tasks"].values(), evaluation)
+    with _quick_and_quiet():
+        for task in loaded["tasks"].values():
+            _set_fewshot(task, evaluation)
+            task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
+    told = [
+        [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
+        for task in loaded["tasks"].values()
     ]
-    return LoadedTask(name, loaded, digest(json.dumps(prompts, default=str)))
+    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)))
 
 
-def _with_requests(tasks: Sequence[Task], evaluation: EvaluationConfig) -> Iterator[Task]:
-    for task in tasks:
-        _set_fewshot(task, evaluation)
-        task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
-        yield task
+def _definition(task: Task) -> dict[str, Any]:
+    """Return what defines a task beside its questions; where they lie is no part of it."""
+    source = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
+    return {name: value for name, value in task.dump_config().items() if name not in source}
+
+
+@contextmanager
+def _quick_and_quiet() -> Iterator[None]:
+    """Let lm-eval compile each template once instead of once a question, and show no bar for it."""
+    templates, bar = lm_eval.utils.env.from_string, lm_eval.api.task.tqdm
+    with (
+        patch.object(lm_eval.utils.env, "from_string", lru_cache(maxsize=256)(templates)),
+        patch.object(lm_eval.api.task, "tqdm", partial(bar, disable=True)),
+    ):
+        yield
 
 
 def _set_fewshot(task: Task, evaluation: EvaluationConfig) -> None:
@@ -176,7 +205,7 @@ def read_local(files: dict[str, str], **_: Any) -> Any:
     return datasets.DatasetDict(splits)
 
 
-def score(lm: LM, task: LoadedTask, evaluation: EvaluationConfig) -> TaskScore:
+def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -> TaskScore:
     """Let lm-eval run one task, or one group of tasks, on the model."""
     started = time.monotonic()
     # What simple_evaluate seeds, so that the same call gives the same prompts and numbers.
@@ -185,7 +214,8 @@ def score(lm: LM, task: LoadedTask, evaluation: EvaluationConfig) -> TaskScore:
     torch.manual_seed(SEED)
     for one in task.tasks.values():
         one.set_fewshot_seed(seed=SEED)
-    results = evaluator.evaluate(lm, task.loaded, limit=evaluation.limit, log_samples=True)
+    with _quick_and_quiet():
+        results = evaluator.evaluate(lm, task.loaded, limit=evaluation.limit, log_samples=True)
     assert results is not None
     items = [item for samples in results["samples"].values() for item in _items(samples)]
     return TaskScore(
@@ -194,6 +224,7 @@ def score(lm: LM, task: LoadedTask, evaluation: EvaluationConfig) -> TaskScore:
         num_fewshot=next(iter(results["n-shot"].values()), None),
         metrics=_metrics(results["results"][task.name]),
         seconds=time.monotonic() - started,
+        scoring=lm.scoring,
         items=items,
     )
 
@@ -238,7 +269,8 @@ class ScoreStore:
             )
             return None
         fields = stored["score"]
-        return TaskScore(**{**fields, "items": [Item(**item) for item in fields["items"]]})
+        items = [Item(**item) for item in fields["items"]]
+        return TaskScore(**{**fields, "items": items, "scoring": Scoring(**fields["scoring"])})
 
     def write(self, identity: str, score: TaskScore) -> None:
         fields = asdict(score)

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,11 +190,14 @@ def _keep_4bit_layout(base: PreTrainedModel) -> None:
 
     The repacked weights make every later training gradient wrong without a word (0.50.2).
     """
+    for module in _linears_4bit(base):
+        module.support_avx512bf16_for_cpu = False
+
+
+def _linears_4bit(model: torch.nn.Module) -> list[Any]:
     from bitsandbytes.nn.modules import Linear4bit
 
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def pick_device(name: str) -> torch.device:
@@ -300,3 +304,52 @@ def _write_tiny(folder: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens back the shortest-sighted layer attends; None where all see all."""
+    settings = config.get_text_config().to_dict()
+    layers = settings.get("layer_types")
+    windows = []
+    if settings.get("use_sliding_window", True) and (
+        layers is None or "sliding_attention" in layers
+    ):
+        windows.append(settings.get("sliding_window"))
+    if layers and "chunked_attention" in layers:
+        windows.append(settings.get("attention_chunk_size"))
+    return min((window for window in windows if window), default=None)
+
+
+@contextmanager
+def head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
+    """Let the head see only the given token positions of its input [1, token, hidden].
+
+    A hook keeps PEFT, data parallelism and every architecture on the model's own forward.
+    """
+
+    def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0][:, rows],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model compute in another dtype; its own parameters come back untouched."""
+    own = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
+    compute = [(module, module.compute_dtype) for module in _linears_4bit(model)]
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        for module, _ in compute:
+            module.compute_dtype = dtype
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+        for module, before in compute:
+            module.compute_dtype = before

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +29,14 @@ from finetune.data import Examples
 from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
 from finetune.models import Source
 from finetune.runs import EventLog, Job, Plan, RunFolder, State, Status, cache_dir, digest, slug
+from finetune.scoring import SharedContextLM
 
 log = logging.getLogger("finetune")
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
+SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 # Settings that leave a trained adapter's numbers as they are.
 NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
 
@@ -272,8 +273,10 @@ class Scorer:
                 "model": _model_identity(self.config, self.inputs.source, self.inputs.device),
                 "adapter": self.adapter,
                 "task": task.name,
-                "prompts": task.prompts_digest,
+                "digest": task.digest,
+                "dtype": self.config.evaluation.dtype,
                 "seed": evaluation.SEED,
+                "scoring": SCORING,
                 "versions": _versions(self.config, EVALUATION_VERSIONS),
             }
         )
@@ -297,9 +300,15 @@ class Scorer:
             identity = self.identity(task)
             with self.store.locked(task.name, identity):
                 if self.store.read(task.name, identity) is None:
-                    log.info("%s: %s", "tuned" if self.adapter else "base", task.name)
-                    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-                    self.store.write(identity, evaluation.score(lm, task, settings))
+                    lm = SharedContextLM(
+                        model,
+                        tokenizer,
+                        batch_tokens=settings.batch_tokens,
+                        dtype=models.TORCH_DTYPES.get(settings.dtype),
+                    )
+                    score = evaluation.score(lm, task, settings)
+                    self.store.write(identity, score)
+                    log.info("%s: %s", "tuned" if self.adapter else "base", score.describe())
 
 
 def _write_results(

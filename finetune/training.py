@@ -34,7 +34,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune.adapters import num_trainable
 from finetune.config import OptimizerConfig, TrainingConfig, nearest
 from finetune.data import IGNORED, Example, Examples
-from finetune.models import TORCH_DTYPES, has_bf16
+from finetune.models import TORCH_DTYPES, has_bf16, head_on_rows
 from finetune.runs import EventLog, RunFolder
 
 # Optimizers beyond torch's own, by the package that brings them.
@@ -220,24 +220,10 @@ class LabelTrainer(SFTTrainer):
         rows = (labels != IGNORED).nonzero()[:, 0]
         targets = labels[rows]
         forward = {key: value for key, value in inputs.items() if key != "labels"}
-        with _head_on_rows(self.accelerator.unwrap_model(model).get_output_embeddings(), rows):
+        with head_on_rows(self.accelerator.unwrap_model(model).get_output_embeddings(), rows):
             logits = model(**forward, use_cache=False).logits[0]
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
-
-
-@contextmanager
-def _head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """Let the head see only the given token positions of its input [1, token, hidden]."""
-
-    def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0][:, rows],)
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

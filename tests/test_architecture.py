@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "config", "overrides", "runs", "models", "adapters", "prompts", "data", "training",
-    "evaluation", "tracking", "report", "pipeline", "worker", "sweep", "sync", "__main__",
+    "prefix_tree", "block_attention", "scoring", "evaluation", "tracking", "report", "pipeline",
+    "worker", "sweep", "sync", "__main__",
 ]  # fmt: skip
 
 

@@ -45,6 +45,8 @@ def test_the_defaults_have_no_problem() -> None:
         ("training.epochs", 0.0),
         ("training.max_steps", 0),
         ("training.batch_size", 0),
+        ("evaluation.batch_tokens", 0),
+        ("evaluation.dtype", "fp8"),
         ("training.max_length", 1),
         ("training.precision", "fp8"),
         ("training.device", "tpu"),

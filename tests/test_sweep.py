@@ -218,3 +218,38 @@ def test_a_killed_sweep_leaves_no_worker_behind(tmp_path: Path) -> None:
     sweep.stderr.close()
     (status,) = tmp_path.glob("outputs/*/status.json")
     assert '"running"' in status.read_text(encoding="utf-8")
+
+
+def test_the_base_is_scored_once_and_by_the_fast_path(
+    finetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run of a sweep, and a later sweep elsewhere, spend no time on the base."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    finetune(*TINY, "lora.r=2,4", "--multirun")
+    logs = [log.read_text() for log in sorted(tmp_path.glob("outputs/*/finetune.log"))]
+    assert sorted(log.count("base: demo_science: 12 questions") for log in logs) == [0, 1]
+    assert all("tuned: demo_science: 12 questions" in log for log in logs)
+    finetune(*TINY, "lora.r=8", "output_dir=elsewhere")
+    (log,) = tmp_path.glob("elsewhere/*/finetune.log")
+    assert "base:" not in log.read_text()
+    for path in tmp_path.glob("*/*/evaluation/demo_science.json"):
+        scores = json.loads(path.read_text())
+        for side in ("base", "tuned"):
+            assert scores[side]["scoring"]["path"] == "shared"
+            assert scores[side]["scoring"]["reason"] is None
+            assert scores[side]["scoring"]["differences"]["float32"] < 1e-4
+            assert scores[side]["scoring"]["forwarded_tokens"] > 0
+
+
+def test_a_lower_dtype_is_said_with_the_answers_it_flips(finetune: Command, tmp_path: Path) -> None:
+    """evaluation.dtype=bf16 scores anew and counts what changed against the model's own dtype."""
+    done = finetune(*TINY, "evaluation.dtype=bf16")
+    assert done.returncode == 0
+    assert "another dtype flipped" in done.stderr
+    (path,) = tmp_path.glob("outputs/*/evaluation/demo_science.json")
+    assert json.loads(path.read_text())["tuned"]["scoring"]["sampled"] == 12
+    (run,) = tmp_path.glob("outputs/*")
+    done = finetune(*TINY)
+    assert done.returncode == 0
+    assert [path.name for path in tmp_path.glob("outputs/*")] == [run.name]  # trained once
+    assert json.loads(path.read_text())["tuned"]["scoring"]["sampled"] == 0

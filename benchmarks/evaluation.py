@@ -1,0 +1,130 @@
+"""Measure the scorer against lm-eval's own HFLM: the same questions, one thread, fp32.
+
+    python benchmarks/evaluation.py [--quick] [--data FOLDER]
+
+FOLDER holds arc_easy_test.jsonl and arc_easy_train.jsonl; without it only the demo is measured.
+Both score in one process on one core, in turns. Prints what each took and said, and at the end
+one JSON object a comparison; a ratio above 1 means that ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from finetune.config import EvaluationConfig, ModelConfig
+from finetune.evaluation import TaskScore, load_task, score
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.prefix_tree import count_tokens
+from finetune.scoring import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+ROUNDS = 2
+
+
+class Stock(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """HFLM as it is, with a place for what the scores are described by."""
+
+    scoring = Scoring("plain", "it is measured")
+
+
+class Timed:
+    """Passes requests on, and keeps how long they took and what came back."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        self.seconds = 0.0
+        self.answers: list[tuple[float, bool]] = []
+        self.loglikelihood_of = lm.loglikelihood
+        lm.loglikelihood = self.loglikelihood
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Answer by the model, timed."""
+        started = time.perf_counter()
+        self.answers = self.loglikelihood_of(requests)
+        self.seconds += time.perf_counter() - started
+        return self.answers
+
+
+def compare(what: str, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Score one task by both in turns; print and return the comparison."""
+    model = ModelConfig()
+    source = find_model(model)
+    base = load_base(model, source, torch.device("cpu"))
+    tokenizer = load_tokenizer(model, source)
+    task = load_task(evaluation.tasks[0], evaluation)
+    stock = Timed(Stock(pretrained=base, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE))
+    ours = Timed(SharedContextLM(base, tokenizer))
+    scores: dict[str, TaskScore] = {}
+    for number in range(ROUNDS):
+        for name, timed in (("stock", stock), ("ours", ours))[:: 1 if number % 2 == 0 else -1]:
+            scores[name] = score(timed.lm, task, evaluation)
+    differences = [abs(a[0] - b[0]) for a, b in zip(ours.answers, stock.answers, strict=True)]
+    equal = scores["stock"].items == scores["ours"].items and max(differences) <= 1e-4
+    least, read = needed_tokens(ours.lm, [i for t in task.tasks.values() for i in t.instances])
+    shown = {name: scores[name].metrics for name in scores}
+    print(f"\n{what}: {len(scores['ours'].items)} questions, {len(differences)} requests")
+    for name, timed in (("stock", stock), ("ours", ours)):
+        accuracy = "  ".join(f"{m} {shown[name][m]:.6f}" for m in ("acc", "acc_norm"))
+        print(f"  {name:5}  {timed.seconds / ROUNDS:7.1f} s  {accuracy}")
+    print(f"  ratio {stock.seconds / ours.seconds:.2f}, largest difference {max(differences):.2g}")
+    print(
+        f"  tokens: stock {read}, ours {ours.lm.scoring.forwarded_tokens}, least possible {least}"
+    )
+    return {
+        "what": what,
+        "ratio": round(stock.seconds / ours.seconds, 2),
+        "ours": round(ours.seconds / ROUNDS, 1),
+        "stock": round(stock.seconds / ROUNDS, 1),
+        "equal": equal,
+    }
+
+
+def needed_tokens(lm: SharedContextLM, instances: Sequence[Instance]) -> tuple[int, int]:
+    """Return the least tokens that must be forwarded, and those that stock forwards unpadded."""
+    requests: list[Request] = []
+    for instance in instances:
+        context, continuation = instance.args
+        requests.append((instance.args, *lm._encode_pair(context, continuation)))
+    sequences = [lm._tokens((tuple(a), tuple(b))) for _, a, b in requests]
+    return count_tokens(list(set(sequences))), sum(map(len, sequences))
+
+
+def main() -> None:
+    """Run all comparisons whose data is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer questions: two minutes")
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of ARC-Easy files")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    few, many = (12, 40) if given.quick else (60, 200)
+    found = [compare("demo_science", EvaluationConfig(["demo_science"], limit=many))]
+    files = {split: str(given.data / f"arc_easy_{split}.jsonl") for split in ("test", "train")}
+    if all(Path(file).is_file() for file in files.values()):
+        for what, shots, limit in (("zero-shot", 0, many), ("5-shot", 5, few)):
+            evaluation = EvaluationConfig(
+                ["arc_easy"], num_fewshot=shots, limit=limit, data_files={"arc_easy": files}
+            )
+            found.append(compare(f"arc_easy {what}", evaluation))
+    else:
+        print(f"no ARC-Easy files in {given.data}: measured on the demo alone")
+    print()
+    for comparison in found:
+        print(json.dumps(comparison))
+
+
+if __name__ == "__main__":
+    main()

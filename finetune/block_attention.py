@@ -1,0 +1,130 @@
+"""Attention over a row of token trees, each block of it apart, for models that let us.
+
+A model calls the function that its `attn_implementation` names; for the time of a forward pass
+this one is named there. It needs no mask over the whole row and computes nothing between blocks.
+
+Axes: head, token = place in the row, feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.models import sliding_window
+from finetune.prefix_tree import Tree, build_blocks
+
+BLOCK_TOKENS = {"cpu": 128, "cuda": 512}  # smaller ones waste less, larger ones launch less
+NAME = "finetune_blocks"
+
+
+def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | None:
+    """Return why a model's attention cannot be cut into blocks; None leaves it to the check.
+
+    Args:
+        model: the model.
+        longest: tokens of the longest sequence.
+    """
+    base = _base(model)
+    settings = base.config.get_text_config().to_dict()
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        return "the adapter is learned prompts"
+    if settings.get("alibi") or settings["model_type"] in ("bloom", "mpt"):
+        return "its positions are ALiBi's, which follow the place in the row"
+    layers = set(settings.get("layer_types") or ())
+    unsuited = layers - {"full_attention", "sliding_attention", "chunked_attention"}
+    if unsuited:
+        return f"it has layers of {', '.join(sorted(unsuited))}"
+    window = sliding_window(base.config)
+    if window is not None and longest > window:
+        return f"its attention window of {window} is shorter than the longest {longest} tokens"
+    attention = base.config._attn_implementation
+    return None if attention in ("sdpa", "eager") else f"its attention is {attention}"
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+class BlockAttention:
+    """A model's attention, replaced for a while by one that follows a row's blocks."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self._base = _base(model)
+        self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let the model attend block by block."""
+        before = self._base.config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
+        self._base.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            self._base.set_attn_implementation(before)
+            self._blocks = []
+
+    def lay_out(self, tree: Tree) -> None:
+        """Say which row the next forward pass is about."""
+        device = self._base.device
+        self._blocks = []
+        for block in build_blocks(tree, BLOCK_TOKENS[device.type]):
+            keys = torch.tensor([*block.path, *range(block.start, block.end)], device=device)
+            visible = torch.from_numpy(block.visible).to(device)
+            hidden = torch.zeros(visible.shape, dtype=self._base.dtype, device=device)
+            hidden.masked_fill_(~visible, -torch.inf)
+            self._blocks.append((slice(block.start, block.end), keys, hidden))
+
+    def _attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend [1, head, token, feature] block by block; return [1, token, head, feature]."""
+        unknown = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
+        if unknown:
+            raise ValueError(f"its attention takes {unknown[0]}")
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        parts = []
+        for place, keys, hidden in self._blocks:
+            k, v = key.index_select(2, keys), value.index_select(2, keys)
+            if softcap is None:
+                part = F.scaled_dot_product_attention(
+                    query[:, :, place], k, v, attn_mask=hidden.to(query.dtype), scale=scaling
+                )
+            else:
+                part = _capped_attention(query[:, :, place], k, v, hidden, scaling, softcap)
+            parts.append(part)
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attend with soft-capped scores (Gemma 2, arXiv:2408.00118), which SDPA has no name for."""
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap + hidden
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value

@@ -1,0 +1,322 @@
+"""Answer lm-eval's log-likelihood requests with every shared token forwarded once.
+
+lm-eval keeps tasks, prompts, tokens, truncation and metrics; only the forward passes differ. The
+requests of a batch lie as one tree in one unpadded row (see `prefix_tree`), each block of it is
+attended apart, and the head sees only positions that predict. A sample also goes through
+lm-eval's own path first; where the two differ, that path does the rest, and the result says so.
+
+Axes: token = place in the row, row = position that predicts, vocabulary, head.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import psutil
+import torch
+import torch.nn.functional as F
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.block_attention import BlockAttention, find_obstacle
+from finetune.models import cast_parameters, head_on_rows
+from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
+
+log = logging.getLogger("finetune")
+
+PLAIN_BATCH_SIZE = 8  # lm-eval's own path on a CPU: 1 takes 1.8 times as long, 64 takes 1.4 times
+MOST_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a row; beyond, a row gets no faster
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.5}  # nats a request
+SAMPLED_QUESTIONS = 32  # whose answers are counted where a lower dtype was asked for
+
+# What a model of an unsuited architecture may raise when it gets the row.
+MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
+Answer = tuple[float, bool]  # log-likelihood, whether greedy decoding would say the same
+Key = tuple[Tokens, Tokens]  # context, continuation
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How log-likelihoods came about, and what the check beforehand saw."""
+
+    path: str = "none"  # shared, plain (lm-eval's own), or none where no request came
+    reason: str | None = None  # why it was the plain one
+    # By dtype, the largest difference between the two paths over the sample, in nats.
+    differences: Mapping[str, float] = field(default_factory=dict)
+    sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
+    flipped: int = 0  # of these, answers that changed
+    forwarded_tokens: int = 0
+    seconds: float = 0.0
+
+
+class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """lm-eval's Hugging Face model with a faster, equal `loglikelihood`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: the base model, with or without adapters in its layers.
+            tokenizer: its tokenizer.
+            batch_tokens: tokens in one row; None takes what the free memory allows.
+            dtype: to run in; None takes the model's own.
+        """
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
+        self.scoring = Scoring()
+        self._own_dtype: torch.dtype = model.dtype
+        self._dtype = dtype or model.dtype
+        self._batch_tokens = batch_tokens or self._free_tokens()
+        self._attention = BlockAttention(model)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Answer requests; lm-eval turns them into tokens as it always does."""
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        keys = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        rolling = any(texts is None for texts, _, _ in requests)
+        if rolling or any(self._is_refused(key) for key in keys):
+            answers: list[Answer] = super()._loglikelihood_tokens(
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+            return answers
+        found = self._answer(list(dict.fromkeys(keys)))
+        for (texts, _, _), key in zip(requests, keys, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, found[key])
+        return [found[key] for key in keys]
+
+    def _is_refused(self, key: Key) -> bool:
+        """Return whether lm-eval ends with an error on this request."""
+        context, continuation = key
+        return not context or not 0 < len(continuation) <= self.max_length
+
+    def _answer(self, keys: list[Key]) -> dict[Key, Answer]:
+        """Check the shared path on a sample, then answer all by it, or by lm-eval's own."""
+        started = time.monotonic()
+        truncated = sum(len(self._tokens(key)) < len(key[0] + key[1]) - 1 for key in keys)
+        if truncated:
+            log.warning(
+                "%d of %d requests are longer than the model's %d tokens and lose their beginning",
+                truncated, len(keys), self.max_length,
+            )  # fmt: skip
+        self.scoring = self._check(_by_context(keys))
+        if self.scoring.reason is not None:
+            log.warning("scored by lm-eval's own path: %s", self.scoring.reason)
+        with cast_parameters(self.model, self._dtype):
+            if self.scoring.path == "shared":
+                answers = self._shared(keys, progress=True)
+            else:
+                answers = self._plain(keys, progress=True)
+        self.scoring = replace(self.scoring, seconds=time.monotonic() - started)
+        return answers
+
+    def _check(self, questions: list[list[Key]]) -> Scoring:
+        """Compare both paths on every choice of the shortest and of the longest question."""
+        longest = len(self._tokens(max(questions[-1], key=lambda key: len(key[0] + key[1]))))
+        reason = find_obstacle(self.model, longest)
+        if reason is not None:
+            return Scoring("plain", reason)
+        try:
+            return self._compared(questions)
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_ERRORS as error:
+            text = str(error).splitlines()[0][:200] if str(error) else ""
+            return Scoring("plain", f"the model refuses the layout: {type(error).__name__}: {text}")
+
+    def _compared(self, questions: list[list[Key]]) -> Scoring:
+        sample = [*questions[0], *(questions[-1] if len(questions) > 1 else [])]
+        seen = {self._own_dtype: self._difference(sample)}
+        if self._own_dtype != torch.float32 and not getattr(self.model, "is_loaded_in_8bit", False):
+            # Its rounding alone would let a wrong layout pass.
+            with cast_parameters(self.model, torch.float32):
+                seen[torch.float32] = self._difference(questions[-1])
+        differences = {str(dtype).removeprefix("torch."): d for dtype, d in seen.items()}
+        scoring = Scoring("shared", differences=differences)
+        for dtype, difference in seen.items():
+            if not difference <= TOLERANCE[dtype]:
+                reason = f"a sample differs by {difference:.3g} in {dtype}"
+                return replace(scoring, path="plain", reason=reason)
+        return self._with_flips(scoring, questions) if self._dtype != self._own_dtype else scoring
+
+    def _difference(self, keys: list[Key]) -> float:
+        """Return the largest difference between the two paths, in nats."""
+        plain, shared = self._plain(keys), self._shared(keys)
+        differences = torch.tensor([plain[key][0] - shared[key][0] for key in keys])
+        return float(differences.abs().max())  # NaN stays NaN
+
+    def _with_flips(self, scoring: Scoring, questions: list[list[Key]]) -> Scoring:
+        """Count the sample's questions that another dtype answers otherwise."""
+        choices = [keys for keys in questions if len(keys) > 1]
+        sample = choices[:: max(1, len(choices) // SAMPLED_QUESTIONS)]
+        keys = [key for question in sample for key in question]
+        own = self._shared(keys)
+        with cast_parameters(self.model, self._dtype):
+            lower = self._shared(keys)
+
+        def picked(answers: Mapping[Key, Answer], question: list[Key]) -> Key:
+            return max(question, key=lambda key: answers[key][0])
+
+        flipped = sum(picked(own, question) != picked(lower, question) for question in sample)
+        return replace(scoring, sampled=len(sample), flipped=flipped)
+
+    def _plain(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
+        requests: list[Request] = [(None, list(context), list(rest)) for context, rest in keys]
+        answers = super()._loglikelihood_tokens(requests, disable_tqdm=not progress)
+        return dict(zip(keys, answers, strict=True))
+
+    def _shared(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
+        """Answer keys in rows of shared tokens, the longest first, halving rows that do not fit."""
+        asked: dict[Tokens, list[Key]] = {}
+        for key in keys:
+            asked.setdefault(self._tokens(key), []).append(key)
+        batches = _longest_first(split(sorted(asked), self._batch_tokens))
+        answers: dict[Key, Answer] = {}
+        with self._attention.installed(), _Progress(keys, shown=progress) as bar:
+            while batches:
+                answered = self._unless_out_of_memory(batches[0], asked)
+                if answered is None:
+                    batches = _longest_first(
+                        [part for batch in batches for part in split(batch, self._batch_tokens)]
+                    )
+                    continue
+                num_tokens, found = answered
+                answers.update(found)
+                bar.add(found, num_tokens)
+                del batches[0]
+        if progress:
+            self.scoring = replace(self.scoring, forwarded_tokens=bar.num_tokens)
+        return answers
+
+    def _tokens(self, key: Key) -> Tokens:
+        """Return what the model reads for a request: cut from the left, without the last token."""
+        return (key[0] + key[1])[-(self.max_length + 1) :][:-1]
+
+    def _unless_out_of_memory(
+        self, batch: Sequence[Tokens], asked: Mapping[Tokens, list[Key]]
+    ) -> tuple[int, dict[Key, Answer]] | None:
+        """Forward one row; None halves the rows to come, since this one does not fit."""
+        try:
+            return self._forward(batch, asked)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not _is_out_of_memory(error):
+                raise
+        self._batch_tokens = max(1, min(self._batch_tokens, sum(map(len, batch))) // 2)
+        log.warning("out of memory: going on with rows of %d tokens", self._batch_tokens)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _forward(
+        self, batch: Sequence[Tokens], asked: Mapping[Tokens, list[Key]]
+    ) -> tuple[int, dict[Key, Answer]]:
+        """Forward one row; return its number of tokens and the answers."""
+        tree = build_tree(batch)
+        row_of: dict[int, int] = {}  # token -> row of the logits
+        wanted: list[tuple[Key, list[int]]] = []
+        for sequence, path in zip(batch, tree.paths, strict=True):
+            for key in asked[sequence]:
+                places = path[-len(key[1]) :]
+                wanted.append((key, [row_of.setdefault(at, len(row_of)) for at in places]))
+        self._attention.lay_out(tree)
+        ids = torch.tensor([tree.tokens], device=self.device)
+        positions = torch.tensor([tree.positions], device=self.device)
+        rows = torch.tensor(list(row_of), device=self.device)
+        with torch.inference_mode(), head_on_rows(self.model.get_output_embeddings(), rows):
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            return len(tree.tokens), self._read(logits, wanted)
+
+    def _read(self, logits: torch.Tensor, wanted: list[tuple[Key, list[int]]]) -> dict[Key, Answer]:
+        """Read the answers off logits [row, vocabulary], as lm-eval does."""
+        scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+        rows = torch.tensor([row for _, rows in wanted for row in rows], device=logits.device)
+        targets = torch.tensor([t for key, _ in wanted for t in key[1]], device=logits.device)
+        found = scores[rows, targets]
+        greedy = found == scores.amax(-1)[rows]
+        # Of equal scores greedy decoding takes the first; looked at only where it may matter.
+        ties = greedy.nonzero()[:, 0]
+        greedy[ties] = scores[rows[ties]].argmax(-1) == targets[ties]
+        lengths = [len(rows) for _, rows in wanted]
+        parts = zip(wanted, torch.split(found, lengths), torch.split(greedy, lengths), strict=True)
+        return {key: (float(part.sum()), bool(said.all())) for (key, _), part, said in parts}
+
+    def _free_tokens(self) -> int:
+        """Return how many tokens of a row fit into half of the free memory, up to what pays."""
+        config = self.model.config.get_text_config()
+        # Per token: hidden states, the MLP's inner ones, and, at worst, logits and their softmax.
+        widths = 8 * config.hidden_size + 4 * 4 * config.hidden_size + 3 * config.vocab_size
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        fitting = int(free) // 2 // (widths * self._own_dtype.itemsize)
+        return max(64, min(MOST_TOKENS[str(self.device.type)], int(fitting)))
+
+
+def _by_context(keys: Sequence[Key]) -> list[list[Key]]:
+    """Group requests into questions, those with the shortest longest choice first."""
+    questions: dict[Tokens, list[Key]] = {}
+    for key in keys:
+        questions.setdefault(key[0], []).append(key)
+    return sorted(
+        questions.values(),
+        key=lambda choices: max(len(context + rest) for context, rest in choices),
+    )
+
+
+def _longest_first(batches: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:
+    """Put first what needs most memory, so that a row that does not fit shows at once."""
+    return sorted(batches, key=lambda batch: -count_tokens(batch))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out or "can't allocate memory" in str(error)  # of torch's CPU allocator
+
+
+class _Progress:
+    """One bar: questions answered, tokens a second, time left."""
+
+    def __init__(self, keys: Sequence[Key], *, shown: bool) -> None:
+        self._left = Counter(context for context, _ in keys)  # requests a question still waits for
+        self._bar = tqdm(
+            total=len(self._left), disable=not shown, desc="score", unit="question", smoothing=0.1
+        )
+        self._started = time.monotonic()
+        self.num_tokens = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, answers: Mapping[Key, Answer], num_tokens: int) -> None:
+        """Count what one row answered."""
+        self.num_tokens += num_tokens
+        answered = Counter(context for context, _ in answers)
+        self._left -= answered
+        speed = self.num_tokens / (time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+        self._bar.update(sum(context not in self._left for context in answered))
