@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from finetune.models import sliding_window
 from finetune.prefix_tree import Tree, build_blocks
 
-BLOCK_TOKENS = {"cpu": 128, "cuda": 512}  # smaller ones waste less, larger ones launch less
+BLOCK_TOKENS = {"cpu": 64, "cuda": 512}  # smaller ones waste less, larger ones launch less
 NAME = "finetune_blocks"
 
 

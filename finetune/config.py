@@ -139,6 +139,9 @@ class SweepConfig:
 
     name: str | None = None  # folder below report_dir; null makes one from what is swept
     fail_fast: bool = False  # stop at the first failed run
+    retry_failed: bool = True  # whether a run that failed before is tried again; diverged: never
+    job_timeout: float | None = None  # seconds that one run may take; null means no bound
+    dry_run: bool = False  # check everything, print the plan, run nothing
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.config import DataConfig, TrainingConfig, local_path
 from finetune.models import hub_commit
 from finetune.prompts import BY_NAME, Template
-from finetune.runs import file_digest
+from finetune.run_folder import file_digest
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 Row = Mapping[str, Any]

@@ -31,7 +31,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from finetune.config import EvaluationConfig, nearest
 from finetune.data import READERS
-from finetune.runs import digest, write_atomic
+from finetune.run_folder import digest, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
@@ -238,7 +238,9 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _items(samples: list[dict[str, Any]]) -> Iterator[Item]:
+def _items(samples: list[dict[str, Any]]) -> list[Item]:
+    """Return one item a question; a task that filters answers in several ways has all in it."""
+    items: dict[int, Item] = {}
     for sample in samples:
         suffix = "" if sample["filter"] == "none" else f"_{sample['filter']}"
         outcomes = {
@@ -246,7 +248,9 @@ def _items(samples: list[dict[str, Any]]) -> Iterator[Item]:
             for metric in sample["metrics"]
             if isinstance(sample[metric], int | float)
         }
-        yield Item(sample["doc_hash"], sample["prompt_hash"], outcomes)
+        empty = Item(sample["doc_hash"], sample["prompt_hash"], {})
+        items.setdefault(sample["doc_id"], empty).outcomes.update(outcomes)
+    return list(items.values())
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from finetune.config import ModelConfig, local_path
-from finetune.runs import cache_dir, digest, file_digest, slug, write_atomic
+from finetune.run_folder import cache_dir, digest, file_digest, slug, write_atomic
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_TIMEOUT_SECONDS = 10.0

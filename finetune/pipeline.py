@@ -5,11 +5,14 @@ Runs in the worker process; the sweep reads what it leaves in the run's folder.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import platform
+import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,11 +27,22 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, evaluation, models, training
-from finetune.config import Config, EvaluationConfig, find_problems
+from finetune.config import Config, EvaluationConfig, ModelConfig, find_problems
 from finetune.data import Examples
 from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
 from finetune.models import Source
-from finetune.runs import EventLog, Job, Plan, RunFolder, State, Status, cache_dir, digest, slug
+from finetune.run_folder import (
+    EventLog,
+    Job,
+    Plan,
+    RunFolder,
+    State,
+    Status,
+    cache_dir,
+    digest,
+    slug,
+    write_atomic,
+)
 from finetune.scoring import SharedContextLM
 
 log = logging.getLogger("finetune")
@@ -36,6 +50,10 @@ log = logging.getLogger("finetune")
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
+LESS_MEMORY = (
+    "a smaller training.batch_size with more training.gradient_accumulation_steps, "
+    "training.gradient_checkpointing=true or model.quantization=nf4 need less"
+)
 SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 # Settings that leave a trained adapter's numbers as they are.
 NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
@@ -70,7 +88,9 @@ def prepare(config: Config) -> Plan:
             problems.append(str(error))
     if problems:
         return Plan(None, problems)
-    return Plan(_folder(config, find_inputs(config)).path, [])
+    inputs = find_inputs(config)
+    folder = _folder(config, inputs)
+    return Plan(folder.path, [], finished=_is_done(config, inputs, folder))
 
 
 def _find_model_problems(config: Config) -> list[str]:
@@ -154,13 +174,17 @@ def run(job: Job) -> State:
     folder = _folder(job.config, inputs)
     with folder.locked(), _recording(folder) as events:
         if _is_done(job.config, inputs, folder):
-            log.info("%s is finished already", folder.name)
+            tuned, *base = _scorers(job.config, inputs, folder)
+            tasks = _load_tasks(job.config)
+            _write_scores(folder, tuned.read(tasks), base[0].read(tasks) if base else {})
             return "finished"
         started = time.time()
         _describe(job, inputs, folder, events)
         folder.write_status(Status("running", started=started))
         events.status("running")
         state, reason = _guarded(job.config, inputs, folder, events)
+        if state != "finished":
+            _release_memory()
         folder.write_status(Status(state, reason, started, time.time()))
         events.status(state, reason)
     return state
@@ -188,6 +212,9 @@ def _guarded(
         return "diverged", str(error)
     except KeyboardInterrupt:
         return "interrupted", "interrupted by the user"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        log.error("%s ran out of memory: %s", folder.name, error)
+        return "failed", f"out of memory; {LESS_MEMORY}: {error}"
     except Exception as error:
         log.error("%s failed: %s", folder.name, error)
         log.debug("where it failed", exc_info=True)  # for the run's log, not for the screen
@@ -198,13 +225,30 @@ def _run_stages(config: Config, inputs: Inputs, folder: RunFolder, events: Event
     """Score the base, train, score the result; each only where that is not done yet."""
     tasks = _load_tasks(config)
     tokenizer = models.load_tokenizer(config.model, inputs.source)
-    model = models.load_base(config.model, inputs.source, inputs.device)
+    model = _base(json.dumps(asdict(config.model)), inputs.source, str(inputs.device))
     tuned, *base = _scorers(config, inputs, folder)
     for scorer in base:
         scorer.score(tasks, model, tokenizer)
     adapted = _trained(config, inputs, folder, events, model, tokenizer)
     tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
-    _write_results(folder, events, tuned.read(tasks), base[0].read(tasks) if base else {})
+    adapted.unload()  # the base is what it was, for the next run
+    scores = tuned.read(tasks), base[0].read(tasks) if base else {}
+    _write_scores(folder, *scores)
+    _tell_scores(folder, events, *scores)
+
+
+@lru_cache(maxsize=1)
+def _base(settings: str, source: Source, device: str) -> PreTrainedModel:
+    """Load a base once for the runs that follow each other; `settings` is its section as JSON."""
+    return models.load_base(ModelConfig(**json.loads(settings)), source, torch.device(device))
+
+
+def _release_memory() -> None:
+    """Let go of a base that a failed run may have left altered, and of all it held."""
+    _base.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _trained(
@@ -229,6 +273,7 @@ def _trained(
     result = training.train(adapted, tokenizer, examples, arguments, events)
     adapters.save(adapted, folder.adapter)
     folder.write_json("training.json", asdict(result))
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return adapted
 
 
@@ -311,28 +356,40 @@ class Scorer:
                     log.info("%s: %s", "tuned" if self.adapter else "base", score.describe())
 
 
-def _write_results(
+def _write_scores(
+    folder: RunFolder, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
+) -> None:
+    """Write each task's scores and its questions' outcomes, base beside tuned."""
+    for name, score in tuned.items():
+        pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
+        folder.write_json(
+            f"evaluation/{name}.json", {side: one.summary() for side, one in pair.items()}
+        )
+        items: dict[tuple[str, int], dict[str, Any]] = {}
+        for side, one in pair.items():
+            seen: Counter[str] = Counter()  # a task may ask the same question twice
+            for item in one.items:
+                seen[item.hash] += 1
+                line = items.setdefault(
+                    (item.hash, seen[item.hash]), {"hash": item.hash, "prompt": item.prompt_hash}
+                )
+                line[side] = item.outcomes
+        lines = "".join(json.dumps(line) + "\n" for line in items.values())
+        write_atomic(folder.evaluation / f"{name}.items.jsonl", lines)
+
+
+def _tell_scores(
     folder: RunFolder,
     events: EventLog,
     tuned: Mapping[str, TaskScore],
     base: Mapping[str, TaskScore],
 ) -> None:
-    """Write each task's scores and question outcomes, base beside tuned, and report them."""
+    """Put the scores, and what the run leaves, into its event log."""
     for name, score in tuned.items():
-        pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
-        described = {side: one.summary() for side, one in pair.items()}
-        folder.write_json(f"evaluation/{name}.json", described)
-        items: dict[str, dict[str, Any]] = {}
-        for side, one in pair.items():
-            for item in one.items:
-                line = items.setdefault(item.hash, {"hash": item.hash, "prompt": item.prompt_hash})
-                line.setdefault(side, {}).update(item.outcomes)
-        lines = "".join(json.dumps(line) + "\n" for line in items.values())
-        (folder.evaluation / f"{name}.items.jsonl").write_text(lines, encoding="utf-8")
-        events.metrics({f"{name}/{key}": value for key, value in score.metrics.items()}, 0)
+        told = dict(score.metrics)
         if name in base:
-            scores = base[name].metrics.items()
-            events.metrics({f"{name}/base_{key}": value for key, value in scores}, 0)
+            told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
+        events.metrics({f"{name}/{key}": value for key, value in told.items()}, 0)
     for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
         if (folder.path / path).exists():
             events.artifact(path, into)

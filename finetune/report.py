@@ -1,129 +1,207 @@
-"""What a sweep came to, read from its runs' folders: `results.csv` and the table on screen."""
+"""A sweep's report, `python -m finetune.report FOLDER`: results.csv, report.md, report.html.
+
+Everything comes from the files that the runs left, so it can be written again at any time.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+import base64
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from finetune.runs import RunFolder, write_atomic
+from finetune.comparison import Difference, SeedDifference, compare_seeds
+from finetune.results import Results, read_outcomes, read_results, write_csv
+from finetune.run_folder import RunFolder, write_atomic
 
-COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
-MAIN_METRICS = ("acc", "acc_norm")
+log = logging.getLogger("finetune")
+
+SEED_KEYS = ("training.seed", "training.data_seed")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run of a sweep: its folder, its place in the grid, and its MLflow run."""
+class Line:
+    """One run in the table of a metric."""
 
-    folder: RunFolder
-    swept: Mapping[str, str]
-    mlflow_run_id: str | None = None
-
-
-Result = dict[str, Any]  # one row of results.csv
+    label: str
+    run: str
+    difference: Difference
 
 
-def read_result(entry: Entry, tasks: Sequence[str]) -> Result:
-    """Return one row of `results.csv`; what a run has not come to is absent."""
-    status = entry.folder.status()
-    row: Result = {
-        "run": entry.folder.name,
-        **entry.swept,
-        "status": status.state if status else "pending",
-        "reason": status.reason if status else None,
+def write_report(folder: Path) -> Results:
+    """Write all that a report consists of into a sweep's folder.
+
+    Raises:
+        ValueError: the folder is not a sweep's.
+    """
+    from finetune.figures import draw_figures
+
+    results = read_results(folder)
+    write_csv(results)
+    figures = draw_figures(results)
+    shown = _content(results)
+    links = {caption: f"figures/{path.name}" for caption, path in figures.items()}
+    embedded = {
+        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        for caption, path in figures.items()
     }
-    trained = entry.folder.read_json("training.json") or {}
-    seconds = 0.0
-    for task in tasks:
-        scores = entry.folder.read_json(f"evaluation/{task}.json")
-        if scores:
-            row.update(_task_columns(task, scores))
-            seconds += scores["tuned"]["seconds"]
-    row["train/loss"] = trained.get("loss")
-    row["validation/loss"] = trained.get("validation_loss")
-    row["evaluation_seconds"] = seconds or None
-    row.update({name: trained.get(name) for name in COSTS})
-    row["mlflow_run_id"] = entry.mlflow_run_id
-    return row
-
-
-def _task_columns(task: str, scores: Mapping[str, Any]) -> Result:
-    """Return a task's tuned metrics, and for each the base's and the difference to it."""
-    tuned = scores["tuned"]["metrics"]
-    base = scores["base"]["metrics"] if "base" in scores else {}
-    columns: Result = {f"{task}/{name}": value for name, value in tuned.items()}
-    for name, value in base.items():
-        if not name.endswith("_stderr"):
-            columns[f"{task}/base_{name}"] = value
-            columns[f"{task}/{name}_diff"] = tuned[name] - value
-    return columns
-
-
-def write_results(path: Path, rows: Sequence[Result]) -> None:
-    """Write `results.csv`: one line a run, the columns of all runs, in the order they come."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", "validation/loss", "evaluation_seconds", *COSTS, "mlflow_run_id"]
-    columns = [name for name in columns if name not in last] + last
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-def render_table(rows: Sequence[Result], swept: Sequence[str], tasks: Sequence[str]) -> Table:
-    """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
-    metrics = [f"{task}/{name}" for task in tasks for name in _shown_metrics(task, rows)]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for key in swept or ["run"]:
-        table.add_column(key, overflow="fold")
-    table.add_column("status")
-    for metric in metrics:
-        task, name = metric.rsplit("/", 1)
-        table.add_column(f"{task}\n{name}", justify="right")
-    table.add_column("train\nloss", justify="right")
-    table.add_column("train\ntime", justify="right")
-    for row in rows:
-        cells = [str(row.get(key, "")) for key in swept or ["run"]]
-        cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
-        cells += [_number(row["train/loss"], ".3f"), _number(row["train_seconds"], ".0f", " s")]
-        table.add_row(*cells)
-    return table
-
-
-def _shown_metrics(task: str, rows: Sequence[Result]) -> list[str]:
-    """Return a task's metrics that have a base beside them, acc and acc_norm first."""
-    prefix = f"{task}/base_"
-    names = dict.fromkeys(
-        name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)
+    pages = Environment(
+        loader=PackageLoader("finetune"),
+        autoescape=select_autoescape(["html.j2", "html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    without_base = [name for name in MAIN_METRICS if any(f"{task}/{name}" in row for row in rows)]
-    return sorted(names, key=lambda name: name not in MAIN_METRICS) or without_base
+    pages.filters |= {"points": _points, "p_value": _p_value, "cell": _cell}
+    for name, images in (("report.md", links), ("report.html", embedded)):
+        page = pages.get_template(f"{name}.j2").render(**shown, figures=images)
+        write_atomic(folder / name, page.rstrip() + "\n")
+    return results
 
 
-def _score_cell(row: Result, metric: str) -> str:
+def _content(results: Results) -> dict[str, Any]:
+    """Gather what both pages show."""
+    rows = results.rows
+    return {
+        "name": results.record.name,
+        "command": " ".join(["python -m finetune", *results.record.command]),
+        "verdict": verdict(results),
+        "swept": results.record.swept,
+        "tables": {metric: _lines(results, metric) for metric in results.comparisons},
+        "comparisons": results.comparisons,
+        "seeds": _seeds(results),
+        "rows": rows,
+        "failed": [row for row in rows if row["status"] in ("failed", "diverged", "interrupted")],
+        "waiting": [row for row in rows if row["status"] in ("pending", "running")],
+        "last_lines": {
+            run.name: status.last_lines for run in results.runs if (status := run.status())
+        },
+        "remarks": results.remarks,
+        "label": results.label,
+        "samples": _samples(results),
+        "provenance": _provenance(results.runs),
+    }
+
+
+def verdict(results: Results) -> str:
+    """Say in two sentences what the sweep has shown, and no more than it has."""
+    metric = results.main_metric
+    if metric is None:
+        return "No run has been scored beside its base yet, so there is nothing to compare."
+    comparison = results.comparisons[metric]
+    lines = {line.run: line for line in _lines(results, metric)}
+    best = lines[comparison.best()]
+    found = best.difference
+    grid = len(comparison.differences)
+    proven = sum(line.difference.is_proven and line.difference.value > 0 for line in lines.values())
+    interval = f"[{_points(found.low)}, {_points(found.high)}]"
+    tested = f"{_p_value(found.p_adjusted)}, adjusted for {grid} {'run' if grid == 1 else 'runs'}"
+    if found.is_proven and found.value > 0:
+        first = (
+            f"{best.label} scores {found.tuned:.4f} in {metric}, {_points(found.value)} points "
+            f"{interval} from the base's {found.base:.4f} ({tested})."
+        )
+        chosen = (
+            f"{proven} of {grid} runs are proven better than the base; the best was picked on the "
+            "questions it is reported on, so expect a little less of it."
+        )
+        return f"{first} {chosen}" if grid > 1 else f"{first} {_detectable(comparison.detectable)}"
+    first = (
+        f"No run is proven better than the base in {metric}: the best, {best.label}, differs by "
+        f"{_points(found.value)} points {interval} ({tested})."
+    )
+    return f"{first} {_detectable(comparison.detectable)}"
+
+
+def _detectable(value: float) -> str:
+    return f"Differences from {value * 100:.1f} points on would have been seen in 4 of 5 cases."
+
+
+def _lines(results: Results, metric: str) -> list[Line]:
+    differences = results.comparisons[metric].differences
+    return [
+        Line(results.label(row), row["run"], differences[row["run"]])
+        for row in results.rows
+        if row["run"] in differences
+    ]
+
+
+def _seeds(results: Results) -> dict[str, SeedDifference]:
+    """Compare settings over their seeds, where seeds were swept."""
+    metric = results.main_metric
+    keys = [key for key in results.record.swept if key not in SEED_KEYS]
+    if metric is None or len(keys) == len(results.record.swept):
+        return {}
     task, name = metric.rsplit("/", 1)
-    tuned, base = row.get(metric), row.get(f"{task}/base_{name}")
-    if tuned is None:
+    settings: dict[str, list[RunFolder]] = defaultdict(list)
+    for run, row in zip(results.runs, results.rows, strict=True):
+        if row["run"] in results.comparisons[metric].differences:
+            settings[", ".join(f"{key}={row[key]}" for key in keys) or "all seeds"].append(run)
+    found = {}
+    for label, runs in settings.items():
+        pairs = [pair for run in runs if (pair := read_outcomes(run, task, name)) is not None]
+        if len(pairs) > 1:
+            found[label] = compare_seeds(pairs[0][0], [tuned for _, tuned in pairs])
+    return found
+
+
+def _samples(results: Results) -> list[Mapping[str, str]]:
+    """Return prompts with the answers of base and best run, where they were recorded."""
+    metric = results.main_metric
+    if metric is None:
+        return []
+    best = results.comparisons[metric].best()
+    run = next(run for run in results.runs if run.name == best)
+    samples: list[Mapping[str, str]] = run.read_json("samples.json") or []
+    return samples
+
+
+def _provenance(runs: list[RunFolder]) -> dict[str, str]:
+    """Return what was compared and where: the same for all runs, or said where it is not."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for run in runs:
+        environment = run.read_json("environment.json") or {}
+        for package, number in (environment.get("versions") or {}).items():
+            found[package][str(number)] = None
+        for key in ("python", "platform", "processor", "threads", "gpu", "git_commit"):
+            if environment.get(key) is not None:
+                found[key][str(environment[key])] = None
+    return {key: ", ".join(values) for key, values in found.items()}
+
+
+def _points(value: float) -> str:
+    return f"{value * 100:+.1f}"
+
+
+def _p_value(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".", 1)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
         return ""
-    if base is None:
-        return f"{tuned:.4f}"
-    return f"{base:.4f} -> {tuned:.4f}\n{tuned - base:+.4f}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def main() -> None:
+    """Write the report of the folder given on the command line."""
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: python -m finetune.report multirun_reports/SWEEP", file=sys.stderr)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    try:
+        results = write_report(Path(sys.argv[1]))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(verdict(results))
+    print(f"written: {results.folder / 'report.html'}, report.md, results.csv, figures/")
 
 
-def print_table(table: Table) -> None:
-    """Print a table to the terminal, or whole and uncoloured where there is none."""
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+if __name__ == "__main__":
+    main()

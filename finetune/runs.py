@@ -1,236 +1,94 @@
-"""A run on disk: its identity, folder, status, lock and event log; what it computes lives above.
-
-Nothing here imports torch or MLflow, so that the sweep's own process and the commands beside it
-can read runs at once.
-"""
+"""`python -m finetune.runs`: list runs, or compare any two of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+import yaml
+from rich.table import Table
 
-from finetune.config import Config
-
-State = Literal["running", "finished", "failed", "interrupted", "diverged"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One point of the grid, as composed; `swept` maps each swept key to its value here."""
-
-    config: Config
-    yaml: str  # unresolved, so that secrets stay interpolations
-    overrides: list[str]
-    swept: dict[str, str]
+from finetune.comparison import compare
+from finetune.results import print_table, read_outcomes
+from finetune.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What checking a job found: its run's folder, or why it cannot run."""
-
-    folder: Path | None
-    problems: list[str]
-
-
-def digest(value: Any) -> str:
-    """Return the sha256 (hex) of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def slug(text: str) -> str:
-    """Return `text` as a name for one file or folder: lower case, digits, `-`, `_`, `.` inside."""
-    return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or "run"
-
-
-def cache_dir() -> Path:
-    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache."""
-    if "FINETUNE_CACHE" in os.environ:
-        return Path(os.environ["FINETUNE_CACHE"]).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
+def main() -> None:
+    """List the runs of a folder, or compare two; exit code 2 where there is none."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.runs", description=__doc__)
+    parser.add_argument("compare", nargs="*", type=Path, help="two runs' folders to compare")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs lie")
+    given = parser.parse_args()
+    if given.compare:
+        if len(given.compare) != 2:
+            parser.error("give two runs to compare, or none to list all")
+        runs = [RunFolder(path) for path in given.compare]
+        missing = [str(run.path) for run in runs if run.status() is None]
+        if missing:
+            print(f"no run in {', '.join(missing)}: status.json is missing", file=sys.stderr)
+            sys.exit(2)
+        print_table(render_pair(runs[0], runs[1]))
+        return
+    found = [RunFolder(path.parent) for path in sorted(given.outputs.glob("*/status.json"))]
+    if not found:
+        print(f"no runs in {given.outputs}/", file=sys.stderr)
+        sys.exit(2)
+    print_table(render_list(found))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def render_list(runs: Sequence[RunFolder]) -> Table:
+    """Return a table of runs: state, when, what was set, and scores."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("run", "state", "ended", "settings", "scores"):
+        table.add_column(name, overflow="fold")
+    for run in runs:
+        status = run.status()
+        assert status is not None, "the list is of folders with a status"
+        ended = datetime.fromtimestamp(status.ended).strftime("%m-%d %H:%M") if status.ended else ""
+        table.add_row(run.name, status.state, ended, " ".join(_overrides(run)), _scores(run))
+    return table
 
 
-@dataclass(frozen=True)
-class Status:
-    """What `status.json` says of a run; times are seconds since the epoch."""
-
-    state: State
-    reason: str | None = None
-    started: float | None = None
-    ended: float | None = None
+def _overrides(run: RunFolder) -> list[str]:
+    path = run.path / "overrides.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or [] if path.exists() else []
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of one run, by name; `path` is `outputs/<slug>-<identity>`."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "finetune.log"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
-
-    def status(self) -> Status | None:
-        """Return the recorded status, or None for a run that never started."""
-        try:
-            return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-
-    def write_status(self, status: Status) -> None:
-        self.write_json("status.json", asdict(status))
-
-    def read_json(self, name: str) -> Any:
-        """Return the JSON file `name` of this run, or None if it is not there."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-
-    def write_json(self, name: str, value: Any) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(value, indent=1) + "\n")
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold this run alone; the kernel frees the lock of a process that died.
-
-        Raises:
-            BlockingIOError: another live process works on the run.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
-        except Timeout:
-            raise BlockingIOError(
-                f"another process is working on {self.path}; wait for it to end"
-            ) from None
+def _scores(run: RunFolder) -> str:
+    parts = []
+    for path in sorted(run.evaluation.glob("*.json")):
+        metrics = (run.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]
+        shown = [f"{name} {metrics[name]:.4f}" for name in ("acc", "acc_norm") if name in metrics]
+        parts.append(f"{path.stem}: {', '.join(shown)}")
+    return "; ".join(parts)
 
 
-class EventLog:
-    """Append every metric, parameter and state of a run to `events.jsonl` as it happens.
-
-    One JSON object a line, told apart by `event`: metric (key, value, step, time), param and tag
-    (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
-    to the run's folder and to the artifact root), status (state, reason, time). Times are
-    milliseconds since the epoch. A step, parameter, tag or data set that the log already holds is
-    not written again, so a resumed run has each once.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step: dict[str, int] = {}
-        self._told: set[str] = set()
-        self._recover(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def _recover(self, path: Path) -> None:
-        """Cut off a line that a kill left half-written; remember what the others told."""
-        if not path.exists():
-            return
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            os.truncate(path, len(kept))
-        for line in kept.decode().splitlines():
-            event = json.loads(line)
-            self._told.add(line)
-            if event["event"] == "metric":
-                key, step = event["key"], event["step"]
-                self._last_step[key] = max(step, self._last_step.get(key, -1))
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record finite metrics at `step`; a non-finite one belongs into a status' reason."""
-        for key, value in values.items():
-            if step > self._last_step.get(key, -1) and math.isfinite(value):
-                self._write("metric", key=key, value=float(value), step=step, time=_now_ms())
-                self._last_step[key] = step
-
-    def params(self, values: Mapping[str, str]) -> None:
-        for key, value in values.items():
-            self._write_once("param", key=key, value=value)
-
-    def tag(self, key: str, value: str) -> None:
-        self._write_once("tag", key=key, value=value)
-
-    def dataset(self, name: str, *, digest: str, source: str, context: str, rows: int) -> None:
-        fields = {"name": name, "digest": digest, "source": source}
-        self._write_once("dataset", **fields, context=context, rows=rows)
-
-    def artifact(self, path: str, folder: str) -> None:
-        self._write("artifact", path=path, folder=folder)
-
-    def status(self, state: State, reason: str | None = None) -> None:
-        self._write("status", state=state, reason=reason, time=_now_ms())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
-
-    def _write_once(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, **fields})
-        if line not in self._told:
-            self._told.add(line)
-            self._file.write(line + "\n")
+def render_pair(one: RunFolder, other: RunFolder) -> Table:
+    """Return a table of two runs' scores on the same questions, with what is proven."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("metric", one.name, other.name, "difference", "95 %", "now right / wrong", "p"):
+        table.add_column(name, overflow="fold", justify="right" if name != "metric" else "left")
+    for path in sorted(one.evaluation.glob("*.json")):
+        for metric in (one.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
+            first, second = (read_outcomes(run, path.stem, metric) for run in (one, other))
+            name = f"{path.stem}/{metric}"
+            if first is None or second is None:
+                continue
+            try:
+                found = compare({name: (first[1], second[1])}).differences[name]
+            except ValueError as error:
+                table.add_row(name, "", "", str(error), "", "", "")
+                continue
+            table.add_row(
+                name, f"{found.base:.4f}", f"{found.tuned:.4f}", f"{found.value:+.4f}",
+                f"{found.low:+.4f} to {found.high:+.4f}", f"{found.gained} / {found.lost}",
+                f"{found.p:.4f}",
+            )  # fmt: skip
+    return table
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of an event log; a half-written last line is left out."""
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,8 @@ class Scoring:
     sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
     flipped: int = 0  # of these, answers that changed
     forwarded_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of these, the check took check_seconds
+    check_seconds: float = 0.0
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -120,7 +121,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 "%d of %d requests are longer than the model's %d tokens and lose their beginning",
                 truncated, len(keys), self.max_length,
             )  # fmt: skip
-        self.scoring = self._check(_by_context(keys))
+        checked = self._check(_by_context(keys))
+        self.scoring = replace(checked, check_seconds=time.monotonic() - started)
         if self.scoring.reason is not None:
             log.warning("scored by lm-eval's own path: %s", self.scoring.reason)
         with cast_parameters(self.model, self._dtype):
@@ -146,12 +148,12 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             return Scoring("plain", f"the model refuses the layout: {type(error).__name__}: {text}")
 
     def _compared(self, questions: list[list[Key]]) -> Scoring:
-        sample = [*questions[0], *(questions[-1] if len(questions) > 1 else [])]
+        sample = [questions[0], questions[-1]]
         seen = {self._own_dtype: self._difference(sample)}
         if self._own_dtype != torch.float32 and not getattr(self.model, "is_loaded_in_8bit", False):
             # Its rounding alone would let a wrong layout pass.
             with cast_parameters(self.model, torch.float32):
-                seen[torch.float32] = self._difference(questions[-1])
+                seen[torch.float32] = self._difference(sample[1:])
         differences = {str(dtype).removeprefix("torch."): d for dtype, d in seen.items()}
         scoring = Scoring("shared", differences=differences)
         for dtype, difference in seen.items():
@@ -160,10 +162,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 return replace(scoring, path="plain", reason=reason)
         return self._with_flips(scoring, questions) if self._dtype != self._own_dtype else scoring
 
-    def _difference(self, keys: list[Key]) -> float:
+    def _difference(self, questions: list[list[Key]]) -> float:
         """Return the largest difference between the two paths, in nats."""
-        plain, shared = self._plain(keys), self._shared(keys)
-        differences = torch.tensor([plain[key][0] - shared[key][0] for key in keys])
+        plain: dict[Key, Answer] = {}
+        for keys in questions:  # apart, since lm-eval would pad the short ones to the long ones
+            plain |= self._plain(keys)
+        shared = self._shared(list(plain))
+        differences = torch.tensor([plain[key][0] - shared[key][0] for key in plain])
         return float(differences.abs().max())  # NaN stays NaN
 
     def _with_flips(self, scoring: Scoring, questions: list[list[Key]]) -> Scoring:

@@ -7,25 +7,56 @@ folders; if it dies, a fresh one goes on with the rest.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
+from jinja2 import TemplateError as JinjaError
 from omegaconf import DictConfig, OmegaConf
 
+from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config, find_problems
-from finetune.report import Entry, print_table, read_result, render_table, write_results
-from finetune.runs import EventLog, Job, RunFolder, State, Status, digest, slug
+from finetune.report import verdict, write_report
+from finetune.results import (
+    Results,
+    RunRecord,
+    SweepRecord,
+    print_table,
+    read_results,
+    render_plan,
+    render_table,
+    write_csv,
+)
+from finetune.run_folder import EventLog, Job, RunFolder, State, Status, digest, slug
 from finetune.tracking import Tracker, build_tracker
 from finetune.worker import Worker, WorkerDied
 
 log = logging.getLogger("finetune")
 
-INTERRUPT_SECONDS = 20.0  # that a worker has to write down where Ctrl-C stopped it
+FINISHED = "finished already"
+INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job of the grid, its run, and what is to be done about it."""
+
+    job: Job
+    run: RunFolder
+    prospect: str  # in words, for the plan
+    left: State | None = None  # the state in which the run is left alone; None runs it
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.job.swept.items()) or self.run.name
 
 
 @dataclass(frozen=True)
@@ -33,13 +64,12 @@ class Sweep:
     """A named set of runs, each with its place in the grid."""
 
     name: str
-    jobs: list[Job]
-    runs: list[RunFolder]
+    points: list[Point]
 
     @property
     def config(self) -> Config:
         """The settings that all jobs share: where to report, track and stop."""
-        return self.jobs[0].config
+        return self.points[0].job.config
 
     @property
     def folder(self) -> Path:
@@ -47,11 +77,19 @@ class Sweep:
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(t for job in self.jobs for t in job.config.evaluation.tasks))
+        return list(dict.fromkeys(t for p in self.points for t in p.job.config.evaluation.tasks))
 
     @property
     def swept(self) -> list[str]:
-        return list(self.jobs[0].swept)
+        return list(self.points[0].job.swept)
+
+    def record(self, arguments: Sequence[str]) -> SweepRecord:
+        """Return what the report needs; paths hold wherever both folders are moved together."""
+        here = self.folder.resolve()
+        runs = [
+            RunRecord(os.path.relpath(p.run.path.resolve(), here), p.job.swept) for p in self.points
+        ]
+        return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs)
 
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
@@ -93,35 +131,115 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
     """
     _refuse([problem for job in jobs for problem in find_problems(job.config)])
     _refuse(_folder_problems(jobs[0].config))
-    with Worker() as worker:
+    with Worker() as worker, _termination_interrupts():
         sweep = _plan(jobs, sweep_name(jobs, arguments), worker)
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-        log.info("sweep %s: %d runs", sweep.name, len(sweep.runs))
-        tracker = build_tracker(
-            sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
-        )
-        states: list[State] = []
-        try:
-            for number, (job, run) in enumerate(zip(sweep.jobs, sweep.runs, strict=True), start=1):
-                log.info("[%d/%d] %s", number, len(sweep.runs), _point(job, run))
-                tracker.follow(run)
-                states.append(_run_one(job, run, worker))
-                _write_results(sweep, tracker)
-                if sweep.config.sweep.fail_fast and states[-1] != "finished":
-                    break
-        except KeyboardInterrupt:
-            worker.wait_for_interrupted(INTERRUPT_SECONDS)
-            states.append("interrupted")
-        return _report(sweep, tracker, states)
+        if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
+            print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
+        if sweep.config.sweep.dry_run:
+            return 0
+        with _conducted_alone(sweep.folder):
+            return _conduct(sweep, arguments, worker)
+
+
+def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker) -> int:
+    """Run what is to be run, write the results after each, and report; return the exit code."""
+    log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
+    sweep.record(arguments).write(sweep.folder)
+    tracker = build_tracker(
+        sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
+    )
+    states: list[State] = []
+    took: list[float] = []
+    try:
+        for number, point in enumerate(sweep.points, start=1):
+            left = _time_left(took, sweep.points[number - 1 :])
+            log.info("[%d/%d] %s%s", number, len(sweep.points), point, left)
+            tracker.follow(point.run)
+            started = time.monotonic()
+            states.append(point.left or _run_one(point, worker))
+            if point.prospect != FINISHED and states[-1] == "finished":
+                took.append(time.monotonic() - started)
+            _write_report(sweep)
+            if sweep.config.sweep.fail_fast and states[-1] != "finished":
+                break
+    except KeyboardInterrupt:
+        log.info("interrupted: waiting for a checkpoint; once more ends at once")
+        with suppress(KeyboardInterrupt):
+            worker.interrupt(INTERRUPT_SECONDS)
+        states.append("interrupted")
+    return _report(sweep, tracker, states)
+
+
+def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
+    """Estimate the rest from the runs so far."""
+    if not took:
+        return ""
+    waiting = sum(point.left is None and point.prospect != FINISHED for point in points)
+    return f" (about {waiting * fmean(took) / 60:.0f} min left)"
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that a stopped sweep still leaves checkpoint and report."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _conducted_alone(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder; the kernel frees the lock of a process that died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Refused(
+            [f"another process conducts the sweep {folder}; wait for it, or set sweep.name=OTHER"]
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _plan(jobs: Sequence[Job], name: str, worker: Worker) -> Sweep:
     """Let the worker check every job, refuse all problems at once, drop repeated points."""
     plans = [worker.prepare(job) for job in jobs]
     _refuse([problem for plan in plans for problem in plan.problems])
-    unique = {plan.folder: job for plan, job in reversed(list(zip(plans, jobs, strict=True)))}
-    folders = [folder for folder in reversed(unique) if folder is not None]
-    return Sweep(name, [unique[f] for f in folders], [RunFolder(f) for f in folders])
+    points: dict[Path, Point] = {}
+    for job, plan in zip(jobs, plans, strict=True):
+        assert plan.folder is not None, "a plan without problems has a folder"
+        if plan.folder in points:
+            log.info("%s stands in the grid twice; it is run once", plan.folder.name)
+        else:
+            points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
+    return Sweep(name, list(points.values()))
+
+
+def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
+    """Decide what becomes of a run from what an earlier sweep left of it."""
+    status = run.status()
+    if finished:
+        return Point(job, run, FINISHED)
+    if status is not None and status.state == "diverged":
+        return Point(job, run, "diverged, left as it is", left="diverged")
+    if status is not None and status.state == "failed" and not job.config.sweep.retry_failed:
+        return Point(job, run, "failed, left as it is", left="failed")
+    if run.read_json("training.json") is not None:
+        return Point(job, run, "trained, to be evaluated")
+    step = newest_step(run.checkpoints)
+    if step is not None:
+        return Point(job, run, f"resumed at step {step}")
+    if status is not None:
+        return Point(job, run, "failed, tried again" if status.state == "failed" else "begun again")
+    return Point(job, run, "new")
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -142,27 +260,31 @@ def _folder_problems(config: Config) -> list[str]:
     return problems
 
 
-def _run_one(job: Job, run: RunFolder, worker: Worker) -> State:
+def _run_one(point: Point, worker: Worker) -> State:
     """Run one job; a worker's death or refusal is this run's failure and nobody else's."""
     started = time.time()
     try:
-        return worker.run(job)
+        return worker.run(point.job, point.job.config.sweep.job_timeout)
     except (WorkerDied, ValueError, OSError) as error:
-        log.error("%s failed: %s", run.name, error)
-        run.write_status(Status("failed", str(error), started, time.time()))
-        events = EventLog(run.events)
-        events.status("failed", str(error))
-        events.close()
+        log.error("%s failed: %s", point.run.name, error)
+        with point.run.locked():
+            lines = point.run.last_lines()
+            point.run.write_status(Status("failed", str(error), started, time.time(), lines))
+            events = EventLog(point.run.events)
+            events.status("failed", str(error))
+            events.close()
         return "failed"
 
 
-def _write_results(sweep: Sweep, tracker: Tracker) -> list[dict[str, object]]:
-    rows = [
-        read_result(Entry(run, job.swept, tracker.run_id(run)), sweep.tasks)
-        for job, run in zip(sweep.jobs, sweep.runs, strict=True)
-    ]
-    write_results(sweep.folder / "results.csv", rows)
-    return rows
+def _write_report(sweep: Sweep) -> Results:
+    """Write the report; pictures and pages that fail are said, and cost no run its result."""
+    try:
+        return write_report(sweep.folder)
+    except (OSError, ValueError, KeyError, TypeError, JinjaError) as error:
+        log.error("the report of %s is not whole: %s", sweep.folder, error)
+        results = read_results(sweep.folder)
+        write_csv(results)
+        return results
 
 
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
@@ -171,18 +293,16 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     failed = any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
     behind = tracker.close(state=state)
-    rows = _write_results(sweep, tracker)
-    print_table(render_table(rows, sweep.swept, sweep.tasks))
-    for row in rows:
+    results = _write_report(sweep)
+    print_table(render_table(results))
+    for row in results.rows:
         if row["reason"]:
             print(f"{row['run']}: {row['status']}: {row['reason']}", file=sys.stderr)
-    print(f"\nresults: {sweep.folder / 'results.csv'}    runs: {sweep.config.output_dir}/")
+    if results.comparisons:
+        print(f"\n{verdict(results)}")
+    print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
     if behind:
         print(behind, file=sys.stderr)
     elif sweep.config.tracking.enabled:
         print(f"compare: {tracker.ui_command}")
     return 130 if interrupted else int(failed)
-
-
-def _point(job: Job, run: RunFolder) -> str:
-    return " ".join(f"{key}={value}" for key, value in job.swept.items()) or run.name

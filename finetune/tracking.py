@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from filelock import FileLock
 
 from finetune.config import TrackingConfig
-from finetune.runs import RunFolder, State, slug, write_atomic
+from finetune.run_folder import RunFolder, State, slug, write_atomic
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,12 +5,16 @@ Sequences of a micro-batch lie end to end without padding (axes: batch 1, token,
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -27,15 +31,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.adapters import num_trainable
+from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import OptimizerConfig, TrainingConfig, nearest
 from finetune.data import IGNORED, Example, Examples
 from finetune.models import TORCH_DTYPES, has_bf16, head_on_rows
-from finetune.runs import EventLog, RunFolder
+from finetune.run_folder import EventLog, RunFolder
+
+log = logging.getLogger("finetune")
 
 # Optimizers beyond torch's own, by the package that brings them.
 OPTIMIZER_PACKAGES = {
@@ -127,9 +135,13 @@ def train(
 ) -> TrainResult:
     """Train the adapter in place and leave the model as it was but for it.
 
+    Goes on from the newest whole checkpoint in `arguments.output_dir`, if there is one.
+
     Raises:
         Diverged: the loss or the gradient's norm is not finite.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was ended and a checkpoint written.
     """
+    checkpoint = find_newest(Path(str(arguments.output_dir)))
     watch = StepWatch(events, num_tokens=sum(len(e["input_ids"]) for e in examples.train))
     with _base_restored(model):
         trainer = LabelTrainer(
@@ -144,13 +156,19 @@ def train(
         for parameter in model.parameters():
             if parameter.requires_grad:  # TRL makes them bf16 on a quantised base
                 parameter.data = parameter.data.float()
-        started = time.monotonic()
-        output = trainer.train()
-        seconds = time.monotonic() - started
+        if checkpoint is not None:
+            log.info("resuming at step %d", checkpoint.step)
+            trainer.seconds_before = checkpoint.seconds
+        with _signals_stop(watch):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        seconds = trainer.seconds()
+    if watch.stop_requested:
+        raise KeyboardInterrupt
     tokens = watch.num_tokens * trainer.state.epoch
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainResult(
-        steps=output.global_step,
-        loss=output.training_loss,
+        steps=trainer.state.global_step,
+        loss=fmean(losses),  # the Trainer's own mean forgets the steps before a resume
         validation_loss=watch.validation_loss,
         train_seconds=seconds,
         tokens_per_second=tokens / seconds,
@@ -208,6 +226,29 @@ class LabelTrainer(SFTTrainer):
     labels in the whole optimizer step.
     """
 
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.seconds_before = 0.0  # that an interrupted training took already
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the training time so far, over all resumes."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write what a resume needs, whole or not at all, in place of the Trainer's own way."""
+
+        def fill(folder: Path) -> None:
+            self.accelerator.unwrap_model(model).save_pretrained(str(folder))
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        keep = self.args.save_total_limit or 1
+        write_checkpoint(folder, step, self.seconds(), fill, keep=keep)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -248,6 +289,7 @@ class StepWatch(TrainerCallback):
     def __init__(self, events: EventLog, num_tokens: int) -> None:
         self.num_tokens = num_tokens  # of one epoch
         self.validation_loss: float | None = None
+        self.stop_requested = False  # by a signal
         self._events = events
         self._bar: tqdm[Any] | None = None
 
@@ -262,6 +304,8 @@ class StepWatch(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.update(state.global_step - self._bar.n)
+        if self.stop_requested:
+            control.should_save = control.should_training_stop = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -288,6 +332,23 @@ class StepWatch(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.close()
+
+
+@contextmanager
+def _signals_stop(watch: StepWatch) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM end the training after its step, the second one at once."""
+
+    def stop(number: int, frame: object) -> None:
+        if watch.stop_requested:
+            raise KeyboardInterrupt
+        watch.stop_requested = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,11 +8,12 @@ import os
 import signal
 import threading
 import warnings
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, cast
 
-from finetune.runs import Job, Plan, State
+from finetune.run_folder import Job, Plan, State
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
 
@@ -43,14 +44,18 @@ class Worker:
         """Check a job and name its run."""
         return cast(Plan, self._ask("prepare", job))
 
-    def run(self, job: Job) -> State:
-        """Run a job to its end."""
-        return cast(State, self._ask("run", job))
+    def run(self, job: Job, timeout_seconds: float | None = None) -> State:
+        """Run a job to its end, or until its time is up."""
+        return cast(State, self._ask("run", job, timeout_seconds))
 
-    def wait_for_interrupted(self, timeout_seconds: float) -> None:
-        """After Ctrl-C, which reached the worker too, let it write down where it stopped."""
-        if self._pipe is not None and self._pipe.poll(timeout_seconds):
-            self._pipe.recv()
+    def interrupt(self, timeout_seconds: float) -> None:
+        """Let the job at hand write a checkpoint and end."""
+        if self._process is None or self._pipe is None or self._process.pid is None:
+            return
+        os.kill(self._process.pid, signal.SIGINT)
+        if self._pipe.poll(timeout_seconds):
+            with suppress(EOFError, ConnectionResetError):  # it ended before it had a job
+                self._pipe.recv()
 
     def stop(self) -> None:
         """End the process; it has nothing to save."""
@@ -61,7 +66,7 @@ class Worker:
             self._process.join()
             self._process = self._pipe = None
 
-    def _ask(self, verb: str, job: Job) -> Any:
+    def _ask(self, verb: str, job: Job, timeout_seconds: float | None = None) -> Any:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -71,6 +76,10 @@ class Worker:
         assert self._pipe is not None
         try:
             self._pipe.send((verb, job))
+            if not self._pipe.poll(timeout_seconds):
+                self._process.kill()
+                self._how_it_ended()
+                raise WorkerDied(f"it took longer than {timeout_seconds:g} s (sweep.job_timeout)")
             answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise WorkerDied(self._how_it_ended()) from None
@@ -92,6 +101,8 @@ class Worker:
 
 def _serve(pipe: Connection) -> None:
     """Answer requests until the sweep is gone."""
+    if os.name == "posix":
+        os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
         _quieten_libraries()

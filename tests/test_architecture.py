@@ -11,9 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "overrides", "runs", "models", "adapters", "prompts", "data", "training",
-    "prefix_tree", "block_attention", "scoring", "evaluation", "tracking", "report", "pipeline",
-    "worker", "sweep", "sync", "__main__",
+    "config", "overrides", "run_folder", "models", "adapters", "prompts", "data", "checkpoints",
+    "training", "prefix_tree", "block_attention", "scoring", "evaluation", "tracking",
+    "comparison", "results", "figures", "report", "pipeline", "worker", "sweep", "sync", "runs",
+    "rerun", "__main__",
 ]  # fmt: skip
 
 

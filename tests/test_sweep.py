@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from finetune import pipeline
 from finetune.config import Config, DataConfig, ModelConfig
-from finetune.runs import Job, Status
+from finetune.models import load_base
+from finetune.run_folder import Job, Status
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 
@@ -253,3 +256,146 @@ def test_a_lower_dtype_is_said_with_the_answers_it_flips(finetune: Command, tmp_
     assert done.returncode == 0
     assert [path.name for path in tmp_path.glob("outputs/*")] == [run.name]  # trained once
     assert json.loads(path.read_text())["tuned"]["scoring"]["sampled"] == 0
+
+
+# Put into the worker by PYTHONPATH: what a rank stands for happens in the middle of training.
+TROUBLE = """
+import builtins, os, signal, sys, time
+load = builtins.__import__
+
+def patched(name, *args, **kwargs):
+    module = load(name, *args, **kwargs)
+    training = sys.modules.get("finetune.training")
+    if training is not None and hasattr(training, "StepWatch"):
+        builtins.__import__ = load
+        step_end = training.StepWatch.on_step_end
+        def on_step_end(self, args, state, control, **given):
+            import torch
+            rank = int(given["model"].peft_config["default"].r)
+            if state.global_step == 2:
+                if rank == 3: raise RuntimeError("the test says so")
+                if rank == 5: os.kill(os.getpid(), signal.SIGKILL)
+                if rank == 6: time.sleep(600)
+                if rank == 7: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+                if rank == 8:
+                    for parameter in given["model"].parameters():
+                        if parameter.requires_grad: parameter.data.fill_(float("inf"))
+            return step_end(self, args, state, control, **given)
+        training.StepWatch.on_step_end = on_step_end
+    return module
+
+builtins.__import__ = patched
+"""
+REASONS = {
+    "2": ("finished", ""),
+    "3": ("failed", "RuntimeError: the test says so"),
+    "4": ("finished", ""),
+    "5": ("failed", "killed by SIGKILL"),
+    "6": ("failed", "longer than 30 s (sweep.job_timeout)"),
+    "7": ("failed", "out of memory; a smaller training.batch_size"),
+    "8": ("diverged", "became"),
+    "9": ("finished", ""),
+}
+GRID = (
+    *TINY, f"lora.r={','.join(REASONS)}", "evaluation=none", "sweep.job_timeout=30",
+    "training.batch_size=2", "training.epochs=1", "--multirun",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+def test_every_kind_of_trouble_stays_with_its_run(
+    tmp_path: Path, finetune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failure has its state, its reason and its log; the others finish; exit code 1."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(TROUBLE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    done = finetune(*GRID)
+    assert done.returncode == 1, done.stderr
+    found = {row["lora.r"]: (row["status"], row["reason"]) for row in results(tmp_path)}
+    for rank, (state, reason) in REASONS.items():
+        assert found[rank][0] == state, found[rank]
+        assert reason in found[rank][1]
+    (status,) = list(tmp_path.glob("outputs/*-r5-*/status.json"))
+    assert json.loads(status.read_text())["last_lines"]
+    (page,) = tmp_path.glob("multirun_reports/*/report.md")
+    assert "killed by SIGKILL" in page.read_text()
+
+    # Without the trouble: left or tried again, as asked; what diverged stays.
+    monkeypatch.delenv("PYTHONPATH")
+    done = finetune(*GRID, "sweep.retry_failed=false", "sweep.dry_run=true")
+    assert done.returncode == 0
+    assert done.stdout.count("failed, left as it is") == 4
+    assert done.stdout.count("finished already") == 3
+    assert "diverged, left as it is" in done.stdout
+    done = finetune(*GRID)
+    assert done.returncode == 1  # for the diverged one
+    states = {row["lora.r"]: row["status"] for row in results(tmp_path)}
+    assert states == {rank: "diverged" if rank == "8" else "finished" for rank in REASONS}
+
+
+def test_a_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path, finetune: Command) -> None:
+    """Repeated points are dropped and said; nothing is written; then everything is new."""
+    done = finetune(*TINY, "lora.r=2,4,2", "sweep.dry_run=true", "--multirun")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" new") == 2
+    assert "stands in the grid twice" in done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_same_command_repeats_nothing(tmp_path: Path, finetune: Command) -> None:
+    """Finished runs are skipped, also in a longer grid in another order; moved folders count."""
+    grid = (*TINY, "evaluation=none", "--multirun")
+    finetune(*grid, "lora.r=2,4")
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/*/training.json")}
+    (tmp_path / "outputs").rename(tmp_path / "moved")
+    done = finetune(*grid, "lora.r=8,4,2", "output_dir=moved")
+    assert done.stdout.count("finished already") == 2
+    now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("moved/*/training.json")}
+    assert len(now) == 3
+    assert set(trained.values()) <= set(now.values())
+
+
+def test_two_sweeps_at_once_share_their_runs(tmp_path: Path, finetune: Command) -> None:
+    """The second sweep waits for the runs of the first and trains none of them again."""
+    grid = [*TINY, "evaluation=none", "lora.r=2,4", "--multirun"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *grid], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    second = finetune(*grid, "sweep.name=second")
+    same = finetune(*grid) if first.poll() is None else None
+    assert first.wait(timeout=200) == 0
+    assert second.returncode == 0, second.stderr
+    assert same is None or same.returncode in (0, 2)
+    assert len(list(tmp_path.glob("outputs/*/training.json"))) == 2
+    for events in tmp_path.glob("outputs/*/events.jsonl"):
+        steps = [
+            event["step"]
+            for event in map(json.loads, events.read_text().splitlines())
+            if event.get("key") == "train/loss"
+        ]
+        assert steps == sorted(set(steps))
+
+
+def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path) -> None:
+    """The worker loads the base once; after each run its weights are the same bits."""
+    import torch
+
+    config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(tmp_path))
+    config.data.path = "package://finetune/demo/rows.jsonl"
+    config.data.num_examples, config.training.max_length = 8, 400
+    bases = []
+    for rank in (2, 4):
+        config.lora.r = rank
+        job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
+        assert pipeline.run(job) == "finished"
+        inputs = pipeline.find_inputs(config)
+        settings = json.dumps(asdict(config.model))
+        bases.append(pipeline._base(settings, inputs.source, str(inputs.device)))
+    assert bases[0] is bases[1]
+    fresh = load_base(config.model, inputs.source, torch.device("cpu"))
+    assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, bases[0].state_dict()[name]), name
+    pipeline._base.cache_clear()

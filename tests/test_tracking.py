@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import TrackingConfig
-from finetune.runs import EventLog, RunFolder
+from finetune.run_folder import EventLog, RunFolder
 from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
 from tests.conftest import Command
 
@@ -167,7 +167,7 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(uri: str, tmp_path: Path) 
     """Kill -9 in the middle of sending: the next one completes it, each step once."""
     run = recorded_run(tmp_path / "run", num_steps=20_000)
     code = (
-        "import sys, time; from pathlib import Path; from finetune.runs import RunFolder\n"
+        "import sys, time; from pathlib import Path; from finetune.run_folder import RunFolder\n"
         "from tests.test_tracking import tracker\n"
         "t = tracker(sys.argv[1], Path(sys.argv[2]))\nt.follow(RunFolder(Path(sys.argv[3])))\n"
         "print('following', flush=True); t.close(state='finished')"

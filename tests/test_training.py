@@ -15,7 +15,7 @@ from finetune import adapters, training
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.runs import EventLog, RunFolder, read_events
+from finetune.run_folder import EventLog, RunFolder, read_events
 
 TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)

@@ -1,0 +1,153 @@
+"""Checkpoints of a training that are whole or do not count.
+
+A checkpoint is written into a temporary folder, with the size and sha256 of each of its files;
+synced, renamed, and only then marked as complete. What verifies is used; all else is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.run_folder import file_digest, write_atomic
+
+log = logging.getLogger("finetune")
+
+MANIFEST = "manifest.json"
+MARKER = "complete"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training's state after `step` optimizer steps that took `seconds` in all."""
+
+    path: Path
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint as it was written."""
+
+    size: int  # bytes
+    sha256: str
+
+
+def write_checkpoint(
+    folder: Path, step: int, seconds: float, fill: Callable[[Path], None], *, keep: int
+) -> None:
+    """Write one checkpoint, and drop all but the newest `keep`.
+
+    Args:
+        folder: the run's checkpoints.
+        step: optimizer steps done.
+        seconds: training time so far.
+        fill: writes the state's files into the folder it is given.
+        keep: how many checkpoints to keep.
+
+    Raises:
+        OSError: it cannot be written (disk full, say); the message has path and bytes.
+    """
+    final, temporary = folder / f"step-{step:07d}", folder / f".step-{step:07d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        manifest = {
+            "step": step,
+            "seconds": seconds,
+            "files": {name: asdict(entry) for name, entry in _entries(temporary).items()},
+        }
+        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync_folder(folder)
+        write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n")
+    except (OSError, RuntimeError) as error:  # torch writes its files with a RuntimeError
+        written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"cannot write the checkpoint {final} after {written} bytes ({error}); "
+            f"{free} bytes are free there"
+        ) from None
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_newest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies; name those that do not in the log."""
+    for path in _newest_first(folder):
+        problem = find_problem(path)
+        if problem is None:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            return Checkpoint(path, manifest["step"], manifest["seconds"])
+        log.warning("passing over the checkpoint %s: %s", path, problem)
+    return None
+
+
+def find_problem(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None where every byte is as it was written."""
+    try:
+        marked = (path / MARKER).read_text(encoding="utf-8").strip()
+        if file_digest(path / MANIFEST) != marked:
+            return f"{MANIFEST} is not the one that was marked complete"
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            file = path / name
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size} bytes of {entry['size']}"
+            if file_digest(file) != entry["sha256"]:
+                return f"{name} was altered"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    return None
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint that was completed, without verifying it."""
+    steps = [
+        int(path.name.removeprefix("step-"))
+        for path in _newest_first(folder)
+        if (path / MARKER).exists()
+    ]
+    return steps[0] if steps else None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _entries(folder: Path) -> dict[str, FileEntry]:
+    return {
+        str(file.relative_to(folder)): FileEntry(file.stat().st_size, file_digest(file))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _sync(folder: Path) -> None:
+    """Bring all files of a folder, and their names, to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        else:
+            _sync_folder(file)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,141 @@
+"""`python -m finetune.rerun RUN`: run it again elsewhere and say whether it came out the same."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from finetune.results import read_outcomes
+from finetune.run_folder import RunFolder, file_digest, read_events
+
+LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
+FLIP_TOLERANCE = 0.01  # share of answers
+# What a sweep says of itself; a rerun is one of its own.
+CONDUCT = ("sweep.", "tracking", "output_dir=", "report_dir=")
+
+
+def main() -> None:
+    """Rerun and compare; exit code 0 (identical, within tolerance), 1 (different, failed), 2."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
+    parser.add_argument("--into", type=Path, help="where to run it (default: a new folder reruns/)")
+    given = parser.parse_args()
+    before = RunFolder(given.run)
+    if before.status() is None or not (before.path / "overrides.yaml").is_file():
+        print(f"{given.run} is no run's folder: status.json or overrides.yaml is missing")
+        sys.exit(2)
+    Path("reruns").mkdir(exist_ok=True)
+    into = given.into or Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
+    overrides = yaml.safe_load((before.path / "overrides.yaml").read_text(encoding="utf-8")) or []
+    overrides = [o for o in overrides if not o.lstrip("+").startswith(CONDUCT)]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "finetune", *overrides, "tracking=none",
+            f"output_dir={into}", f"report_dir={into / 'report'}",
+        ],
+        check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        print(f"the rerun ended with exit code {done.returncode}: see above", file=sys.stderr)
+        sys.exit(1 if done.returncode != 2 else 2)
+    (status,) = into.glob("*/status.json")
+    after = RunFolder(status.parent)
+    for difference in find_other_conditions(before, after):
+        print(f"not the same: {difference}")
+    verdict, first = compare_runs(before, after)
+    print(f"{verdict}: {first}" if first else verdict)
+    print(f"rerun: {after.path}")
+    sys.exit(1 if verdict == "different" else 0)
+
+
+def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
+    """Yield what differs in versions, hardware, code, settings and data."""
+    one, other = (run.read_json("environment.json") or {} for run in (before, after))
+    for package, number in one.get("versions", {}).items():
+        now = other.get("versions", {}).get(package)
+        if now != number:
+            yield f"{package} was {number}, is {now}"
+    for key in ("python", "platform", "processor", "threads", "gpu", "git_commit"):
+        if one.get(key) != other.get(key):
+            yield f"{key} was {one.get(key)}, is {other.get(key)}"
+    yield from _other_settings(before, after)
+    datasets = [
+        {event["digest"] for event in read_events(run.events) if event["event"] == "dataset"}
+        for run in (before, after)
+    ]
+    if datasets[0] != datasets[1]:
+        yield "the data's content"
+
+
+def _other_settings(before: RunFolder, after: RunFolder) -> Iterator[str]:
+    one, other = (
+        dict(_flat(yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))))
+        for run in (before, after)
+    )
+    for key in sorted(one.keys() | other.keys()):
+        if not f"{key}=".startswith((*CONDUCT, "tracking.")) and one.get(key) != other.get(key):
+            yield f"{key} was {one.get(key)}, is {other.get(key)}"
+
+
+def _flat(settings: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def compare_runs(before: RunFolder, after: RunFolder) -> tuple[str, str | None]:
+    """Return identical, within tolerance, or different, with the first difference found."""
+    losses = [_losses(run) for run in (before, after)]
+    if losses[0].keys() != losses[1].keys():
+        return "different", f"{len(losses[0])} steps became {len(losses[1])}"
+    apart = [step for step in losses[0] if losses[0][step] != losses[1][step]]
+    flips, questions = _flips(before, after)
+    adapters = [run.adapter / "adapter_model.safetensors" for run in (before, after)]
+    same_adapter = file_digest(adapters[0]) == file_digest(adapters[1])
+    if not apart and not flips and same_adapter:
+        return "identical", None
+    if apart:
+        step = apart[0]
+        first = f"the loss of step {step} was {losses[0][step]:.6g}, is {losses[1][step]:.6g}"
+    else:
+        first = f"{flips} of {questions} answers" if flips else "the adapter's last bits"
+    close = all(
+        abs(losses[0][step] - losses[1][step]) <= LOSS_TOLERANCE * max(1.0, abs(losses[0][step]))
+        for step in apart
+    )
+    is_within = close and flips <= FLIP_TOLERANCE * questions
+    return ("within tolerance" if is_within else "different"), first
+
+
+def _losses(run: RunFolder) -> dict[int, float]:
+    return {
+        event["step"]: event["value"]
+        for event in read_events(run.events)
+        if event["event"] == "metric" and event["key"] == "train/loss"
+    }
+
+
+def _flips(before: RunFolder, after: RunFolder) -> tuple[int, int]:
+    """Return how many of all the tuned models' outcomes differ; a missing one counts."""
+    flips = questions = 0
+    for path in sorted(before.evaluation.glob("*.json")):
+        for metric in (before.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
+            one, other = (read_outcomes(run, path.stem, metric) for run in (before, after))
+            if one is None:
+                continue
+            tuned = other[1] if other else {}
+            questions += len(one[1])
+            flips += sum(tuned.get(question) != value for question, value in one[1].items())
+    return flips, questions
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What a sweep came to, read from the files of its runs, and the tables that show it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from finetune.comparison import Comparison, Outcomes, compare
+from finetune.run_folder import RunFolder, write_atomic
+
+COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
+MAIN_METRICS = ("acc", "acc_norm")
+RECORD = "sweep.yaml"
+
+Row = dict[str, Any]  # one row of results.csv
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a sweep: its folder, and its place in the grid."""
+
+    folder: str  # absolute, or relative to the sweep's folder
+    swept: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What `sweep.yaml` says: all that is needed to report a sweep again."""
+
+    name: str
+    command: list[str]
+    swept: list[str]
+    tasks: list[str]
+    runs: list[RunRecord]
+
+    def write(self, folder: Path) -> None:
+        write_atomic(folder / RECORD, yaml.safe_dump(asdict(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> SweepRecord:
+        """Read the record of a sweep's folder.
+
+        Raises:
+            ValueError: there is none, or it is no record of a sweep.
+        """
+        try:
+            stored = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+            runs = [RunRecord(**run) for run in stored.pop("runs")]
+            return cls(**stored, runs=runs)
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is no sweep's folder: it has no {RECORD}") from None
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / RECORD} cannot be read: {error}") from None
+
+
+@dataclass
+class Results:
+    """A sweep's runs, their rows of `results.csv`, and what their scores prove."""
+
+    folder: Path
+    record: SweepRecord
+    runs: list[RunFolder]
+    rows: list[Row]
+    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
+    remarks: list[str] = field(default_factory=list)  # what could not be compared, and why
+
+    @cached_property
+    def main_metric(self) -> str | None:
+        """The task/metric that the report turns on: the first task's acc, or its first metric."""
+        return next(iter(self.comparisons), None)
+
+    def label(self, row: Row) -> str:
+        """Name a run by its place in the grid."""
+        return ", ".join(f"{key}={row[key]}" for key in self.record.swept) or str(row["run"])
+
+
+def read_results(folder: Path) -> Results:
+    """Read what the runs of a sweep have come to so far.
+
+    Raises:
+        ValueError: the folder is not a sweep's.
+    """
+    record = SweepRecord.load(folder)
+    runs = [RunFolder(folder / run.folder) for run in record.runs]
+    tracked = _tracked(folder)
+    rows = [
+        _row(run, place.swept, record.tasks, tracked.get(run.name))
+        for run, place in zip(runs, record.runs, strict=True)
+    ]
+    results = Results(folder, record, runs, rows)
+    for task in record.tasks:
+        for metric in _compared_metrics(task, rows):
+            _compare(results, task, metric)
+    return results
+
+
+def _tracked(folder: Path) -> dict[str, str | None]:
+    """Return the MLflow run of each run that is mirrored."""
+    path = folder / "mlflow.json"
+    if not path.exists():
+        return {}
+    children = json.loads(path.read_text(encoding="utf-8"))["children"]
+    return {name: child["run_id"] for name, child in children.items()}
+
+
+def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked: Any) -> Row:
+    """Return one row of `results.csv`; what a run has not come to is absent."""
+    status = run.status()
+    row: Row = {
+        "run": run.name,
+        **swept,
+        "status": status.state if status else "pending",
+        "reason": status.reason if status else None,
+    }
+    trained = run.read_json("training.json") or {}
+    seconds = 0.0
+    for task in tasks:
+        scores = run.read_json(f"evaluation/{task}.json")
+        if scores:
+            row.update(_task_columns(task, scores))
+            seconds += scores["tuned"]["seconds"]
+    row["train/loss"] = trained.get("loss")
+    row["validation/loss"] = trained.get("validation_loss")
+    row["evaluation_seconds"] = seconds or None
+    row.update({name: trained.get(name) for name in COSTS})
+    row["mlflow_run_id"] = tracked
+    return row
+
+
+def _task_columns(task: str, scores: Mapping[str, Any]) -> Row:
+    """Return a task's tuned metrics, and for each the base's and the difference to it."""
+    tuned = scores["tuned"]["metrics"]
+    base = scores["base"]["metrics"] if "base" in scores else {}
+    columns: Row = {f"{task}/{name}": value for name, value in tuned.items()}
+    for name, value in base.items():
+        if not name.endswith("_stderr"):
+            columns[f"{task}/base_{name}"] = value
+            columns[f"{task}/{name}_diff"] = tuned[name] - value
+    return columns
+
+
+def _compare(results: Results, task: str, metric: str) -> None:
+    """Compare all runs that have outcomes of a metric, and put what is proven into their rows."""
+    pairs = {}
+    for run in results.runs:
+        pair = read_outcomes(run, task, metric)
+        if pair is not None:
+            pairs[run.name] = pair
+    if not pairs:
+        return
+    name = f"{task}/{metric}"
+    try:
+        comparison = compare(pairs)
+    except ValueError as error:
+        results.remarks.append(f"{name} is not compared: {error}")
+        return
+    results.comparisons[name] = comparison
+    for row in results.rows:
+        found = comparison.differences.get(row["run"])
+        if found is not None:
+            row[f"{name}_diff_low"], row[f"{name}_diff_high"] = found.low, found.high
+            row[f"{name}_p"], row[f"{name}_p_adjusted"] = found.p, found.p_adjusted
+
+
+def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
+    """Return a run's outcomes on each question, the base's and its own; None without both."""
+    path = run.evaluation / f"{task}.items.jsonl"
+    if run.read_json(f"evaluation/{task}.json") is None or not path.exists():
+        return None
+    base: dict[str, float] = {}
+    tuned: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        if metric in item.get("tuned", {}) and metric in item.get("base", {}):
+            key = f"{item['hash']}:{item['prompt']}"
+            while key in tuned:  # a task may ask the same question twice
+                key += "'"
+            base[key], tuned[key] = item["base"][metric], item["tuned"][metric]
+    return (base, tuned) if tuned else None
+
+
+def write_csv(results: Results) -> None:
+    """Write `results.csv`: one line a run, the columns of all runs, in the order they come."""
+    columns = list(dict.fromkeys(name for row in results.rows for name in row))
+    tasks = [name for name in columns if "/" in name and name.split("/")[0] in results.record.tasks]
+    # Costs and ids go last, also where a run that failed early brings them first.
+    last = ["train/loss", "validation/loss", "evaluation_seconds", *COSTS, "mlflow_run_id"]
+    first = [name for name in columns if name not in last and name not in tasks]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*first, *tasks, *last], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results.rows)
+    write_atomic(results.folder / "results.csv", text.getvalue())
+
+
+def render_table(results: Results) -> Table:
+    """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
+    rows, swept = results.rows, results.record.swept or ["run"]
+    metrics = [
+        f"{task}/{name}" for task in results.record.tasks for name in _shown_metrics(task, rows)
+    ]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for key in swept:
+        table.add_column(key, overflow="fold")
+    table.add_column("status")
+    for metric in metrics:
+        task, name = metric.rsplit("/", 1)
+        table.add_column(f"{task}\n{name}", justify="right")
+    table.add_column("train\nloss", justify="right")
+    table.add_column("train\ntime", justify="right")
+    for row in rows:
+        cells = [str(row.get(key, "")) for key in swept]
+        cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
+        cells += [_number(row["train/loss"], ".3f"), _number(row["train_seconds"], ".0f", " s")]
+        table.add_row(*cells)
+    return table
+
+
+def render_plan(points: Sequence[tuple[Mapping[str, str], str, str]]) -> Table:
+    """Return the table of what a sweep is about to do: swept values, run, and what is to come."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    swept = list(points[0][0])
+    for key in [*swept, "run", "to come"]:
+        table.add_column(key, overflow="fold")
+    for values, run, prospect in points:
+        table.add_row(*(values[key] for key in swept), run, prospect)
+    return table
+
+
+def _compared_metrics(task: str, rows: Sequence[Row]) -> list[str]:
+    """Return a task's metrics that have a base beside them, acc and acc_norm first."""
+    prefix = f"{task}/base_"
+    names = dict.fromkeys(
+        name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)
+    )
+    return sorted(names, key=lambda name: name not in MAIN_METRICS)
+
+
+def _shown_metrics(task: str, rows: Sequence[Row]) -> list[str]:
+    without_base = [name for name in MAIN_METRICS if any(f"{task}/{name}" in row for row in rows)]
+    return _compared_metrics(task, rows) or without_base
+
+
+def _score_cell(row: Row, metric: str) -> str:
+    task, name = metric.rsplit("/", 1)
+    tuned, base = row.get(metric), row.get(f"{task}/base_{name}")
+    if tuned is None:
+        return ""
+    if base is None:
+        return f"{tuned:.4f}"
+    proven = "*" if (row.get(f"{metric}_p_adjusted") or 1.0) < 0.05 else " "
+    return f"{base:.4f} -> {tuned:.4f} \n{tuned - base:+.4f}{proven}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def print_table(table: Table) -> None:
+    """Print a table to the terminal, or whole and uncoloured where there is none."""
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)

@@ -1,0 +1,257 @@
+"""Checkpoints: whole, or passed over; a resumed training is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.checkpoints import (
+    MANIFEST,
+    MARKER,
+    find_newest,
+    find_problem,
+    newest_step,
+    write_checkpoint,
+)
+from finetune.run_folder import file_digest
+from tests.conftest import TINY, Command
+
+# Warm-up, decay, dropout and accumulation: all that a resume could get wrong.
+TRAINING = (
+    *TINY, "evaluation=none", "data.num_examples=32", "training.epochs=2", "training.batch_size=2",
+    "training.gradient_accumulation_steps=2", "optimizer.scheduler=cosine",
+    "optimizer.warmup_ratio=0.2", "lora.dropout=0.1", "training.checkpoint_every=1",
+)  # fmt: skip
+
+
+def write(folder: Path, step: int, keep: int = 9) -> Path:
+    """Write a checkpoint of two files."""
+
+    def fill(into: Path) -> None:
+        (into / "weights").write_bytes(bytes([step]) * 1000)
+        (into / "state").write_text(f"step {step}")
+
+    write_checkpoint(folder, step, step * 1.5, fill, keep=keep)
+    return folder / f"step-{step:07d}"
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    """`keep` newest stay; step and time come back."""
+    for step in (5, 10, 15):
+        write(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000010", "step-0000015"]
+    newest = find_newest(tmp_path)
+    assert newest is not None
+    assert (newest.step, newest.seconds) == (15, 22.5)
+    assert newest_step(tmp_path) == 15
+    assert find_newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("file", ["weights", "state", MANIFEST, MARKER])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "flipped"])
+def test_a_harmed_checkpoint_is_passed_over(
+    tmp_path: Path, file: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one before it is used, and the log says what was wrong."""
+    write(tmp_path, 5)
+    harmed = write(tmp_path, 10) / file
+    content = harmed.read_bytes()
+    if harm == "missing":
+        harmed.unlink()
+    else:
+        middle = len(content) // 2
+        changed = {
+            "truncated": content[:middle],
+            "empty": b"",
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        }
+        harmed.write_bytes(changed[harm])
+    newest = find_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 5
+    assert "passing over the checkpoint" in caplog.text
+    assert "step-0000010" in caplog.text
+
+
+def test_a_failure_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:
+    """What was half-written is gone; the message says where and how many bytes."""
+    older = write(tmp_path, 5)
+
+    def fill(into: Path) -> None:
+        (into / "weights").write_bytes(b"1" * 123)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"step-0000006 after 123 bytes .*No space.*bytes are free"):
+        write_checkpoint(tmp_path, 6, 1.0, fill, keep=1)
+    assert list(tmp_path.iterdir()) == [older]
+    assert find_problem(older) is None
+
+
+def adapters(folder: Path) -> dict[str, str]:
+    """Return each run's adapter by sha256."""
+    files = folder.glob("outputs/*/adapter/adapter_model.safetensors")
+    return {path.parts[-3]: file_digest(path) for path in files}
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Return the steps and losses of the only run."""
+    import json
+
+    (log,) = folder.glob("outputs/*/events.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(e["step"], e["value"]) for e in events if e.get("key") == "train/loss"]
+
+
+def interrupted_at(folder: Path, step: int, number: int) -> int:
+    """Start the run, send its sweep a signal once a step was logged, and return its exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *TRAINING], cwd=folder, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None:
+        logs = list(folder.glob("outputs/*/events.jsonl"))
+        if logs and logs[0].read_text().count("train/loss") >= step:
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    return process.wait(timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, finetune: Command, number: int, code: int
+) -> None:
+    """Adapter and every step's loss are the same bits, however the run was stopped."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    finetune(*TRAINING, f"hydra.run.dir={whole}", f"output_dir={whole}/outputs")
+    assert interrupted_at(tmp_path, 5, number) == code
+    (run,) = tmp_path.glob("outputs/*")
+    stopped_at = newest_step(run / "checkpoints")
+    assert stopped_at is not None
+    assert not (run / "adapter").exists()
+    if number != signal.SIGKILL:
+        assert '"interrupted"' in (run / "status.json").read_text()
+        assert (tmp_path / "multirun_reports").glob("*/results.csv")
+    done = finetune(*TRAINING)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stderr
+    assert adapters(tmp_path) == adapters(whole)
+    assert losses(tmp_path) == losses(whole)
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 17))
+    assert not (run / "checkpoints").exists()
+
+
+FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "trainer_state.json", MANIFEST, MARKER,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "flipped"])
+def test_a_harmed_checkpoint_costs_steps_but_no_bit(
+    tmp_path: Path, finetune: Command, file: str, harm: str
+) -> None:
+    """Each file of a real checkpoint, each way to be harmed: the result is the same."""
+    kept = (*TRAINING, "training.keep_checkpoints=2")
+    whole = tmp_path / "whole"
+    finetune(*kept, f"output_dir={whole}/outputs", "report_dir=whole/reports")
+    assert interrupted_at(tmp_path, 5, signal.SIGKILL) == -signal.SIGKILL
+    (run,) = tmp_path.glob("outputs/*")
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    harmed = newest / file
+    if harmed.exists():
+        content = harmed.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        changed = {"truncated": content[:middle], "empty": b"", "flipped": flipped}
+        harmed.unlink() if harm == "missing" else harmed.write_bytes(changed[harm])
+    done = finetune(*kept)
+    assert done.returncode == 0, done.stderr
+    assert "passing over the checkpoint" in done.stderr
+    assert adapters(tmp_path) == adapters(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sweep_killed_at_twenty_moments_comes_out_the_same(
+    tmp_path: Path, finetune: Command
+) -> None:
+    """Kill -9 of the sweep, or of its worker, at seeded moments; the same command finishes."""
+    grid = (*TRAINING, "lora.r=2,4", "--multirun")
+    whole = tmp_path / "whole"
+    finetune(*grid, f"output_dir={whole}/outputs", "report_dir=whole/reports")
+    draw = random.Random(20240603)
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", *grid], cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(draw.uniform(4, 14))
+        worker = next(iter(children(process.pid)), None)
+        victim = worker if worker and draw.random() < 0.5 else process.pid
+        with_grace = process.poll() is None
+        if with_grace:
+            os.kill(victim, signal.SIGKILL)
+        process.wait(timeout=300)
+    done = finetune(*grid)
+    assert done.returncode == 0, done.stderr
+    assert adapters(tmp_path) == adapters(whole)
+    assert len(adapters(whole)) == 2
+
+
+def children(pid: int) -> list[int]:
+    """Return the spawned workers of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(") ", 1)[1].split()
+            command = (path.parent / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == pid and "spawn_main" in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_full_disk_is_said_and_nothing_partial_counts(tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk: the run fails with path and bytes."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    cache = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    plan = [sys.executable, "-m", "finetune", *TRAINING, "sweep.dry_run=true"]
+    # The tiny model is made without the limit.
+    subprocess.run(plan, cwd=tmp_path, env=cache, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=16"], cwd=tmp_path, env=cache,
+        capture_output=True, text=True, preexec_fn=limited, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot write the checkpoint" in done.stderr
+    assert "bytes" in done.stderr
+    (run,) = tmp_path.glob("outputs/*")
+    assert newest_step(run / "checkpoints") is None
+    assert not (run / "adapter").exists()
+    shutil.rmtree(tmp_path / "multirun_reports")
+    again = subprocess.run(
+        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=16"], cwd=tmp_path, env=cache,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
