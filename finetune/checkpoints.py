@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from finetune.run_folder import file_digest, write_atomic
 
 log = logging.getLogger("finetune")
@@ -70,12 +72,13 @@ def write_checkpoint(
         os.replace(temporary, final)
         _sync_folder(folder)
         write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n")
-    except (OSError, RuntimeError) as error:  # torch writes its files with a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # the two libraries' own errors
         written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free
+        why = str(error).splitlines()[0]
         raise OSError(
-            f"cannot write the checkpoint {final} after {written} bytes ({error}); "
+            f"cannot write the checkpoint {final} after {written} bytes ({why}); "
             f"{free} bytes are free there"
         ) from None
     for old in _newest_first(folder)[keep:]:

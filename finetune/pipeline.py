@@ -8,16 +8,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import platform
 import shutil
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +27,16 @@ from finetune import adapters, data, evaluation, models, training
 from finetune.config import Config, EvaluationConfig, ModelConfig, find_problems
 from finetune.data import Examples
 from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
+from finetune.identity import (
+    EVALUATION_VERSIONS,
+    Inputs,
+    describe_environment,
+    find_inputs,
+    find_precision,
+    find_versions,
+    model_identity,
+    run_folder,
+)
 from finetune.models import Source
 from finetune.run_folder import (
     EventLog,
@@ -47,26 +54,11 @@ from finetune.scoring import SharedContextLM
 
 log = logging.getLogger("finetune")
 
-# The versions that can change a number; bitsandbytes only where it is used.
-TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
-EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
 LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
 SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
-# Settings that leave a trained adapter's numbers as they are.
-NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The parts of a run that are found before any weight is loaded."""
-
-    device: torch.device
-    source: Source
-    data: data.DataSource
-    identity: str  # of the training
 
 
 def prepare(config: Config) -> Plan:
@@ -80,7 +72,7 @@ def prepare(config: Config) -> Plan:
             "use one that has, or set training.device=auto for the CPU"
         )
     else:
-        problems += training.find_precision_problems(_precision(config))
+        problems += training.find_precision_problems(find_precision(config))
     for check in (_find_model_problems, _find_data_problems):
         try:
             problems += check(config)
@@ -89,7 +81,7 @@ def prepare(config: Config) -> Plan:
     if problems:
         return Plan(None, problems)
     inputs = find_inputs(config)
-    folder = _folder(config, inputs)
+    folder = run_folder(config, inputs)
     return Plan(folder.path, [], finished=_is_done(config, inputs, folder))
 
 
@@ -114,64 +106,10 @@ def _find_data_problems(config: Config) -> list[str]:
     return []
 
 
-def find_inputs(config: Config) -> Inputs:
-    """Find model and data, and compute the training's identity from what changes its numbers."""
-    source = models.find_model(config.model)
-    found = data.find_data(config.data)
-    precision = _precision(config)
-    neutral = dict.fromkeys(NEUTRAL)
-    seed = config.training.seed
-    data_seed = seed if config.training.data_seed is None else config.training.data_seed
-    identity = digest(
-        {
-            "model": _model_identity(config, source, precision.device),
-            "peft": asdict(config.peft),
-            "lora": asdict(config.lora),
-            "optimizer": asdict(config.optimizer),
-            "data": {**asdict(config.data), "path": None, "revision": None, "digest": found.digest},
-            "training": {
-                **asdict(config.training), **neutral,
-                "precision": str(precision.autocast), "data_seed": data_seed,
-            },
-            "versions": _versions(config, TRAINING_VERSIONS),
-        }
-    )  # fmt: skip
-    return Inputs(precision.device, source, found, identity)
-
-
-def _precision(config: Config) -> training.Precision:
-    device = models.pick_device(config.training.device)
-    base = models.compute_dtype(config.model, device)
-    return training.resolve_precision(config.training.precision, base, device)
-
-
-def _model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
-    return {
-        **asdict(config.model),
-        "path": None,
-        "revision": None,
-        "digest": source.digest,
-        "dtype": str(models.compute_dtype(config.model, device)),
-    }
-
-
-def _versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
-    names = list(packages)
-    if config.model.quantization != "none" or "8bit" in config.optimizer.name:
-        names.append("bitsandbytes")
-    return {name: version(name) for name in names}
-
-
-def _folder(config: Config, inputs: Inputs) -> RunFolder:
-    name = Path(config.model.path).name.partition(".")[0]
-    described = slug(f"{name}-{config.peft.method}-r{config.lora.r}-lr{config.optimizer.lr}")
-    return RunFolder(Path(config.output_dir).absolute() / f"{described}-{inputs.identity[:12]}")
-
-
 def run(job: Job) -> State:
     """Run one job and return how it ended; all it computed is in its folder."""
     inputs = find_inputs(job.config)
-    folder = _folder(job.config, inputs)
+    folder = run_folder(job.config, inputs)
     with folder.locked(), _recording(folder) as events:
         if _is_done(job.config, inputs, folder):
             tuned, *base = _scorers(job.config, inputs, folder)
@@ -185,7 +123,8 @@ def run(job: Job) -> State:
         state, reason = _guarded(job.config, inputs, folder, events)
         if state != "finished":
             _release_memory()
-        folder.write_status(Status(state, reason, started, time.time()))
+        lines = folder.last_lines() if reason else []
+        folder.write_status(Status(state, reason, started, time.time(), lines))
         events.status(state, reason)
     return state
 
@@ -266,7 +205,7 @@ def _trained(
     log.info("data: %s", examples.counts.summary())
     folder.write_json("data.json", asdict(examples.counts))
     arguments = training.build_arguments(
-        folder, config.optimizer, config.training, _precision(config),
+        folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
     )  # fmt: skip
     adapted = adapters.attach(model, config.lora, config.training.seed)
@@ -315,14 +254,14 @@ class Scorer:
     def identity(self, task: LoadedTask) -> str:
         return digest(
             {
-                "model": _model_identity(self.config, self.inputs.source, self.inputs.device),
+                "model": model_identity(self.config, self.inputs.source, self.inputs.device),
                 "adapter": self.adapter,
                 "task": task.name,
                 "digest": task.digest,
                 "dtype": self.config.evaluation.dtype,
                 "seed": evaluation.SEED,
                 "scoring": SCORING,
-                "versions": _versions(self.config, EVALUATION_VERSIONS),
+                "versions": find_versions(self.config, EVALUATION_VERSIONS),
             }
         )
 
@@ -422,24 +361,6 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", repr(value) if isinstance(value, float) else str(value)
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, hardware and code commit: what a rerun compares."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
-    return {
-        "versions": {name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "git_commit": commit.stdout.strip() or None,
-    }
 
 
 @contextmanager

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "config", "overrides", "run_folder", "models", "adapters", "prompts", "data", "checkpoints",
     "training", "prefix_tree", "block_attention", "scoring", "evaluation", "tracking",
-    "comparison", "results", "figures", "report", "pipeline", "worker", "sweep", "sync", "runs",
-    "rerun", "__main__",
+    "comparison", "results", "figures", "report", "identity", "pipeline", "worker", "sweep",
+    "sync", "runs", "rerun", "__main__",
 ]  # fmt: skip
 
 

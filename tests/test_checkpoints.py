@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -13,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
+from finetune import pipeline
 from finetune.checkpoints import (
     MANIFEST,
     MARKER,
@@ -22,7 +25,8 @@ from finetune.checkpoints import (
     newest_step,
     write_checkpoint,
 )
-from finetune.run_folder import file_digest
+from finetune.config import build_config
+from finetune.run_folder import Job, file_digest
 from tests.conftest import TINY, Command
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.
@@ -30,6 +34,7 @@ TRAINING = (
     *TINY, "evaluation=none", "data.num_examples=32", "training.epochs=2", "training.batch_size=2",
     "training.gradient_accumulation_steps=2", "optimizer.scheduler=cosine",
     "optimizer.warmup_ratio=0.2", "lora.dropout=0.1", "training.checkpoint_every=1",
+    "training.keep_checkpoints=2",
 )  # fmt: skip
 
 
@@ -104,8 +109,6 @@ def adapters(folder: Path) -> dict[str, str]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Return the steps and losses of the only run."""
-    import json
-
     (log,) = folder.glob("outputs/*/events.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     return [(e["step"], e["value"]) for e in events if e.get("key") == "train/loss"]
@@ -126,6 +129,7 @@ def interrupted_at(folder: Path, step: int, number: int) -> int:
     return process.wait(timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
@@ -160,30 +164,43 @@ FILES = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an uninterrupted run, `whole`, and one killed after five steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    for arguments in ([f"output_dir={folder}/whole/outputs", f"report_dir={folder}/whole"], []):
+        command = [sys.executable, "-m", "finetune", *TRAINING, *arguments]
+        if arguments:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        else:
+            assert interrupted_at(folder, 5, signal.SIGKILL) == -signal.SIGKILL
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "flipped"])
 def test_a_harmed_checkpoint_costs_steps_but_no_bit(
-    tmp_path: Path, finetune: Command, file: str, harm: str
+    tmp_path: Path, killed: Path, file: str, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each file of a real checkpoint, each way to be harmed: the result is the same."""
-    kept = (*TRAINING, "training.keep_checkpoints=2")
-    whole = tmp_path / "whole"
-    finetune(*kept, f"output_dir={whole}/outputs", "report_dir=whole/reports")
-    assert interrupted_at(tmp_path, 5, signal.SIGKILL) == -signal.SIGKILL
+    shutil.copytree(killed / "outputs", tmp_path / "outputs")
     (run,) = tmp_path.glob("outputs/*")
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    harmed = newest / file
-    if harmed.exists():
-        content = harmed.read_bytes()
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        changed = {"truncated": content[:middle], "empty": b"", "flipped": flipped}
-        harmed.unlink() if harm == "missing" else harmed.write_bytes(changed[harm])
-    done = finetune(*kept)
-    assert done.returncode == 0, done.stderr
-    assert "passing over the checkpoint" in done.stderr
-    assert adapters(tmp_path) == adapters(whole)
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    harmed = checkpoints[-1] / file
+    content = harmed.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    changed = {"truncated": content[:middle], "empty": b"", "flipped": flipped}
+    harmed.unlink() if harm == "missing" else harmed.write_bytes(changed[harm])
+    composed = OmegaConf.load(run / "config.yaml")
+    assert isinstance(composed, DictConfig)
+    composed.output_dir = str(tmp_path / "outputs")
+    job = Job(build_config(composed), OmegaConf.to_yaml(composed), [], {})
+    with caplog.at_level("INFO", logger="finetune"):
+        assert pipeline.run(job) == "finished"
+    assert "passing over the checkpoint" in caplog.text
+    assert adapters(tmp_path) == adapters(killed / "whole")
 
 
 @pytest.mark.slow
@@ -228,6 +245,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_nothing_partial_counts(tmp_path: Path) -> None:
     """A limit on file sizes stands for a full disk: the run fails with path and bytes."""
 

@@ -95,7 +95,9 @@ def test_the_table_is_the_recorded_one(by_rank: Path) -> None:
     ]
     with (by_rank / "results.csv").open() as file:
         found = {row["lora.r"]: row for row in csv.DictReader(file)}
-    assert float(found["8"][f"{TASK}/acc_p"]) == pytest.approx(1.86e-5, rel=0.01)
+    assert float(found["8"][f"{TASK}/acc_p"]) == pytest.approx(
+        (2 * (1 + 24 + 276) - 276) / 2**24  # two tails of 24 flips with at most 2, less the point
+    )
     assert float(found["8"][f"{TASK}/acc_p_adjusted"]) < 0.001
     assert float(found["16"][f"{TASK}/acc_p_adjusted"]) > 0.9
     assert found["16"][f"{TASK}/acc_diff"] == "0.010000000000000009"

@@ -13,6 +13,7 @@ from finetune.run_folder import RunFolder
 from tests.conftest import TINY, Command
 
 
+@pytest.mark.slow
 def test_a_rerun_is_identical_and_says_what_else_changed(tmp_path: Path, finetune: Command) -> None:
     """The same bits in a new folder; a version that differs is named, a changed run is told."""
     assert finetune(*TINY, "lora.r=2", "lora.alpha=4").returncode == 0
@@ -41,6 +42,7 @@ def test_a_rerun_is_identical_and_says_what_else_changed(tmp_path: Path, finetun
         assert "the loss of step 3 was" in str(first)
 
 
+@pytest.mark.slow
 def test_other_answers_are_different(tmp_path: Path, finetune: Command) -> None:
     """Equal losses do not hide another outcome."""
     assert finetune(*TINY).returncode == 0
@@ -74,6 +76,7 @@ def test_runs_without_any_run_says_so(finetune: Command, arguments: list[str]) -
     assert done.stderr
 
 
+@pytest.mark.slow
 def test_runs_are_listed_and_compared(tmp_path: Path, finetune: Command) -> None:
     """State, settings and scores of each; two of them question by question."""
     finetune(*TINY, "lora.r=2,4", "--multirun")

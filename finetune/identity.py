@@ -1,0 +1,105 @@
+"""What names a run: all that changes its numbers, found before any weight is loaded."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import data, models, training
+from finetune.config import Config
+from finetune.models import Source
+from finetune.run_folder import RunFolder, digest, slug
+
+# The versions that can change a number; bitsandbytes only where it is used.
+TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
+EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
+# Settings that leave a trained adapter's numbers as they are.
+NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The parts of a run that are found before any weight is loaded."""
+
+    device: torch.device
+    source: Source
+    data: data.DataSource
+    identity: str  # of the training
+
+
+def find_inputs(config: Config) -> Inputs:
+    """Find model and data, and compute the training's identity from what changes its numbers."""
+    source = models.find_model(config.model)
+    found = data.find_data(config.data)
+    precision = find_precision(config)
+    neutral = dict.fromkeys(NEUTRAL)
+    seed = config.training.seed
+    data_seed = seed if config.training.data_seed is None else config.training.data_seed
+    identity = digest(
+        {
+            "model": model_identity(config, source, precision.device),
+            "peft": asdict(config.peft),
+            "lora": asdict(config.lora),
+            "optimizer": asdict(config.optimizer),
+            "data": {**asdict(config.data), "path": None, "revision": None, "digest": found.digest},
+            "training": {
+                **asdict(config.training), **neutral,
+                "precision": str(precision.autocast), "data_seed": data_seed,
+            },
+            "versions": find_versions(config, TRAINING_VERSIONS),
+        }
+    )  # fmt: skip
+    return Inputs(precision.device, source, found, identity)
+
+
+def find_precision(config: Config) -> training.Precision:
+    device = models.pick_device(config.training.device)
+    base = models.compute_dtype(config.model, device)
+    return training.resolve_precision(config.training.precision, base, device)
+
+
+def model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
+    return {
+        **asdict(config.model),
+        "path": None,
+        "revision": None,
+        "digest": source.digest,
+        "dtype": str(models.compute_dtype(config.model, device)),
+    }
+
+
+def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
+    names = list(packages)
+    if config.model.quantization != "none" or "8bit" in config.optimizer.name:
+        names.append("bitsandbytes")
+    return {name: version(name) for name in names}
+
+
+def run_folder(config: Config, inputs: Inputs) -> RunFolder:
+    name = Path(config.model.path).name.partition(".")[0]
+    described = slug(f"{name}-{config.peft.method}-r{config.lora.r}-lr{config.optimizer.lr}")
+    return RunFolder(Path(config.output_dir).absolute() / f"{described}-{inputs.identity[:12]}")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, hardware and code commit: what a rerun compares."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "git_commit": commit.stdout.strip() or None,
+    }
