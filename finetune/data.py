@@ -162,6 +162,11 @@ def build_examples(
     return Examples(shuffled[held_out:], shuffled[:held_out], counts)
 
 
+def last_prompts(rows: Sequence[Row], data: DataConfig, count: int) -> list[str]:
+    """Return the prompts of the last rows that can be used."""
+    return [prompt for _, prompt, _ in _sound_texts(rows, data, RowCounts(len(rows)))][-count:]
+
+
 def _sound_texts(
     rows: Sequence[Row], data: DataConfig, counts: RowCounts
 ) -> Iterator[tuple[int, str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -20,6 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import Config, Refused, build_config, conf_dir, find_problems, nearest
 
+# Parts of Hydra's own config that run code or change the process before ours is asked.
+UNSAFE = ("hydra.callbacks", "hydra.job.env_set", "hydra.job.env_copy")
+LARGEST_CONFIG = 100_000  # bytes
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
 
 
@@ -35,6 +39,9 @@ def find_override_problems(
     """
     folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
     elsewhere = any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
+    foreign = find_foreign_problems(Path(config_dir)) if config_dir else []
+    if foreign:
+        return foreign  # nothing of it may be composed
     problems: list[str] = []
     sound: list[Override] = []
     for argument in arguments:
@@ -54,6 +61,30 @@ def find_override_problems(
     return problems + _range_problems(sound, config_dir) if problems else []
 
 
+def find_foreign_problems(folder: Path) -> list[str]:
+    """Return what in a user's own folder of configs is more than settings.
+
+    Such a folder may be somebody else's: it must name no code to run, touch nothing of Hydra's
+    that does, and not unfold to more than it shows (aliases can, to the power of their depth).
+    """
+    problems = []
+    for path in sorted(folder.rglob("*.yaml")):
+        if path.stat().st_size > LARGEST_CONFIG:
+            problems.append(f"{path}: is larger than a config of settings ({LARGEST_CONFIG} bytes)")
+            continue
+        try:
+            events = list(yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            problems.append(f"{path}: {first_line(error)}")
+            continue
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            problems.append(f"{path}: has YAML aliases (*name); write the values out")
+        words = {event.value for event in events if isinstance(event, yaml.ScalarEvent)}
+        for word in sorted(words & {"_target_", "callbacks", "env_set", "env_copy", "searchpath"}):
+            problems.append(f"{path}: has {word}, which runs or fetches code; leave it out")
+    return problems
+
+
 def first_line(error: Exception) -> str:
     """Return what an error of Hydra or OmegaConf says, without its trailing key dump."""
     return str(error).strip().split("\n")[0]
@@ -61,6 +92,9 @@ def first_line(error: Exception) -> str:
 
 def _problems_of(override: Override, folders: list[Path], elsewhere: bool) -> Iterator[str]:
     key = override.key_or_group
+    if key.startswith(UNSAFE) or "_target_" in str(override.input_line):
+        yield f"{override.input_line}: runs code or changes the process's environment; leave it out"
+        return
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return
     groups = sorted({p.name for f in folders for p in f.iterdir() if p.is_dir()} - {"hydra"})

@@ -50,6 +50,7 @@ from finetune.run_folder import (
     slug,
     write_atomic,
 )
+from finetune.samples import NUM_SAMPLES, answer_samples
 from finetune.scoring import SharedContextLM
 
 log = logging.getLogger("finetune")
@@ -170,6 +171,11 @@ def _run_stages(config: Config, inputs: Inputs, folder: RunFolder, events: Event
         scorer.score(tasks, model, tokenizer)
     adapted = _trained(config, inputs, folder, events, model, tokenizer)
     tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
+    if tasks and base:
+        rows = data.read_rows(config.data, inputs.data)
+        prompts = data.last_prompts(rows, config.data, NUM_SAMPLES)
+        said = answer_samples(adapted, tokenizer, prompts)
+        folder.write_json("samples.json", [asdict(sample) for sample in said])
     adapted.unload()  # the base is what it was, for the next run
     scores = tuned.read(tasks), base[0].read(tasks) if base else {}
     _write_scores(folder, *scores)

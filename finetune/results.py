@@ -79,6 +79,10 @@ class Results:
         """The task/metric that the report turns on: the first task's acc, or its first metric."""
         return next(iter(self.comparisons), None)
 
+    def best_run(self) -> str | None:
+        """Return the run with the highest main metric, once any is scored."""
+        return self.comparisons[self.main_metric].best() if self.main_metric else None
+
     def label(self, row: Row) -> str:
         """Name a run by its place in the grid."""
         return ", ".join(f"{key}={row[key]}" for key in self.record.swept) or str(row["run"])

@@ -292,7 +292,10 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     interrupted = "interrupted" in states
     failed = any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
-    behind = tracker.close(state=state)
+    so_far = read_results(sweep.folder)
+    behind = tracker.close(
+        state=state, champion=so_far.best_run(), metrics=list(so_far.comparisons)
+    )
     results = _write_report(sweep)
     print_table(render_table(results))
     for row in results.rows:

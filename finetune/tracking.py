@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from finetune.config import TrackingConfig
 from finetune.run_folder import RunFolder, State, slug, write_atomic
+from finetune.showcase import register_champion, save_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,8 +52,16 @@ class Tracker(Protocol):
     def run_id(self, run: RunFolder) -> str | None:
         """Return the MLflow run of a run of this sweep, once it has one."""
 
-    def close(self, *, state: State) -> str | None:
-        """Send the rest and end the sweep's own run; return what is missing, with its remedy."""
+    def close(
+        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+    ) -> str | None:
+        """Send the rest and end the sweep's own run; return what is missing, with its remedy.
+
+        Args:
+            state: how the sweep ended.
+            champion: its best run, whose adapter is registered.
+            metrics: what its saved view draws.
+        """
 
 
 class NullTracker:
@@ -66,7 +75,9 @@ class NullTracker:
     def run_id(self, run: RunFolder) -> str | None:
         return None
 
-    def close(self, *, state: State) -> str | None:
+    def close(
+        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+    ) -> str | None:
         return None
 
 
@@ -90,6 +101,9 @@ class Mirror:
     experiment_id: str | None = None
     run_id: str | None = None
     state: State = "running"
+    champion: str | None = None  # the best run, once the sweep has ended
+    metrics: list[str] = field(default_factory=list)  # that its view draws
+    view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
 
     @classmethod
@@ -156,11 +170,17 @@ class MlflowTracker:
         child = self._mirror.children.get(run.name)
         return child.run_id if child else None
 
-    def close(self, *, state: State) -> str | None:
+    def close(
+        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+    ) -> str | None:
         self._mirror.state = state
+        self._mirror.champion = champion
+        self._mirror.metrics = list(metrics)
         self._closing.set()
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive() and self._error is None:
+            if self._mirror.view:
+                self.ui_command += f"\nthen open http://127.0.0.1:5000/{self._mirror.view}"
             return None
         return (
             f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
@@ -212,6 +232,11 @@ def send(mirror: Mirror, path: Path, names: Sequence[str]) -> int:
             mirror.save(path)
             num_events += len(events)
     client.update_run(mirror.run_id, status=END_STATES[mirror.state])
+    if mirror.metrics:
+        mirror.view = save_view(client, mirror.run_id, mirror.name, mirror.swept, mirror.metrics)
+    champion = mirror.children.get(mirror.champion or "")
+    if champion is not None and champion.run_id is not None:
+        register_champion(client, mirror.name, champion.run_id)
     mirror.save(path)
     return num_events
 

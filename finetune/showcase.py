@@ -1,0 +1,107 @@
+"""What a sweep leaves in MLflow besides its runs: the best adapter by name, and a saved view.
+
+The view's format is the UI's own (seen in MLflow 3.17); a UI that does not know it shows the
+same runs by the plain filter.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ALIAS = "champion"
+
+
+def register_champion(client: MlflowClient, name: str, run_id: str) -> None:
+    """Register a run's adapter as the sweep's model and call it champion, once."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{name}'")
+    known = next((v.version for v in versions if v.run_id == run_id), None)
+    version = known or client.create_model_version(name, f"runs:/{run_id}/adapter", run_id).version
+    client.set_registered_model_alias(name, ALIAS, str(version))
+
+
+def save_view(
+    client: MlflowClient, run_id: str, sweep: str, swept: Sequence[str], metrics: Sequence[str]
+) -> str:
+    """Save a view of one sweep's runs (parallel coordinates, curves, bars); return its link.
+
+    Args:
+        client: the store.
+        run_id: the sweep's own run, the parent of the others.
+        sweep: the sweep's name, its runs' tag `finetune.sweep`.
+        swept: the keys that differ.
+        metrics: what to draw bars of, the first also as the end of the parallel coordinates.
+
+    Returns:
+        The address below the UI's root.
+    """
+    experiment_id = client.get_run(run_id).info.experiment_id
+    now = int(time.time() * 1000)
+    key = f"finetune-{sweep}"
+    view = {
+        "name": sweep,
+        "createdAt": now,
+        "updatedAt": now,
+        "state": _packed(_state(sweep, swept, metrics)),
+    }
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
+    return (
+        f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}"
+        "&compareRunsMode=CHART&workflowType=machine_learning"
+    )
+
+
+def _state(sweep: str, swept: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    charts: list[dict[str, Any]] = []
+    if swept and metrics:
+        charts.append(
+            {
+                "type": "PARALLEL", "metricSectionId": "scores", "selectedParams": list(swept),
+                "selectedMetrics": [metrics[0]], "showAllRuns": True,
+            }
+        )  # fmt: skip
+    charts += [
+        {"type": "BAR", "metricSectionId": "scores", "metricKey": metric} for metric in metrics
+    ]
+    charts.append(
+        {
+            "type": "LINE", "metricSectionId": "curves", "metricKey": "train/loss",
+            "selectedMetricKeys": ["train/loss"], "xAxisKey": "step", "lineSmoothness": 60,
+            "scaleType": "linear", "selectedYAxisMetricOrParam": "metric",
+        }
+    )  # fmt: skip
+    common = {"runsCountToCompare": 100, "deleted": False, "isGenerated": False}
+    sections = [
+        {"uuid": uuid, "name": name, "display": True, "deleted": False, "isReordered": False}
+        for uuid, name in (("scores", "Scores"), ("curves", "Training"))
+    ]
+    return {
+        # Only runs have a state, and only an order by date would fold them below their sweep.
+        "searchFilter": f"tags.`finetune.sweep` = '{sweep}' and tags.`finetune.state` != ''",
+        "orderByKey": f"metrics.`{metrics[0]}`" if metrics else "attributes.`Duration`",
+        "orderByAsc": False,
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": [
+            {**chart, **common, "uuid": f"chart-{number}"} for number, chart in enumerate(charts)
+        ],
+        "compareRunSections": sections,
+    }
+
+
+def _packed(state: dict[str, Any]) -> str:
+    packed = zlib.compress(json.dumps(state).encode())
+    return "deflate;" + base64.b64encode(packed).decode()

@@ -1,0 +1,91 @@
+"""Foreign configs run nothing, names stay in their folder, secrets stay out of every file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.config import register
+from finetune.overrides import find_override_problems
+from tests.conftest import TINY, Command
+
+register()
+MARK = "hf_MadeUpTokenOfThisTest123"
+FOREIGN = {
+    "target": ("lora/evil.yaml", "_target_: os.system\ncommand: touch ran\n", "has _target_"),
+    "callback": (
+        "experiment/evil.yaml",
+        "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.system\n",
+        "has callbacks",
+    ),
+    "environment": (
+        "experiment/evil.yaml",
+        "# @package _global_\nhydra:\n  job:\n    env_set:\n      LD_PRELOAD: evil.so\n",
+        "has env_set",
+    ),
+    "bomb": (
+        "lora/evil.yaml",
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
+            for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "has YAML aliases",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_config_is_refused_at_once(tmp_path: Path, finetune: Command, name: str) -> None:
+    """Whether it is chosen or only lies there: nothing of it is run or unfolded."""
+    file, content, problem = FOREIGN[name]
+    path = tmp_path / "foreign" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="utf-8")
+    started = time.monotonic()
+    done = finetune("--config-dir", str(tmp_path / "foreign"), f"{path.parent.name}=evil")
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "+hydra.callbacks.x={_target_: os.system}",
+        "hydra.job.env_set.LD_PRELOAD=evil.so",
+        "hydra.launcher._target_=os.system",
+        "+lora={_target_: os.system}",
+    ],
+)
+def test_an_override_that_runs_code_is_refused(typed: str) -> None:
+    """The same typed by hand."""
+    problems = find_override_problems([typed], multirun=False)
+    assert any("runs code" in problem for problem in problems)
+
+
+@pytest.mark.slow
+def test_a_secret_stays_out_of_every_file(
+    tmp_path: Path, finetune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of the environment, also one that a setting refers to, is nowhere on disk."""
+    monkeypatch.setenv("HF_TOKEN", MARK)
+    settings = [argument for argument in TINY if argument != "tracking=none"]
+    done = finetune(*settings, "data.revision=${oc.env:HF_TOKEN}")
+    assert done.returncode == 0, done.stderr
+    assert MARK not in done.stdout + done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in files)
+    assert any(path.name == "report.html" for path in files)
+    assert [path for path in files if MARK.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/finetune", "..", "a/../../b"])
+def test_a_sweeps_name_stays_in_its_folder(tmp_path: Path, finetune: Command, name: str) -> None:
+    """A name is a name, whatever it looks like."""
+    done = finetune(*TINY, f"sweep.name={name}", "sweep.dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.parent.iterdir() if "outside" in path.name] == []
