@@ -97,8 +97,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "git_commit": commit.stdout.strip() or None,

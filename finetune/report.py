@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Results:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"points": _points, "p_value": _p_value, "cell": _cell}
+    pages.filters |= {"points": _points, "p_cell": _p_cell, "cell": _cell}
     for name, images in (("report.md", links), ("report.html", embedded)):
         page = pages.get_template(f"{name}.j2").render(**shown, figures=images)
         write_atomic(folder / name, page.rstrip() + "\n")
@@ -70,7 +70,8 @@ def _content(results: Results) -> dict[str, Any]:
     rows = results.rows
     return {
         "name": results.record.name,
-        "command": " ".join(["python -m finetune", *results.record.command]),
+        "command": " ".join(["python -m finetune", *results.record.command])
+        + (" --multirun" if results.record.swept else ""),
         "verdict": verdict(results),
         "swept": results.record.swept,
         "tables": {metric: _lines(results, metric) for metric in results.comparisons},
@@ -169,7 +170,7 @@ def _provenance(runs: list[RunFolder]) -> dict[str, str]:
         environment = run.read_json("environment.json") or {}
         for package, number in (environment.get("versions") or {}).items():
             found[package][str(number)] = None
-        for key in ("python", "platform", "processor", "threads", "gpu", "git_commit"):
+        for key in ("python", "platform", "threads", "gpu", "git_commit"):
             if environment.get(key) is not None:
                 found[key][str(environment[key])] = None
     return {key: ", ".join(values) for key, values in found.items()}
@@ -181,6 +182,10 @@ def _points(value: float) -> str:
 
 def _p_value(value: float) -> str:
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".", 1)
+
+
+def _p_cell(value: float) -> str:
+    return "< .0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def _cell(value: Any) -> str:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config, find_problems
+from finetune.live import is_terminal, live_table
 from finetune.report import verdict, write_report
 from finetune.results import (
     Results,
@@ -131,7 +132,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
     """
     _refuse([problem for job in jobs for problem in find_problems(job.config)])
     _refuse(_folder_problems(jobs[0].config))
-    with Worker() as worker, _termination_interrupts():
+    with Worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
         sweep = _plan(jobs, sweep_name(jobs, arguments), worker)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
@@ -149,25 +150,33 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker) -> int:
         sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
     )
     states: list[State] = []
-    took: list[float] = []
     try:
-        for number, point in enumerate(sweep.points, start=1):
-            left = _time_left(took, sweep.points[number - 1 :])
-            log.info("[%d/%d] %s%s", number, len(sweep.points), point, left)
-            tracker.follow(point.run)
-            started = time.monotonic()
-            states.append(point.left or _run_one(point, worker))
-            if point.prospect != FINISHED and states[-1] == "finished":
-                took.append(time.monotonic() - started)
-            _write_report(sweep)
-            if sweep.config.sweep.fail_fast and states[-1] != "finished":
-                break
+        with live_table([(str(point), point.run) for point in sweep.points]):
+            for state in _run_all(sweep, tracker, worker):
+                states.append(state)
+                _write_report(sweep)
+                if sweep.config.sweep.fail_fast and state != "finished":
+                    break
     except KeyboardInterrupt:
         log.info("interrupted: waiting for a checkpoint; once more ends at once")
         with suppress(KeyboardInterrupt):
             worker.interrupt(INTERRUPT_SECONDS)
         states.append("interrupted")
     return _report(sweep, tracker, states)
+
+
+def _run_all(sweep: Sweep, tracker: Tracker, worker: Worker) -> Iterator[State]:
+    """Run what is to be run, one after another, and say how each came out."""
+    took: list[float] = []
+    for number, point in enumerate(sweep.points, start=1):
+        left = _time_left(took, sweep.points[number - 1 :])
+        log.info("[%d/%d] %s%s", number, len(sweep.points), point, left)
+        tracker.follow(point.run)
+        started = time.monotonic()
+        state = point.left or _run_one(point, worker)
+        if point.prospect != FINISHED and state == "finished":
+            took.append(time.monotonic() - started)
+        yield state
 
 
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:

@@ -297,6 +297,8 @@ class StepWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         done, total = state.global_step, state.max_steps
+        self._events.tag("train.max_steps", str(total))
+        self._events.tag("train.num_tokens", str(round(self.num_tokens * args.num_train_epochs)))
         self._bar = tqdm(desc="train", initial=done, total=total, unit="step")
 
     def on_step_end(

@@ -25,7 +25,8 @@ class WorkerDied(RuntimeError):
 class Worker:
     """A worker process that is started when first needed, and again when it died."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet  # since a table on the same terminal shows what it does
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -70,7 +71,9 @@ class Worker:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process = context.Process(
+                target=_serve, args=(theirs, self._is_quiet), daemon=True
+            )
             self._process.start()
             theirs.close()
         assert self._pipe is not None
@@ -99,13 +102,13 @@ class Worker:
         return f"the worker ended with exit code {code}"
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, is_quiet: bool) -> None:
     """Answer requests until the sweep is gone."""
     if os.name == "posix":
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
-        _quieten_libraries()
+        _quieten_libraries(is_quiet)
         from finetune import pipeline
 
         verbs = {"prepare": lambda job: pipeline.prepare(job.config), "run": pipeline.run}
@@ -128,13 +131,15 @@ def _end_with_the_sweep() -> None:
     os._exit(1)
 
 
-def _quieten_libraries() -> None:
+def _quieten_libraries(is_quiet: bool) -> None:
     """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     screen = logging.StreamHandler()
-    screen.setLevel(logging.INFO)
+    screen.setLevel(logging.ERROR if is_quiet else logging.INFO)
+    if is_quiet:
+        os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen])
     logging.getLogger("finetune").setLevel(logging.DEBUG)
     warnings.simplefilter("ignore")

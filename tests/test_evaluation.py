@@ -168,3 +168,25 @@ def test_base_accuracy_on_real_arc_easy_equals_lm_eval(shared_data: Path) -> Non
     assert ours.metrics["acc"] == direct["acc,none"]
     assert ours.metrics["acc_norm"] == direct["acc_norm,none"]
     assert ours.metrics["acc"] > 0.4
+
+
+def test_a_task_of_generations_is_lm_evals_own(tmp_path: Path) -> None:
+    """Without log-likelihood requests nothing is checked and nothing differs from HFLM."""
+    rows: list[object] = [
+        {"question": f"What is {n} + {n}?", "answer": f"{n} and {n}.\n#### {2 * n}"}
+        for n in range(6)
+    ]
+    file = str(write_rows(tmp_path / "gsm8k.jsonl", rows))
+    settings = EvaluationConfig(
+        ["gsm8k"], num_fewshot=1, limit=2, data_files={"gsm8k": {"test": file, "train": file}}
+    )
+    lm = tiny_lm()
+    task = load_task("gsm8k", settings)
+    ours = score(lm, task, settings)
+    plain = plain_lm(lm)
+    plain.scoring = Scoring()  # where a score says how it came about
+    theirs = score(plain, task, settings)
+    assert ours.scoring == Scoring()
+    assert ours.items == theirs.items
+    assert "exact_match_strict-match" in ours.metrics
+    assert ours.metrics == theirs.metrics

@@ -69,6 +69,7 @@ def test_a_sweep_ends_with_results_and_repeats_nothing(tmp_path: Path, finetune:
     assert results(tmp_path) == rows
 
 
+@pytest.mark.slow
 def test_one_failing_job_neither_stops_the_others_nor_goes_unseen(
     tmp_path: Path, finetune: Command
 ) -> None:
@@ -84,6 +85,7 @@ def test_one_failing_job_neither_stops_the_others_nor_goes_unseen(
     assert rows[1]["reason"] in done.stderr
 
 
+@pytest.mark.slow
 def test_a_single_run_is_a_sweep_of_one(tmp_path: Path, finetune: Command) -> None:
     """It writes the same results and events, and follows no secret into a file."""
     done = finetune(*TINY, "evaluation=none", "sweep.name=../one")
@@ -93,6 +95,7 @@ def test_a_single_run_is_a_sweep_of_one(tmp_path: Path, finetune: Command) -> No
     assert (tmp_path / "multirun_reports" / "one" / "results.csv").is_file()
 
 
+@pytest.mark.slow
 def test_an_mlflow_store_compares_the_runs(tmp_path: Path, finetune: Command) -> None:
     """The default store holds a parent and its child with params, curve and artifacts."""
     import mlflow
@@ -108,6 +111,10 @@ def test_an_mlflow_store_compares_the_runs(tmp_path: Path, finetune: Command) ->
     assert client.get_metric_history(child.info.run_id, "train/loss")
     names = {artifact.path for artifact in client.list_artifacts(child.info.run_id)}
     assert {"adapter", "config"} <= names
+    (model,) = client.search_registered_models()
+    champion = client.get_model_version_by_alias(model.name, "champion")
+    assert champion.run_id == row["mlflow_run_id"]
+    assert "viewStateShareKey=finetune-" in done.stdout
 
 
 EARLY = {

@@ -1,0 +1,95 @@
+"""The table on a terminal while a sweep runs: each run's state, step, loss, speed and time left.
+
+It is read from the runs' event logs, as everything is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from finetune.run_folder import RunFolder, read_events
+
+SPEED_STEPS = 20  # the newest, over which speed is measured
+
+
+def is_terminal() -> bool:
+    """Return whether someone watches."""
+    return Console(stderr=True).is_terminal
+
+
+def live_table(runs: Sequence[tuple[str, RunFolder]]) -> AbstractContextManager[Any]:
+    """Show the runs, by their labels, until the block ends; nothing where there is no terminal."""
+    if not is_terminal():
+        return nullcontext()
+    return Live(
+        get_renderable=lambda: render_runs(runs),
+        console=Console(stderr=True),
+        refresh_per_second=1,
+        transient=True,
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one run's training is."""
+
+    step: int = 0
+    max_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
+    """Return the table as the runs stand now."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("run", "state", "step", "loss", "tokens/s", "left"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    for label, run in runs:
+        status = run.status()
+        state: str = status.state if status else "waiting"
+        now = read_progress(run)
+        if state == "running" and now.step == now.max_steps:
+            state = "scoring"
+        table.add_row(
+            label,
+            state,
+            f"{now.step}/{now.max_steps}" if now.max_steps else "",
+            "" if now.loss is None else f"{now.loss:.3f}",
+            f"{now.tokens_per_second:.0f}" if now.tokens_per_second and state == "running" else "",
+            f"{now.seconds_left:.0f} s" if now.seconds_left and state == "running" else "",
+        )
+    return table
+
+
+def read_progress(run: RunFolder) -> Progress:
+    """Read from a run's event log how far its training is, and how fast it goes."""
+    losses: list[dict[str, Any]] = []
+    told: dict[str, str] = {}
+    for event in read_events(run.events):
+        if event["event"] == "metric" and event["key"] == "train/loss":
+            losses.append(event)
+        elif event["event"] == "tag":
+            told[event["key"]] = event["value"]
+    max_steps = int(told["train.max_steps"]) if "train.max_steps" in told else None
+    if not losses or max_steps is None:
+        return Progress(max_steps=max_steps)
+    newest = losses[-SPEED_STEPS:]
+    step, seconds = losses[-1]["step"], (newest[-1]["time"] - newest[0]["time"]) / 1000
+    if len(newest) < 2 or seconds <= 0:
+        return Progress(step, max_steps, losses[-1]["value"])
+    steps_per_second = (step - newest[0]["step"]) / seconds
+    return Progress(
+        step,
+        max_steps,
+        losses[-1]["value"],
+        steps_per_second * float(told["train.num_tokens"]) / max_steps,
+        (max_steps - step) / steps_per_second if steps_per_second else None,
+    )
