@@ -100,7 +100,7 @@ def test_an_mlflow_store_compares_the_runs(tmp_path: Path, finetune: Command) ->
     """The default store holds a parent and its child with params, curve and artifacts."""
     import mlflow
 
-    done = finetune(*[a for a in TINY if a != "tracking=none"], "evaluation=none")
+    done = finetune(*[a for a in TINY if a != "tracking=none"])
     assert done.returncode == 0, done.stderr
     assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
