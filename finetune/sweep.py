@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
@@ -96,7 +97,11 @@ class Sweep:
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
     """Freeze what Hydra composed, while its own HydraConfig is the one in force."""
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    overrides = list(HydraConfig.get().overrides.task)
+    hydra: Any = HydraConfig.instance().cfg
+    assert hydra is not None, "a job is composed under its own HydraConfig"
+    # Unresolved: reading them one by one would put the value of ${oc.env:...} into files.
+    told = OmegaConf.to_container(hydra.hydra.overrides.task, resolve=False)
+    overrides = [str(override) for override in cast(list[Any], told)]
     values = dict(override.lstrip("+").split("=", 1) for override in overrides)
     return Job(
         config=build_config(ours),

@@ -209,9 +209,10 @@ def test_a_sweep_killed_at_twenty_moments_comes_out_the_same(
     tmp_path: Path, finetune: Command
 ) -> None:
     """Kill -9 of the sweep, or of its worker, at seeded moments; the same command finishes."""
-    grid = (*TRAINING, "lora.r=2,4", "--multirun")
+    grid = ("--multirun", *TRAINING, "lora.r=2,4")
     whole = tmp_path / "whole"
-    finetune(*grid, f"output_dir={whole}/outputs", "report_dir=whole/reports")
+    undisturbed = finetune(*grid, f"output_dir={whole}/outputs", "report_dir=whole/reports")
+    assert undisturbed.returncode == 0, undisturbed.stderr
     draw = random.Random(20240603)
     for _ in range(20):
         process = subprocess.Popen(
