@@ -122,6 +122,8 @@ class EvaluationConfig:
     dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
     base: bool = True  # score the base model too
     data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file
+    select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
+    # split then only reports; null chooses and reports on the same questions
 
 
 @dataclass

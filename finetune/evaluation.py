@@ -82,11 +82,17 @@ class LoadedTask:
     name: str
     loaded: dict[str, Any]  # what TaskManager.load returns
     digest: str  # of its definition, all its requests and the questions behind them
+    selects: bool = False  # whether it asks the questions that choose the best run
 
     @property
     def tasks(self) -> dict[str, Task]:
         tasks: dict[str, Task] = self.loaded["tasks"]
         return tasks
+
+    @property
+    def key(self) -> str:
+        """The name of its files."""
+        return f"{self.name}.select" if self.selects else self.name
 
 
 def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
@@ -124,8 +130,17 @@ def stock_index() -> TaskManager:
     return TaskManager()
 
 
-def load_task(name: str, evaluation: EvaluationConfig) -> LoadedTask:
-    """Build a task with its data and its requests, as `lm_eval.simple_evaluate` would."""
+def load_task(name: str, evaluation: EvaluationConfig, *, selects: bool = False) -> LoadedTask:
+    """Build a task with its data and its requests, as `lm_eval.simple_evaluate` would.
+
+    Args:
+        name: an lm-eval task or group, or demo_science.
+        evaluation: shots, limit and files.
+        selects: ask the questions of `evaluation.select_split` instead of the task's own.
+
+    Raises:
+        ValueError: the task does not have that split, or it would flatter.
+    """
     files = evaluation.data_files.get(name)
     if name == "demo_science":
         from finetune.demo.task import task_config
@@ -141,12 +156,14 @@ def load_task(name: str, evaluation: EvaluationConfig) -> LoadedTask:
     with _quick_and_quiet():
         for task in loaded["tasks"].values():
             _set_fewshot(task, evaluation)
+            if selects:
+                _ask_split(task, evaluation.select_split or "")
             task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
     told = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
-    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)))
+    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects)
 
 
 def _definition(task: Task) -> dict[str, Any]:
@@ -174,6 +191,27 @@ def _set_fewshot(task: Task, evaluation: EvaluationConfig) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=SEED)
+
+
+def _ask_split(task: Task, split: str) -> None:
+    """Let a task ask the questions of other splits, joined by `+`, under its own definition."""
+    import datasets
+
+    names, have = split.split("+"), list(task.dataset)
+    key = f"evaluation.select_split={split}"
+    for name in names:
+        if name not in have:
+            raise ValueError(f"{key}: {task.task_name} has no {name!r}, only {', '.join(have)}")
+    if (task.config.test_split or task.config.validation_split) in names:
+        raise ValueError(f"{key}: {task.task_name} is reported on it; choose on another split")
+    solved = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
+    if task.config.num_fewshot and solved in names:
+        raise ValueError(
+            f"{key}: {task.task_name} takes its solved examples from {solved}; leave it out"
+        )
+    joined = datasets.concatenate_datasets([task.dataset[name] for name in names])
+    task.dataset = datasets.DatasetDict({**task.dataset, split: joined})
+    task.set_config(key="test_split", value=split)
 
 
 def _local_config(name: str, files: dict[str, str]) -> dict[str, Any]:

@@ -66,7 +66,6 @@ def prepare(config: Config) -> Plan:
     """Check everything that can be known without loading weights, and name the run."""
     problems = find_problems(config)
     problems += training.find_optimizer_problems(config.optimizer)
-    problems += evaluation.find_task_problems(config.evaluation)
     if config.training.device == "cuda" and not torch.cuda.is_available():
         problems.append(
             "training.device is cuda, and this machine has no CUDA device; "
@@ -74,10 +73,10 @@ def prepare(config: Config) -> Plan:
         )
     else:
         problems += training.find_precision_problems(find_precision(config))
-    for check in (_find_model_problems, _find_data_problems):
+    for check in (_find_model_problems, _find_data_problems, _find_task_problems):
         try:
             problems += check(config)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             problems.append(str(error))
     if problems:
         return Plan(None, problems)
@@ -104,6 +103,21 @@ def _find_model_problems(config: Config) -> list[str]:
 def _find_data_problems(config: Config) -> list[str]:
     found = data.find_data(config.data)
     data.check_rows(data.read_rows(config.data, found), config.data)
+    return []
+
+
+def _find_task_problems(config: Config) -> list[str]:
+    """Return what keeps a task from being asked: its name, its questions, its splits."""
+    problems = evaluation.find_task_problems(config.evaluation)
+    if problems:
+        return problems
+    try:
+        _load_tasks(config)
+    except OSError as error:
+        return [
+            f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
+            "of reach, name local files: +evaluation.data_files.TASK.SPLIT=FILE"
+        ]
     return []
 
 
@@ -228,14 +242,16 @@ def _examples(config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase
 
 
 def _load_tasks(config: Config) -> list[LoadedTask]:
+    """Return the tasks to report, then those that choose the best run, where that is asked."""
     settings = json.dumps(asdict(config.evaluation), sort_keys=True)
-    return [_load_task(name, settings) for name in config.evaluation.tasks]
+    passes = (False, True) if config.evaluation.select_split else (False,)
+    return [_load_task(name, settings, p) for p in passes for name in config.evaluation.tasks]
 
 
-@lru_cache(maxsize=8)
-def _load_task(name: str, settings: str) -> LoadedTask:
+@lru_cache(maxsize=16)
+def _load_task(name: str, settings: str, selects: bool) -> LoadedTask:
     """Build a task once for all runs of this process; `settings` is the section as JSON."""
-    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)))
+    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)), selects=selects)
 
 
 def _scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Scorer]:
@@ -271,12 +287,19 @@ class Scorer:
             }
         )
 
+    def asked(self, tasks: list[LoadedTask]) -> list[LoadedTask]:
+        """Return the tasks that are this model's: the base is no candidate to choose from."""
+        return [task for task in tasks if self.adapter or not task.selects]
+
     def has(self, tasks: list[LoadedTask]) -> bool:
-        return len(self.read(tasks)) == len(tasks)
+        return len(self.read(tasks)) == len(self.asked(tasks))
 
     def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
-        found = {task.name: self.store.read(task.name, self.identity(task)) for task in tasks}
-        return {name: score for name, score in found.items() if score is not None}
+        """Return the stored scores by the task's key."""
+        found = {
+            task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
+        }
+        return {key: score for key, score in found.items() if score is not None}
 
     def score(
         self,
@@ -286,7 +309,7 @@ class Scorer:
     ) -> None:
         """Compute the scores that are not stored yet."""
         settings = self.config.evaluation
-        for task in tasks:
+        for task in self.asked(tasks):
             identity = self.identity(task)
             with self.store.locked(task.name, identity):
                 if self.store.read(task.name, identity) is None:
@@ -334,7 +357,8 @@ def _tell_scores(
         told = dict(score.metrics)
         if name in base:
             told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
-        events.metrics({f"{name}/{key}": value for key, value in told.items()}, 0)
+        prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
+        events.metrics({f"{prefix}{key}": value for key, value in told.items()}, 0)
     for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
         if (folder.path / path).exists():
             events.artifact(path, into)

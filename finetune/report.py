@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from finetune.comparison import Difference, SeedDifference, compare_seeds
+from finetune.comparison import LEVEL, Difference, SeedDifference, compare_seeds
 from finetune.results import Results, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder, write_atomic
 
@@ -32,6 +32,7 @@ class Line:
     label: str
     run: str
     difference: Difference
+    chooses: float | None = None  # the score on the questions that choose the best run
 
 
 def write_report(folder: Path) -> Results:
@@ -97,9 +98,11 @@ def verdict(results: Results) -> str:
         return "No run has been scored beside its base yet, so there is nothing to compare."
     comparison = results.comparisons[metric]
     lines = {line.run: line for line in _lines(results, metric)}
-    best = lines[comparison.best()]
+    best = lines[results.best_run() or comparison.best()]
     found = best.difference
     grid = len(comparison.differences)
+    if results.selects and grid > 1:
+        return _verdict_on_chosen(best, metric, grid, comparison.detectable)
     proven = sum(line.difference.is_proven and line.difference.value > 0 for line in lines.values())
     interval = f"[{_points(found.low)}, {_points(found.high)}]"
     tested = f"{_p_value(found.p_adjusted)}, adjusted for {grid} {'run' if grid == 1 else 'runs'}"
@@ -120,14 +123,37 @@ def verdict(results: Results) -> str:
     return f"{first} {_detectable(comparison.detectable)}"
 
 
+def _verdict_on_chosen(best: Line, metric: str, grid: int, detectable: float) -> str:
+    """Say what the run came to that was chosen on other questions than it is reported on.
+
+    It is the only run that is tested, so its own p needs no adjustment for the grid.
+    """
+    found = best.difference
+    told = (
+        f"{_points(found.value)} points [{_points(found.low)}, {_points(found.high)}] from the "
+        f"base's {found.base:.4f} ({_p_value(found.p)})"
+    )
+    if found.p < LEVEL and found.value > 0:
+        claim = f"{best.label} scores {found.tuned:.4f} in {metric}, {told}."
+    else:
+        claim = f"No improvement is proven in {metric}: {best.label} differs by {told}."
+    return f"{claim} It was chosen from {grid} runs on other questions. {_detectable(detectable)}"
+
+
 def _detectable(value: float) -> str:
     return f"Differences from {value * 100:.1f} points on would have been seen in 4 of 5 cases."
 
 
 def _lines(results: Results, metric: str) -> list[Line]:
     differences = results.comparisons[metric].differences
+    selects = results.selects if metric == results.main_metric else None
     return [
-        Line(results.label(row), row["run"], differences[row["run"]])
+        Line(
+            results.label(row),
+            row["run"],
+            differences[row["run"]],
+            row[selects] if selects else None,
+        )
         for row in results.rows
         if row["run"] in differences
     ]
@@ -154,10 +180,9 @@ def _seeds(results: Results) -> dict[str, SeedDifference]:
 
 def _samples(results: Results) -> list[Mapping[str, str]]:
     """Return prompts with the answers of base and best run, where they were recorded."""
-    metric = results.main_metric
-    if metric is None:
+    best = results.best_run()
+    if best is None:
         return []
-    best = results.comparisons[metric].best()
     run = next(run for run in results.runs if run.name == best)
     samples: list[Mapping[str, str]] = run.read_json("samples.json") or []
     return samples

@@ -79,9 +79,26 @@ class Results:
         """The task/metric that the report turns on: the first task's acc, or its first metric."""
         return next(iter(self.comparisons), None)
 
+    @property
+    def selects(self) -> str | None:
+        """The column of results.csv that chooses the best run, on questions of its own."""
+        if self.main_metric is None:
+            return None
+        task, metric = self.main_metric.rsplit("/", 1)
+        column = f"{task}/select_{metric}"
+        scored = [
+            r for r in self.rows if r["run"] in self.comparisons[self.main_metric].differences
+        ]
+        return column if all(column in row for row in scored) else None
+
     def best_run(self) -> str | None:
-        """Return the run with the highest main metric, once any is scored."""
-        return self.comparisons[self.main_metric].best() if self.main_metric else None
+        """Return the run with the highest main metric, once any is scored; of equals the first."""
+        if self.main_metric is None:
+            return None
+        if self.selects is None:
+            return self.comparisons[self.main_metric].best()
+        scored = [row for row in self.rows if self.selects in row]
+        return str(max(scored, key=lambda row: row[self.selects])["run"])
 
     def label(self, row: Row) -> str:
         """Name a run by its place in the grid."""
@@ -133,6 +150,11 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
         if scores:
             row.update(_task_columns(task, scores))
             seconds += scores["tuned"]["seconds"]
+        chosen = run.read_json(f"evaluation/{task}.select.json")
+        if scores and chosen:
+            metrics = chosen["tuned"]["metrics"].items()
+            row.update({f"{task}/select_{name}": value for name, value in metrics})
+            seconds += chosen["tuned"]["seconds"]
     row["train/loss"] = trained.get("loss")
     row["validation/loss"] = trained.get("validation_loss")
     row["evaluation_seconds"] = seconds or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from finetune.evaluation import (
 )
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.scoring import Scoring, SharedContextLM
-from tests.conftest import write_rows
+from tests.conftest import TINY, Command, write_rows
 
 ARC_ROW = {
     "id": "q", "question": "Which is a metal?", "answerKey": "B",
@@ -190,3 +191,67 @@ def test_a_task_of_generations_is_lm_evals_own(tmp_path: Path) -> None:
     assert ours.items == theirs.items
     assert "exact_match_strict-match" in ours.metrics
     assert ours.metrics == theirs.metrics
+
+
+def splits_of_arc(tmp_path: Path) -> EvaluationConfig:
+    """Return ARC-Easy with six questions of its own in each split."""
+    files = {}
+    for split in ("train", "validation", "test"):
+        rows: list[object] = [{**ARC_ROW, "question": f"{split} {i}: a metal?"} for i in range(6)]
+        files[split] = str(write_rows(tmp_path / f"{split}.jsonl", rows))
+    return EvaluationConfig(tasks=["arc_easy"], data_files={"arc_easy": files})
+
+
+def test_the_selection_asks_the_other_splits(tmp_path: Path) -> None:
+    """Its questions are those of the named splits, in the task's own words; the reported stay."""
+    settings = splits_of_arc(tmp_path)
+    settings.select_split = "train+validation"
+    asked = {}
+    for selects in (False, True):
+        task = load_task("arc_easy", settings, selects=selects)
+        (one,) = task.tasks.values()
+        asked[task.key] = [str(instance.doc["question"]).split()[0] for instance in one.instances]
+    assert set(asked["arc_easy"]) == {"test"}
+    assert asked["arc_easy.select"] == ["train"] * 18 + ["validation"] * 18
+
+
+@pytest.mark.parametrize(
+    ("split", "shots", "said"),
+    [
+        ("dev", None, "arc_easy has no 'dev', only train, validation, test"),
+        ("test", None, "arc_easy is reported on it"),
+        ("train+validation", 2, "takes its solved examples from train; leave it out"),
+    ],
+)
+def test_a_selection_that_would_flatter_is_refused(
+    tmp_path: Path, split: str, shots: int | None, said: str
+) -> None:
+    """An unknown split, the reported one, and one that gives the answers away."""
+    settings = splits_of_arc(tmp_path)
+    settings.select_split, settings.num_fewshot = split, shots
+    with pytest.raises(ValueError, match="select_split") as refused:
+        load_task("arc_easy", settings, selects=True)
+    assert said in str(refused.value)
+
+
+def test_a_sweep_chooses_on_the_selection(tmp_path: Path, finetune: Command) -> None:
+    """Both scores stand side by side, a wrong split is refused, and the base is not asked twice."""
+    files = [
+        f"+evaluation.data_files.arc_easy.{split}={file}"
+        for split, file in splits_of_arc(tmp_path).data_files["arc_easy"].items()
+    ]
+    grid = ["--multirun", *TINY, "evaluation=arc_easy", *files, "lora.r=2,4"]
+    refused = finetune(*grid, "evaluation.select_split=dev")
+    assert refused.returncode == 2
+    assert "arc_easy has no 'dev'" in refused.stderr
+    done = finetune(*grid, "evaluation.select_split=validation")
+    assert done.returncode == 0, done.stderr
+    (table,) = (tmp_path / "multirun_reports").glob("*/results.csv")
+    with table.open() as file:
+        for row in csv.DictReader(file):
+            assert row["arc_easy/select_acc"] and row["arc_easy/acc"] and row["arc_easy/base_acc"]
+            assert "arc_easy/select_base_acc" not in row
+    (selected, _) = tmp_path.glob("outputs/*/evaluation/arc_easy.select.json")
+    assert json.loads(selected.read_text())["tuned"]["num_questions"] == 6
+    again = finetune(*grid, "evaluation.select_split=validation")
+    assert again.stdout.count("finished already") == 2

@@ -189,3 +189,30 @@ def test_unequal_questions_are_not_compared_but_said(by_rank: Path, tmp_path: Pa
     assert results.comparisons == {}
     assert "is not compared" in results.remarks[0]
     assert "is not compared" in (by_rank / "report.md").read_text()
+
+
+def choose_by(folder: Path, scores: dict[str, float]) -> None:
+    """Write each run's score on the questions that choose the best run."""
+    for name, value in scores.items():
+        chosen = {"tuned": {"metrics": {"acc": value}, "seconds": 1.0}}
+        path = folder / "outputs" / name / "evaluation" / f"{TASK}.select.json"
+        path.write_text(json.dumps(chosen))
+
+
+def test_the_best_run_is_chosen_on_other_questions(by_rank: Path, tmp_path: Path) -> None:
+    """The selection decides, the reported questions test only its choice, unadjusted."""
+    choose_by(tmp_path, {"run-0": 0.5, "run-1": 0.6, "run-2": 0.7})
+    results = write_report(by_rank)
+    assert results.best_run() == "run-2"
+    said = verdict(results)
+    assert said.startswith("No improvement is proven in arc_easy/acc: lora.r=16 differs by +1.0")
+    assert "It was chosen from 3 runs on other questions." in said
+    page = (by_rank / "report.md").read_text()
+    assert "| lora.r=16 | 0.7000 | 0.6000 |" in page
+    choose_by(tmp_path, {"run-1": 0.8})
+    results = write_report(by_rank)
+    assert verdict(results).startswith("lora.r=8 scores 0.8000 in arc_easy/acc, +20.0 points")
+    with (by_rank / "results.csv").open() as file:
+        assert [row[f"{TASK}/select_acc"] for row in csv.DictReader(file)] == [
+            "0.5", "0.8", "0.7", "",
+        ]  # fmt: skip
