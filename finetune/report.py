@@ -141,6 +141,8 @@ def _verdict_on_chosen(best: Line, metric: str, grid: int, detectable: float) ->
 
 
 def _detectable(value: float) -> str:
+    if value == 0:
+        return "Not one answer differs from the base's."
     return f"Differences from {value * 100:.1f} points on would have been seen in 4 of 5 cases."
 
 

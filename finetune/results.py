@@ -95,10 +95,11 @@ class Results:
         """Return the run with the highest main metric, once any is scored; of equals the first."""
         if self.main_metric is None:
             return None
-        if self.selects is None:
+        selects = self.selects
+        if selects is None:
             return self.comparisons[self.main_metric].best()
-        scored = [row for row in self.rows if self.selects in row]
-        return str(max(scored, key=lambda row: row[self.selects])["run"])
+        scored = [row for row in self.rows if selects in row]
+        return str(max(scored, key=lambda row: row[selects])["run"])
 
     def label(self, row: Row) -> str:
         """Name a run by its place in the grid."""

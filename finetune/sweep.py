@@ -12,9 +12,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config, find_problems
 from finetune.live import is_terminal, live_table
+from finetune.overrides import first_line
 from finetune.report import verdict, write_report
 from finetune.results import (
     Results,
@@ -40,9 +41,11 @@ from finetune.results import (
 )
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, digest, slug
 from finetune.tracking import Tracker, build_tracker
-from finetune.worker import Worker, WorkerDied
+from finetune.worker import Worker, WorkerDied, quieten_libraries
 
 log = logging.getLogger("finetune")
+
+Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, given jobs' overrides
 
 FINISHED = "finished already"
 INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
@@ -125,12 +128,13 @@ def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
     return slug(f"{about}-{digest(told)[:8]}")
 
 
-def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
+def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
     """Run every job and report; return the exit code.
 
     Args:
         jobs: the points of the grid, at least one.
         arguments: the overrides as typed, which name the sweep.
+        launch: runs jobs by their overrides, in processes of its own; None is our worker.
 
     Raises:
         Refused: something in the grid cannot run; nothing was started.
@@ -144,10 +148,10 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
         if sweep.config.sweep.dry_run:
             return 0
         with _conducted_alone(sweep.folder):
-            return _conduct(sweep, arguments, worker)
+            return _conduct(sweep, arguments, worker, launch)
 
 
-def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker) -> int:
+def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Launch | None) -> int:
     """Run what is to be run, write the results after each, and report; return the exit code."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     sweep.record(arguments).write(sweep.folder)
@@ -157,6 +161,9 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker) -> int:
     states: list[State] = []
     try:
         with live_table([(str(point), point.run) for point in sweep.points]):
+            if launch is not None:
+                worker.stop()  # its memory is the launched jobs' now
+                sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
             for state in _run_all(sweep, tracker, worker):
                 states.append(state)
                 _write_report(sweep)
@@ -182,6 +189,36 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: Worker) -> Iterator[State]:
         if point.prospect != FINISHED and state == "finished":
             took.append(time.monotonic() - started)
         yield state
+
+
+def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
+    """Let another launcher run what is to be run; return the points as it left them."""
+    waiting = [p for p in points if p.left is None and p.prospect != FINISHED]
+    before = [point.run.status() for point in waiting]
+    for point in waiting:
+        tracker.follow(point.run)
+    started, lost = time.time(), "the launcher ended without it"
+    try:
+        launch([point.job.overrides for point in waiting])
+    except Exception as error:  # whatever a launcher may raise, its jobs are accounted for
+        lost = f"the launcher failed: {type(error).__name__}: {first_line(error)}"
+        log.error(lost)
+    states: dict[Path, State] = {}
+    for point, old in zip(waiting, before, strict=True):
+        status = point.run.status()
+        if status is None or status == old or status.state == "running":
+            states[point.run.path] = _write_failure(point.run, lost, started)
+        else:
+            states[point.run.path] = status.state
+    return [replace(point, left=states.get(point.run.path, point.left)) for point in points]
+
+
+def run_alone(composed: DictConfig) -> State:
+    """Run one job in the process that another launcher gave it."""
+    from finetune import pipeline  # loads torch, which the sweep's own process never does
+
+    quieten_libraries()
+    return pipeline.run(build_job(composed, swept=[]))
 
 
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
@@ -281,13 +318,17 @@ def _run_one(point: Point, worker: Worker) -> State:
         return worker.run(point.job, point.job.config.sweep.job_timeout)
     except (WorkerDied, ValueError, OSError) as error:
         log.error("%s failed: %s", point.run.name, error)
-        with point.run.locked():
-            lines = point.run.last_lines()
-            point.run.write_status(Status("failed", str(error), started, time.time(), lines))
-            events = EventLog(point.run.events)
-            events.status("failed", str(error))
-            events.close()
-        return "failed"
+        return _write_failure(point.run, str(error), started)
+
+
+def _write_failure(run: RunFolder, reason: str, started: float) -> State:
+    """Record the end of a run whose process could not do so itself."""
+    with run.locked():
+        run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
+        events = EventLog(run.events)
+        events.status("failed", reason)
+        events.close()
+    return "failed"
 
 
 def _write_report(sweep: Sweep) -> Results:

@@ -108,7 +108,7 @@ def _serve(pipe: Connection, is_quiet: bool) -> None:
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
-        _quieten_libraries(is_quiet)
+        quieten_libraries(is_quiet=is_quiet)
         from finetune import pipeline
 
         verbs = {"prepare": lambda job: pipeline.prepare(job.config), "run": pipeline.run}
@@ -131,7 +131,7 @@ def _end_with_the_sweep() -> None:
     os._exit(1)
 
 
-def _quieten_libraries(is_quiet: bool) -> None:
+def quieten_libraries(*, is_quiet: bool = False) -> None:
     """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -140,7 +140,7 @@ def _quieten_libraries(is_quiet: bool) -> None:
     screen.setLevel(logging.ERROR if is_quiet else logging.INFO)
     if is_quiet:
         os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen])
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
     logging.getLogger("finetune").setLevel(logging.DEBUG)
     warnings.simplefilter("ignore")
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bar

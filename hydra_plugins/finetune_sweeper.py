@@ -5,11 +5,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -38,7 +41,7 @@ class FinetuneSweeper(Sweeper):
 
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
-        from finetune.sweep import build_job, run_sweep
+        from finetune.sweep import build_job, run_alone, run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
@@ -50,4 +53,10 @@ class FinetuneSweeper(Sweeper):
             composed = loader.load_sweep_config(self.config, list(point))
             HydraConfig.instance().set_config(composed)
             jobs.append(build_job(composed, swept=swept))
-        raise SystemExit(run_sweep(jobs, arguments))
+        launch = None
+        if self.config.hydra.launcher._target_ != BasicLauncherConf._target_:
+            launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=self.hydra_context, task_function=run_alone, config=self.config
+            )
+            launch = partial(launcher.launch, initial_job_idx=0)
+        raise SystemExit(run_sweep(jobs, arguments, launch))

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from finetune.config import TrackingConfig
 from finetune.run_folder import EventLog, RunFolder
 from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
-from tests.conftest import Command
+from tests.conftest import TINY, Command
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 
@@ -160,6 +162,64 @@ def test_a_store_that_is_down_stops_nothing_and_sync_recovers_all(
     assert synced.returncode == 0, synced.stderr
     mirror = Mirror.load(tmp_path / "multirun_reports" / "sweep" / "mlflow.json")
     assert history(uri, mirror.children["run"].run_id) == list(range(1, 51))
+
+
+def serve(store: str, port: int) -> subprocess.Popen[bytes]:
+    """Start a real MLflow server on loopback and wait until it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return server
+        time.sleep(0.1)
+    pytest.fail("the MLflow server did not start")
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_run_stops_nothing(
+    uri: str, tmp_path: Path, finetune: Command
+) -> None:
+    """The run ends as if nothing had happened; sync brings a new server what the old one missed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    settings = [a for a in TINY if a != "tracking=none" and not a.startswith("data.num")]
+    server = serve(uri, port)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *settings, "tracking=server", f"tracking.uri={address}",
+         "training.batch_size=2", "data.num_examples=400"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        while not (path := next(tmp_path.glob("multirun_reports/*/mlflow.json"), None)) or not any(
+            child.offset > 0 for child in Mirror.load(path).children.values()
+        ):
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.05)
+        os.killpg(server.pid, signal.SIGKILL)
+        assert next(tmp_path.glob("outputs/*/training.json"), None) is None  # it is in mid-run
+        said = run.communicate(timeout=300)[0]
+    finally:
+        run.kill()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert run.returncode == 0, said
+    assert f"MLflow at {address} cannot be reached; going on without" in said
+    assert "python -m finetune.sync" in said
+    server = serve(uri, port)
+    try:
+        synced = finetune(module="finetune.sync")
+        assert synced.returncode == 0, synced.stderr
+        (child,) = Mirror.load(path).children.values()
+        assert history(address, child.run_id) == list(range(1, 401))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 @pytest.mark.slow
