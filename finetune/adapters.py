@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +14,15 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.config import ALL_LINEAR, LoraConfig
+
+ADAPTER = "default"  # PEFT's name for the only one
 
 
 def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -66,6 +73,63 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     return adapted
 
 
+@dataclass(frozen=True)
+class LoraLayer:
+    """One layer's update, `scaling * B A`: A [r, in], B [out, r], both fp32."""
+
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A LoRA adapter apart from its base."""
+
+    settings: PeftLoraConfig
+    layers: dict[str, LoraLayer]  # by the name of the base's layer
+    tensors: dict[str, torch.nn.Parameter]  # by the name that PEFT saves them under
+
+
+def draw(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraWeights:
+    """Draw a fresh LoRA adapter for the base, as `attach` does, and leave the base as it was."""
+    adapted = attach(model, lora, seed)
+    layers = {
+        name.removeprefix("base_model.model."): LoraLayer(
+            cast(torch.nn.Parameter, module.lora_A[ADAPTER].weight),
+            cast(torch.nn.Parameter, module.lora_B[ADAPTER].weight),
+            module.scaling[ADAPTER],
+        )
+        for name, module in adapted.named_modules()
+        if isinstance(module, PeftLoraLayer)
+    }
+    tensors = {
+        name.replace(f".{ADAPTER}.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    settings = cast(PeftLoraConfig, adapted.peft_config[ADAPTER])
+    adapted.unload()
+    return LoraWeights(settings, layers, tensors)
+
+
+def save_weights(weights: LoraWeights, folder: Path) -> None:
+    """Save an adapter's files, as PEFT does, into a folder that is there."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.tensors.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    settings = copy.copy(weights.settings)
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+def load_weights(weights: LoraWeights, folder: Path) -> None:
+    """Put a saved adapter's values into one of the same settings."""
+    saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    with torch.no_grad():
+        for name, tensor in weights.tensors.items():
+            tensor.copy_(saved[name])
+
+
 def num_trainable(model: torch.nn.Module) -> int:
     """Return the number of parameters that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -88,11 +152,14 @@ def _hint(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def save(model: PeftModel, folder: Path) -> None:
+def save(adapter: PeftModel | LoraWeights, folder: Path) -> None:
     """Save the adapter as safetensors, whole or not at all."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model.save_pretrained(str(temporary), safe_serialization=True)
+        if isinstance(adapter, PeftModel):
+            adapter.save_pretrained(str(temporary), safe_serialization=True)
+        else:
+            save_weights(adapter, temporary)
         temporary.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)

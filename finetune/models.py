@@ -322,13 +322,13 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 @contextmanager
 def head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """Let the head see only the given token positions of its input [1, token, hidden].
+    """Let the head see only the given places of its flattened input [sequence, token, hidden].
 
     A hook keeps PEFT, data parallelism and every architecture on the model's own forward.
     """
 
     def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0][:, rows],)
+        return (args[0].flatten(0, 1)[None, rows],)
 
     hook = head.register_forward_pre_hook(select)
     try:

@@ -10,7 +10,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,13 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.adapters import num_trainable
-from finetune.checkpoints import find_newest, write_checkpoint
+from finetune.checkpoints import Checkpoint, find_newest, write_checkpoint
 from finetune.config import OptimizerConfig, TrainingConfig, nearest
 from finetune.data import IGNORED, Example, Examples
-from finetune.models import TORCH_DTYPES, has_bf16, head_on_rows
+from finetune.label_loss import LabelLoss
+from finetune.models import TORCH_DTYPES, has_bf16
 from finetune.run_folder import EventLog, RunFolder
+from finetune.sequence_attention import SequenceAttention, find_layout_problem
 
 log = logging.getLogger("finetune")
 
@@ -81,6 +83,7 @@ class TrainResult:
     tokens_per_second: float  # real tokens, each counted once an epoch
     peak_memory_gib: float  # of the process on a CPU, of the allocator on a GPU
     num_trainable_parameters: int
+    layout: str  # of a batch's sequences: end to end, or padded and why
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,15 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was ended and a checkpoint written.
     """
     checkpoint = find_newest(Path(str(arguments.output_dir)))
-    watch = StepWatch(events, num_tokens=sum(len(e["input_ids"]) for e in examples.train))
-    with _base_restored(model):
+    signals = StopSignals()
+    watch = StepWatch(events, signals, sum(len(e["input_ids"]) for e in examples.train))
+    base = cast(PreTrainedModel, model.get_base_model())
+    rows = [example["input_ids"] for example in (*examples.train, *examples.validation)]
+    problem = find_layout_problem(base, rows)
+    if problem is not None:
+        log.info("batches are padded: %s", problem)
+    arguments.padding_free = problem is None
+    with _base_restored(model), signals.watched():
         trainer = LabelTrainer(
             model=model,
             args=arguments,
@@ -157,12 +167,12 @@ def train(
             if parameter.requires_grad:  # TRL makes them bf16 on a quantised base
                 parameter.data = parameter.data.float()
         if checkpoint is not None:
-            log.info("resuming at step %d", checkpoint.step)
+            log_resume(checkpoint)
             trainer.seconds_before = checkpoint.seconds
-        with _signals_stop(watch):
+        with trainer.laid_out():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         seconds = trainer.seconds()
-    if watch.stop_requested:
+    if signals.stop_requested:
         raise KeyboardInterrupt
     tokens = watch.num_tokens * trainer.state.epoch
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -174,6 +184,7 @@ def train(
         tokens_per_second=tokens / seconds,
         peak_memory_gib=peak_memory_gib(arguments.device),
         num_trainable_parameters=num_trainable(model),
+        layout="end to end" if problem is None else f"padded, since {problem}",
     )
 
 
@@ -213,7 +224,6 @@ def build_arguments(
         logging_nan_inf_filter=False,  # on, it would log a NaN loss as 0.0 and go on
         report_to="none",
         max_length=None,  # the rows are cut and counted already
-        padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=precision.device.type == "cuda",
     )
@@ -230,6 +240,18 @@ class LabelTrainer(SFTTrainer):
         super().__init__(*args, **given)
         self.seconds_before = 0.0  # that an interrupted training took already
         self._started = time.monotonic()
+        base = cast(PreTrainedModel, cast(PeftModel, self.model).get_base_model())
+        self._attention = SequenceAttention(base)
+        self._losses = LabelLoss(base)
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Keep attention inside each sequence, where they lie end to end."""
+        if self.padding_free:
+            with self._attention.installed():
+                yield
+        else:
+            yield
 
     def seconds(self) -> float:
         """Return the training time so far, over all resumes."""
@@ -257,14 +279,18 @@ class LabelTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         assert not return_outputs, "nothing asks this trainer for logits"
-        labels = inputs["labels"][0, 1:]
-        rows = (labels != IGNORED).nonzero()[:, 0]
-        targets = labels[rows]
         forward = {key: value for key, value in inputs.items() if key != "labels"}
-        with head_on_rows(self.accelerator.unwrap_model(model).get_output_embeddings(), rows):
-            logits = model(**forward, use_cache=False).logits[0]
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+        if self.padding_free:
+            starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            self._attention.lay_out([*starts, inputs["input_ids"].shape[1]])
+        # What each place predicts; the last one of a row predicts nothing.
+        predicted = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+        rows = (predicted != IGNORED).nonzero()[:, 0]
+        count = len(rows) if num_items_in_batch is None else num_items_in_batch
+        weights = torch.ones(len(rows), device=rows.device) / count
+        return self._losses(
+            lambda: model(**forward, use_cache=False), rows, predicted[rows], weights, [len(rows)]
+        ).sum()
 
 
 @contextmanager
@@ -286,10 +312,10 @@ def _base_restored(model: PeftModel) -> Iterator[None]:
 class StepWatch(TrainerCallback):
     """Record every step, show the progress, and stop a training that has diverged."""
 
-    def __init__(self, events: EventLog, num_tokens: int) -> None:
+    def __init__(self, events: EventLog, signals: StopSignals, num_tokens: int) -> None:
         self.num_tokens = num_tokens  # of one epoch
         self.validation_loss: float | None = None
-        self.stop_requested = False  # by a signal
+        self._signals = signals
         self._events = events
         self._bar: tqdm[Any] | None = None
 
@@ -306,7 +332,7 @@ class StepWatch(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.update(state.global_step - self._bar.n)
-        if self.stop_requested:
+        if self._signals.stop_requested:
             control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -319,13 +345,7 @@ class StepWatch(TrainerCallback):
             self._events.metrics({"validation/loss": logs["eval_loss"]}, step)
         if "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs[name]):
-                raise Diverged(f"{name} became {logs[name]} at step {step} of {state.max_steps}")
-        names = {
-            "loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr",
-        }  # fmt: skip
-        self._events.metrics({ours: logs[theirs] for theirs, ours in names.items()}, step)
+        record_step(self._events, logs, step, state.max_steps)
         assert self._bar is not None
         self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
@@ -336,21 +356,43 @@ class StepWatch(TrainerCallback):
         self._bar.close()
 
 
-@contextmanager
-def _signals_stop(watch: StepWatch) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM end the training after its step, the second one at once."""
+def record_step(events: EventLog, logs: Mapping[str, float], step: int, max_steps: int) -> None:
+    """Record a step's loss, gradient norm (before clipping) and learning rate.
 
-    def stop(number: int, frame: object) -> None:
-        if watch.stop_requested:
+    Raises:
+        Diverged: the loss or the norm is not finite.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(logs[name]):
+            raise Diverged(f"{name} became {logs[name]} at step {step} of {max_steps}")
+    names = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
+    events.metrics({ours: logs[theirs] for theirs, ours in names.items()}, step)
+
+
+def log_resume(checkpoint: Checkpoint) -> None:
+    log.info("resuming at step %d", checkpoint.step)
+
+
+class StopSignals:
+    """Let the first SIGINT or SIGTERM end a training after its step, the second one at once."""
+
+    def __init__(self) -> None:
+        self.stop_requested = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._stop) for number in kinds}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self.stop_requested:
             raise KeyboardInterrupt
-        watch.stop_requested = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.stop_requested = True
 
 
 def peak_memory_gib(device: torch.device) -> float:

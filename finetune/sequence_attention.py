@@ -1,0 +1,115 @@
+"""Causal attention over sequences laid end to end, each apart, for models that let us.
+
+No padding, and no mask over the whole row: each sequence is one causal attention of its own.
+
+Axes: head, token = place in the row, feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.block_attention import find_obstacle
+
+NAME = "finetune_sequences"
+CHECKED_TOKENS = 64  # of each sequence that the layout is tried on
+# Of the logits, relative; another sequence's tokens in the attention make it some tenths.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+class SequenceAttention:
+    """A model's attention, replaced for a while by one that stays inside each sequence."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self._bounds: list[int] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let the model attend sequence by sequence."""
+        before = self._base.config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
+        self._base.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            self._base.set_attn_implementation(before)
+
+    def lay_out(self, bounds: Sequence[int]) -> None:
+        """Say where the next row's sequences begin, and at last where it ends."""
+        self._bounds = list(bounds)
+
+    def _attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend [1, head, token, feature] in each sequence; return [1, token, head, feature]."""
+        unknown = [n for n in ("s_aux", "position_bias", "softcap") if more.get(n) is not None]
+        if unknown:
+            raise ValueError(f"its attention takes {unknown[0]}")
+        parts = [
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            for start, end in pairwise(self._bounds)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the position of each token in its own sequence, [1, token]."""
+    return torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(bounds)])[None]
+
+
+def find_layout_problem(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str | None:
+    """Return why sequences cannot be laid end to end; None where the model answers as it should.
+
+    Its logits for the longest row behind the shortest are compared with those for it alone.
+
+    Args:
+        base: the model, in evaluation mode.
+        rows: the tokens of all sequences that it will see; at least one.
+    """
+    obstacle = find_obstacle(base, max(map(len, rows)))
+    if obstacle is not None:
+        return obstacle
+    ordered = sorted(rows, key=len)
+    first, last = list(ordered[0][:CHECKED_TOKENS]), list(ordered[-1][:CHECKED_TOKENS])
+    attention, bounds = SequenceAttention(base), [0, len(first), len(first) + len(last)]
+    ids = torch.tensor([first + last], device=base.device)
+    attention.lay_out(bounds)
+    with torch.no_grad():
+        alone = base(input_ids=ids[:, bounds[1] :], use_cache=False).logits[0].float()
+        try:
+            with attention.installed():
+                together = base(
+                    input_ids=ids, position_ids=positions(bounds, base.device), use_cache=False
+                ).logits[0, bounds[1] :]
+        except (ValueError, RuntimeError, TypeError) as error:
+            return f"it cannot take sequences end to end ({str(error).splitlines()[0]})"
+    difference = ((together.float() - alone).norm() / alone.norm()).item()
+    if not difference <= TOLERANCE[base.dtype]:
+        return f"its answers differ by {difference:.2g} when sequences lie end to end"
+    return None

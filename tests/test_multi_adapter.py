@@ -1,0 +1,270 @@
+"""Several adapters in one step: each is what it is alone, and that is what the Trainer makes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from finetune import adapters, training
+from finetune.adapters import LoraWeights
+from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.data import Example, Examples, RowCounts
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.multi_adapter import Lesson, Outcome, train_together
+from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.training import Diverged, TrainResult
+
+TINY = ModelConfig(path="random://tiny")
+CPU = training.Precision(torch.device("cpu"), torch.float32)
+
+
+def random_examples(count: int, shortest: int = 8, seed: int = 3) -> list[Example]:
+    """Rows of different lengths, the first half of each masked."""
+    draw = torch.Generator().manual_seed(seed)
+    examples = []
+    for i in range(count):
+        ids = torch.randint(3, 250, (shortest + 5 * (i % 7),), generator=draw).tolist()
+        masked = len(ids) // 2
+        examples.append(Example(input_ids=ids, labels=[-100] * masked + ids[masked:]))
+    return examples
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run of these tests sets."""
+
+    lora: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    validation: int = 0
+
+
+def load(model: ModelConfig = TINY) -> PreTrainedModel:
+    return load_base(model, find_model(model), torch.device("cpu"))
+
+
+def lesson(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> Lesson:
+    shared = {"batch_size": 4, "gradient_accumulation_steps": 2, "data_seed": 42}
+    arguments = training.build_arguments(
+        run,
+        OptimizerConfig(**{"weight_decay": 0.01, **setting.optimizer}),
+        TrainingConfig(**{**shared, **setting.training}),
+        precision,
+        validate=bool(setting.validation),
+    )
+    lora = LoraConfig(**{"r": 4, **setting.lora})
+    examples = Examples(random_examples(38), random_examples(setting.validation), RowCounts())
+    return Lesson(lora, arguments, examples, EventLog(run.events))
+
+
+def train(
+    folder: Path,
+    group: Sequence[Setting],
+    base: PreTrainedModel | None = None,
+    precision: training.Precision = CPU,
+) -> dict[int, tuple[dict[str, torch.Tensor], Outcome]]:
+    """Train a group, and return each run's adapter and outcome."""
+    runs = [RunFolder(folder / str(number)) for number in range(len(group))]
+    lessons = [lesson(run, setting, precision) for run, setting in zip(runs, group, strict=True)]
+    ended = train_together(base or load(), lessons, precision)
+    found = {number: (copied(weights), outcome) for number, weights, outcome in ended}
+    for one in lessons:
+        one.events.close()
+    return found
+
+
+def copied(weights: LoraWeights) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in weights.tensors.items()}
+
+
+def losses(folder: Path, key: str = "train/loss") -> list[float]:
+    return [e["value"] for e in read_events(folder / "events.jsonl") if e.get("key") == key]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, torch.Tensor], Any]:
+    """Train one run on the path of the other methods."""
+    run, base = RunFolder(folder), load()
+    one = lesson(run, setting)
+    adapted = adapters.attach(base, one.lora, one.arguments.seed)
+    tokenizer = load_tokenizer(TINY, find_model(TINY))
+    result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+    one.events.close()
+    tensors = {
+        name.replace(".default.", "."): parameter.detach().clone()
+        for name, parameter in adapted.named_parameters()
+        if "lora_" in name
+    }
+    return tensors, result
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(training={"epochs": 4}),
+        Setting(training={"epochs": 1.5, "batch_size": 3}, validation=5),
+        Setting({"use_rslora": True, "target_modules": ["q_proj"]}, {"max_grad_norm": 0.05}),
+        Setting(training={"max_steps": 7, "gradient_checkpointing": True}),
+        Setting(optimizer={"scheduler": "linear", "warmup_ratio": 0.3}),
+    ],
+)
+def test_a_group_of_one_is_what_the_trainer_makes(tmp_path: Path, setting: Setting) -> None:
+    """Same steps, same losses, same adapter within 1e-5; and the same validation loss."""
+    ours = train(tmp_path / "ours", [setting])[0]
+    theirs = trained_by_the_trainer(tmp_path / "theirs", setting)
+    assert isinstance(ours[1], TrainResult)
+    assert ours[1].steps == theirs[1].steps
+    for key in ("train/loss", "train/grad_norm"):
+        mine = losses(tmp_path / "ours" / "0", key)
+        assert mine == pytest.approx(losses(tmp_path / "theirs", key), abs=1e-5)
+    assert ours[0].keys() == theirs[0].keys()
+    assert max((ours[0][n] - theirs[0][n]).abs().max() for n in ours[0]) < 1e-5
+    assert ours[1].num_trainable_parameters == theirs[1].num_trainable_parameters
+
+
+VARIED = [
+    Setting({"r": 2}, {"lr": 1e-3}),
+    Setting({"r": 8, "alpha": 32, "dropout": 0.1}, {"lr": 1e-4, "scheduler": "linear"}),
+    Setting({"target_modules": ["q_proj", "down_proj"]}, {"max_grad_norm": 0.1}, {"seed": 7}),
+    Setting({"use_rslora": True, "init": "gaussian"}, {"weight_decay": 0.1, "name": "sgd"}),
+]
+
+
+def test_every_run_of_a_group_is_bitwise_its_solo_run(tmp_path: Path) -> None:
+    """Rank, alpha, dropout, targets, initialisation, seed, optimizer: all differ, none mix."""
+    together = train(tmp_path / "together", VARIED)
+    for number, setting in enumerate(VARIED):
+        (alone, _) = train(tmp_path / f"alone{number}", [setting])[0]
+        assert equal(together[number][0], alone), number
+        mine = losses(tmp_path / "together" / str(number))
+        assert mine == losses(tmp_path / f"alone{number}" / "0")
+        assert len(mine) == 5
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    group=st.lists(
+        st.builds(
+            Setting,
+            lora=st.fixed_dictionaries(
+                {
+                    "r": st.sampled_from([1, 3, 16]),
+                    "alpha": st.sampled_from([1, 16]),
+                    "dropout": st.sampled_from([0.0, 0.2]),
+                    "target_modules": st.sampled_from(
+                        [["all-linear"], ["v_proj"], ["o_proj", "up_proj"]]
+                    ),
+                }
+            ),
+            optimizer=st.fixed_dictionaries({"lr": st.sampled_from([1e-4, 3e-2])}),
+            training=st.fixed_dictionaries(
+                {
+                    "seed": st.sampled_from([1, 42]),
+                    "batch_size": st.just(1),
+                    "max_steps": st.just(3),
+                }
+            ),
+        ),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_random_groups_mix_nothing(tmp_path: Path, group: list[Setting]) -> None:
+    """Any grid, one row of eight tokens and more at a time: each run has its solo bits."""
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    together = train(folder, group)
+    number = len(group) - 1
+    (alone, _) = train(folder / "alone", [group[number]])[0]
+    assert equal(together[number][0], alone)
+
+
+def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    """Its outcome says so; the others have the bits of their solo runs."""
+    wild = Setting({"r": 2}, {"lr": 1e25, "warmup_ratio": 0.0})
+    together = train(tmp_path / "together", [VARIED[0], wild, VARIED[1]])
+    assert isinstance(together[1][1], Diverged)
+    for number, setting in ((0, VARIED[0]), (2, VARIED[1])):
+        assert isinstance(together[number][1], TrainResult)
+        (alone, _) = train(tmp_path / f"alone{number}", [setting])[0]
+        assert equal(together[number][0], alone)
+
+
+def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
+    """Broken off after some steps, one run is taken out, and the rest goes on as alone."""
+    group = [replace(one, training={**one.training, "checkpoint_every": 2}) for one in VARIED]
+    runs = [RunFolder(tmp_path / str(number)) for number in range(len(group))]
+    broken = train_together(load(), lessons := [*map(lesson, runs, group)], CPU)
+    steps = itertools.count()
+
+    class Killed(BaseException):
+        pass
+
+    def count_steps(values: dict[str, float], step: int) -> None:
+        if next(steps) == 3:
+            raise Killed
+
+    lessons[2].events.metrics = count_steps  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        list(broken)
+    assert [max((run.checkpoints).iterdir()).name[-1] for run in runs] == ["4", "4", "2", "2"]
+    rest = [lesson(runs[number], group[number]) for number in (0, 1, 3)]
+    resumed = {number: copied(weights) for number, weights, _ in train_together(load(), rest, CPU)}
+    for one in (*lessons, *rest):
+        one.events.close()
+    for place, number in enumerate((0, 1, 3)):
+        (alone, _) = train(tmp_path / f"alone{number}", [group[number]])[0]
+        assert equal(resumed[place], alone)
+        assert losses(tmp_path / str(number)) == losses(tmp_path / f"alone{number}" / "0")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_base_is_bitwise_what_it_was(tmp_path: Path, quantization: str) -> None:
+    """Its answer after a group, gradient checkpointing included, is the one before."""
+    base = load(ModelConfig(path="random://tiny", quantization=quantization))
+    hooks = [len(module._forward_hooks) for module in base.modules()]
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    train(tmp_path, [Setting(training={"gradient_checkpointing": True}), VARIED[1]], base)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, expected)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
+    assert [len(module._forward_hooks) for module in base.modules()] == hooks
+    assert not base.is_activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("model", "autocast", "tolerance"),
+    [
+        (ModelConfig(path="random://tiny", quantization="nf4"), torch.float32, 0.0),
+        (ModelConfig(path="random://tiny", dtype="bf16"), torch.bfloat16, 0.02),
+    ],
+    ids=["nf4", "bf16"],
+)
+def test_low_precision_groups_equal_their_solo_runs(
+    tmp_path: Path, model: ModelConfig, autocast: torch.dtype, tolerance: float
+) -> None:
+    """nf4 in fp32 to the bit; bf16 within what its rounding makes of five steps."""
+    precision = training.Precision(torch.device("cpu"), autocast)
+    together = train(tmp_path / "together", VARIED[:2], load(model), precision)
+    for number in range(2):
+        (alone, _) = train(tmp_path / str(number), [VARIED[number]], load(model), precision)[0]
+        mine = together[number][0]
+        scale = max(tensor.abs().max() for tensor in alone.values())
+        difference = max((mine[name] - alone[name]).abs().max() for name in alone)
+        assert difference <= tolerance * scale
