@@ -143,6 +143,7 @@ class SweepConfig:
     fail_fast: bool = False  # stop at the first failed run
     retry_failed: bool = True  # whether a run that failed before is tried again; diverged: never
     job_timeout: float | None = None  # seconds that one run may take; null means no bound
+    max_concurrent_adapters: int | None = None  # LoRA runs in one training step; null: what pays
     dry_run: bool = False  # check everything, print the plan, run nothing
 
 
@@ -230,6 +231,7 @@ def find_problems(config: Config) -> list[str]:
         *_data_problems(config.data),
         *_training_problems(config.training),
         *_evaluation_problems(config.evaluation),
+        *_sweep_problems(config.sweep),
     ]
 
 
@@ -289,6 +291,12 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         for split, file in splits.items():
             if not Path(file).is_file():
                 yield f"evaluation.data_files.{task}.{split}: there is no file {file}"
+
+
+def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
+    yield from _at_least("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1)
+    if sweep.job_timeout is not None and not sweep.job_timeout > 0:
+        yield f"sweep.job_timeout is {sweep.job_timeout}; it must be above 0, in seconds"
 
 
 def _at_least(key: str, value: float | None, lowest: float) -> Iterator[str]:

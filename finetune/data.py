@@ -72,6 +72,10 @@ class Examples:
     validation: list[Example]
     counts: RowCounts
 
+    @property
+    def all(self) -> list[Example]:
+        return [*self.train, *self.validation]
+
 
 def find_data(data: DataConfig) -> DataSource:
     """Find the data and what identifies its content.

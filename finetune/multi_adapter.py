@@ -29,7 +29,7 @@ from finetune.data import IGNORED, Example, Examples
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.run_folder import EventLog, write_atomic
-from finetune.sequence_attention import SequenceAttention, positions
+from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.training import (
     Precision,
     StopSignals,
@@ -182,6 +182,24 @@ class Student:
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.total_loss, self.num_tokens = kept["total_loss"], kept["num_tokens"]
         self.validation_loss = kept["validation_loss"]
+
+
+def find_obstacle(
+    base: PreTrainedModel, rows: Sequence[Sequence[int]], precision: Precision
+) -> str | None:
+    """Return why this base cannot be trained here; the Trainer then does it.
+
+    Args:
+        base: the model, in evaluation mode.
+        rows: the tokens of all sequences that it will see.
+        precision: of the training.
+    """
+    if precision.autocast == torch.float16:
+        return "fp16 scales the losses of a whole step"
+    dropouts = [m.p for m in base.modules() if isinstance(m, torch.nn.Dropout)]
+    if any(dropouts) or base.config.get_text_config().to_dict().get("attention_dropout"):
+        return "the base drops out by itself, with one random stream for all"
+    return find_layout_problem(base, rows)
 
 
 def rows_a_step(arguments: SFTConfig) -> int:

@@ -1,4 +1,4 @@
-"""One run on one screen: check, load, score the base, train, score the result.
+"""Runs on one screen: check, load, score the base, train, score the results.
 
 Runs in the worker process; the sweep reads what it leaves in the run's folder.
 """
@@ -10,9 +10,8 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,35 +22,24 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, models, training
-from finetune.config import Config, EvaluationConfig, ModelConfig, find_problems
-from finetune.data import Examples
-from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
+from finetune import adapters, data, evaluation, models, multi_adapter, training
+from finetune.adapters import LoraWeights
+from finetune.config import Config, ModelConfig, find_problems
+from finetune.evaluation import TaskScore
+from finetune.grouping import CHANGE_THE_BASE, find_obstacle, most_that_pay
 from finetune.identity import (
-    EVALUATION_VERSIONS,
     Inputs,
     describe_environment,
     find_inputs,
     find_precision,
-    find_versions,
-    model_identity,
     run_folder,
 )
 from finetune.models import Source
-from finetune.run_folder import (
-    EventLog,
-    Job,
-    Plan,
-    RunFolder,
-    State,
-    Status,
-    cache_dir,
-    digest,
-    slug,
-    write_atomic,
-)
-from finetune.samples import NUM_SAMPLES, answer_samples
-from finetune.scoring import SharedContextLM
+from finetune.multi_adapter import Lesson
+from finetune.run_folder import EventLog, Job, Plan, RunFolder, State, Status, slug
+from finetune.samples import NUM_SAMPLES, Sample, answer
+from finetune.scores import build_scorers, load_tasks, tell_scores, write_scores
+from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
 
@@ -59,7 +47,6 @@ LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
-SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def prepare(config: Config) -> Plan:
@@ -82,7 +69,12 @@ def prepare(config: Config) -> Plan:
         return Plan(None, problems)
     inputs = find_inputs(config)
     folder = run_folder(config, inputs)
-    return Plan(folder.path, [], finished=_is_done(config, inputs, folder))
+    return Plan(
+        folder.path,
+        [],
+        finished=_is_done(config, inputs, folder),
+        most_together=config.sweep.max_concurrent_adapters or most_that_pay(config),
+    )
 
 
 def _find_model_problems(config: Config) -> list[str]:
@@ -112,7 +104,7 @@ def _find_task_problems(config: Config) -> list[str]:
     if problems:
         return problems
     try:
-        _load_tasks(config)
+        load_tasks(config)
     except OSError as error:
         return [
             f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
@@ -121,27 +113,246 @@ def _find_task_problems(config: Config) -> list[str]:
     return []
 
 
-def run(job: Job) -> State:
-    """Run one job and return how it ended; all it computed is in its folder."""
-    inputs = find_inputs(job.config)
-    folder = run_folder(job.config, inputs)
-    with folder.locked(), _recording(folder) as events:
-        if _is_done(job.config, inputs, folder):
-            tuned, *base = _scorers(job.config, inputs, folder)
-            tasks = _load_tasks(job.config)
-            _write_scores(folder, tuned.read(tasks), base[0].read(tasks) if base else {})
-            return "finished"
-        started = time.time()
-        _describe(job, inputs, folder, events)
-        folder.write_status(Status("running", started=started))
-        events.status("running")
-        state, reason = _guarded(job.config, inputs, folder, events)
-        if state != "finished":
+@dataclass
+class ActiveRun:
+    """A run at work: what it is about, and how it ends once that is known."""
+
+    config: Config
+    inputs: Inputs
+    folder: RunFolder
+    events: EventLog
+    started: float
+    state: State | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.folder.read_json("training.json") is not None
+
+    def begin(self, job: Job) -> None:
+        _describe(job, self.inputs, self.folder, self.events)
+        self.folder.write_status(Status("running", started=self.started))
+        self.events.status("running")
+
+    def end(self, state: State, reason: str | None = None) -> None:
+        """Record the end, the first one that is told."""
+        if self.state is not None:
+            return
+        self.state = state
+        lines = self.folder.last_lines() if reason else []
+        self.folder.write_status(Status(state, reason, self.started, time.time(), lines))
+        self.events.status(state, reason)
+
+
+def run(jobs: Sequence[Job]) -> list[State]:
+    """Run jobs and return how they ended; all they computed is in their folders.
+
+    Several are trained together over one base, and must share what grouping.find_groups asks for.
+    """
+    with ExitStack() as stack:
+        runs = _opened(jobs, stack)
+        at_work = [run for run in runs if not _is_done(run.config, run.inputs, run.folder)]
+        for run in runs:
+            if run not in at_work:
+                _write_stored_scores(run)
+                run.state = "finished"
+        for job, run in zip(jobs, runs, strict=True):
+            if run in at_work:
+                run.begin(job)
+        _run_stages(at_work)
+        if any(run.state != "finished" for run in runs):
             _release_memory()
-        lines = folder.last_lines() if reason else []
-        folder.write_status(Status(state, reason, started, time.time(), lines))
-        events.status(state, reason)
-    return state
+        return [run.state or "failed" for run in runs]
+
+
+def _opened(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
+    """Lock the runs, in the same order in every process, and open their logs."""
+    runs = []
+    for job in jobs:
+        inputs = find_inputs(job.config)
+        runs.append((job.config, inputs, run_folder(job.config, inputs)))
+    events = {}
+    for _, _, folder in sorted(runs, key=lambda run: run[2].name):
+        stack.enter_context(folder.locked())
+        events[folder.name] = stack.enter_context(_recording(folder))
+    return [ActiveRun(*run, events[run[2].name], time.time()) for run in runs]
+
+
+def _run_stages(runs: Sequence[ActiveRun]) -> None:
+    """Score the base, train, score the results; each only where that is not done yet."""
+    try:
+        for run in runs:
+            with _guarded([run]):
+                _score_base(run)
+        _train([run for run in runs if run.state is None and not run.is_trained])
+        for run in runs:
+            with _guarded([run]):
+                if run.state is None:
+                    _score_tuned(run)
+                    run.end("finished")
+    except KeyboardInterrupt:
+        for run in runs:
+            run.end("interrupted", "interrupted by the user")
+
+
+@contextmanager
+def _guarded(runs: Sequence[ActiveRun]) -> Iterator[None]:
+    """Keep what goes wrong with its runs; this is the failure boundary of a job."""
+    try:
+        yield
+    except Exception as error:
+        for run in runs:
+            _fail(run, error)
+
+
+def _fail(run: ActiveRun, error: Exception) -> None:
+    if isinstance(error, training.Diverged):
+        log.error("%s diverged: %s", run.folder.name, error)
+        run.end("diverged", str(error))
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        log.error("%s ran out of memory: %s", run.folder.name, error)
+        run.end("failed", f"out of memory; {LESS_MEMORY}: {error}")
+    else:
+        log.error("%s failed: %s", run.folder.name, error)
+        log.debug("where it failed", exc_info=error)  # for the run's log, not for the screen
+        run.end("failed", f"{type(error).__name__}: {error}")
+
+
+def _base(run: ActiveRun) -> PreTrainedModel:
+    """Return the base that the run shares with those before it, or a fresh one."""
+    settings = json.dumps(asdict(run.config.model))
+    return _loaded_base(settings, run.inputs.source, str(run.inputs.device))
+
+
+@lru_cache(maxsize=1)
+def _loaded_base(settings: str, source: Source, device: str) -> PreTrainedModel:
+    return models.load_base(ModelConfig(**json.loads(settings)), source, torch.device(device))
+
+
+def _release_memory() -> None:
+    """Let go of a base that was altered, and of all that it held."""
+    _loaded_base.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tokenizer(run: ActiveRun) -> PreTrainedTokenizerBase:
+    return models.load_tokenizer(run.config.model, run.inputs.source)
+
+
+def _score_base(run: ActiveRun) -> None:
+    tasks = load_tasks(run.config)
+    _, *base = build_scorers(run.config, run.inputs, run.folder)
+    for scorer in base:
+        if not scorer.has(tasks):
+            scorer.score(tasks, _base(run), _tokenizer(run))
+
+
+def _train(runs: Sequence[ActiveRun]) -> None:
+    """Train runs together where they can be, else one after another; half of them if too many."""
+    if not runs:
+        return
+    too_many = False
+    with _guarded(runs):
+        try:
+            _train_once(runs)
+        except torch.OutOfMemoryError:
+            if len(runs) == 1:
+                raise
+            too_many = True
+    if too_many:
+        log.warning("out of memory with %d adapters; training half of them at a time", len(runs))
+        _release_memory()
+        waiting = [run for run in runs if run.state is None and not run.is_trained]
+        half = (len(waiting) + 1) // 2
+        _train(waiting[:half])
+        _train(waiting[half:])
+
+
+def _train_once(runs: Sequence[ActiveRun]) -> None:
+    lessons = [_lesson(run) for run in runs]
+    base, precision = _base(runs[0]), find_precision(runs[0].config)
+    rows = [example["input_ids"] for example in lessons[0].examples.all]
+    obstacle = find_obstacle(runs[0].config) or multi_adapter.find_obstacle(base, rows, precision)
+    if obstacle is not None:
+        log.debug("trained by the Trainer: %s", obstacle)
+        for run, lesson in zip(runs, lessons, strict=True):
+            with _guarded([run]):
+                _train_alone(run, lesson)
+        return
+    for number, weights, outcome in multi_adapter.train_together(base, lessons, precision):
+        if isinstance(outcome, Exception):
+            _fail(runs[number], outcome)
+        else:
+            _keep(runs[number], weights, outcome)
+
+
+def _train_alone(run: ActiveRun, lesson: Lesson) -> None:
+    """Train any method by TRL's Trainer."""
+    with _restored(run, adapters.attach(_base(run), run.config.lora, run.config.training.seed)) as (
+        adapted
+    ):
+        result = training.train(
+            adapted, _tokenizer(run), lesson.examples, lesson.arguments, run.events
+        )
+        _keep(run, adapted, result)
+
+
+def _lesson(run: ActiveRun) -> Lesson:
+    config = run.config
+    rows = data.read_rows(config.data, run.inputs.data)
+    examples = data.build_examples(rows, config.data, config.training, _tokenizer(run))
+    log.info("data: %s", examples.counts.summary())
+    run.folder.write_json("data.json", asdict(examples.counts))
+    arguments = training.build_arguments(
+        run.folder, config.optimizer, config.training, find_precision(config),
+        validate=bool(examples.validation),
+    )  # fmt: skip
+    return Lesson(config.lora, arguments, examples, run.events)
+
+
+def _keep(run: ActiveRun, adapter: PeftModel | LoraWeights, result: TrainResult) -> None:
+    """Save what training came to; the checkpoints have done their work."""
+    adapters.save(adapter, run.folder.adapter)
+    run.folder.write_json("training.json", asdict(result))
+    shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def _restored(run: ActiveRun, adapted: PeftModel) -> Iterator[PeftModel]:
+    """Take the adapter off at the end, so that the base is what it was for the next run."""
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        if run.config.lora.init in CHANGE_THE_BASE:
+            _release_memory()
+
+
+def _score_tuned(run: ActiveRun) -> None:
+    tasks, base, tokenizer = load_tasks(run.config), _base(run), _tokenizer(run)
+    tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
+    prompts: list[str] = []
+    if tasks and beside:
+        rows = data.read_rows(run.config.data, run.inputs.data)
+        prompts = data.last_prompts(rows, run.config.data, NUM_SAMPLES)
+    before = answer(base, tokenizer, prompts)
+    with _restored(run, adapters.load(base, run.folder.adapter)) as adapted:
+        tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
+        after = answer(adapted, tokenizer, prompts)
+    said = [Sample(*parts) for parts in zip(prompts, before, after, strict=True)]
+    if said:
+        run.folder.write_json("samples.json", [asdict(sample) for sample in said])
+    tell_scores(run.folder, run.events, *_write_stored_scores(run))
+
+
+def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:
+    """Write the scores that were asked for now into the run's folder; return tuned and base."""
+    tasks = load_tasks(run.config)
+    tuned, *base = build_scorers(run.config, run.inputs, run.folder)
+    scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
+    write_scores(run.folder, *scores)
+    return scores
 
 
 def _is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
@@ -149,219 +360,8 @@ def _is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
     status = folder.status()
     if status is None or status.state != "finished":
         return False
-    tasks = _load_tasks(config)
-    stores = _scorers(config, inputs, folder)
-    return all(scorer.has(tasks) for scorer in stores)
-
-
-def _guarded(
-    config: Config, inputs: Inputs, folder: RunFolder, events: EventLog
-) -> tuple[State, str | None]:
-    """Run the stages; this is the failure boundary of a job."""
-    try:
-        _run_stages(config, inputs, folder, events)
-        return "finished", None
-    except training.Diverged as error:
-        log.error("%s diverged: %s", folder.name, error)
-        return "diverged", str(error)
-    except KeyboardInterrupt:
-        return "interrupted", "interrupted by the user"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        log.error("%s ran out of memory: %s", folder.name, error)
-        return "failed", f"out of memory; {LESS_MEMORY}: {error}"
-    except Exception as error:
-        log.error("%s failed: %s", folder.name, error)
-        log.debug("where it failed", exc_info=True)  # for the run's log, not for the screen
-        return "failed", f"{type(error).__name__}: {error}"
-
-
-def _run_stages(config: Config, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
-    """Score the base, train, score the result; each only where that is not done yet."""
-    tasks = _load_tasks(config)
-    tokenizer = models.load_tokenizer(config.model, inputs.source)
-    model = _base(json.dumps(asdict(config.model)), inputs.source, str(inputs.device))
-    tuned, *base = _scorers(config, inputs, folder)
-    for scorer in base:
-        scorer.score(tasks, model, tokenizer)
-    adapted = _trained(config, inputs, folder, events, model, tokenizer)
-    tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
-    if tasks and base:
-        rows = data.read_rows(config.data, inputs.data)
-        prompts = data.last_prompts(rows, config.data, NUM_SAMPLES)
-        said = answer_samples(adapted, tokenizer, prompts)
-        folder.write_json("samples.json", [asdict(sample) for sample in said])
-    adapted.unload()  # the base is what it was, for the next run
-    scores = tuned.read(tasks), base[0].read(tasks) if base else {}
-    _write_scores(folder, *scores)
-    _tell_scores(folder, events, *scores)
-
-
-@lru_cache(maxsize=1)
-def _base(settings: str, source: Source, device: str) -> PreTrainedModel:
-    """Load a base once for the runs that follow each other; `settings` is its section as JSON."""
-    return models.load_base(ModelConfig(**json.loads(settings)), source, torch.device(device))
-
-
-def _release_memory() -> None:
-    """Let go of a base that a failed run may have left altered, and of all it held."""
-    _base.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _trained(
-    config: Config,
-    inputs: Inputs,
-    folder: RunFolder,
-    events: EventLog,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> PeftModel:
-    """Return the model with its adapter: loaded where the training is done, else trained."""
-    if folder.read_json("training.json") is not None:
-        return adapters.load(model, folder.adapter)
-    examples = _examples(config, inputs, tokenizer)
-    log.info("data: %s", examples.counts.summary())
-    folder.write_json("data.json", asdict(examples.counts))
-    arguments = training.build_arguments(
-        folder, config.optimizer, config.training, find_precision(config),
-        validate=bool(examples.validation),
-    )  # fmt: skip
-    adapted = adapters.attach(model, config.lora, config.training.seed)
-    result = training.train(adapted, tokenizer, examples, arguments, events)
-    adapters.save(adapted, folder.adapter)
-    folder.write_json("training.json", asdict(result))
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return adapted
-
-
-def _examples(config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    rows = data.read_rows(config.data, inputs.data)
-    return data.build_examples(rows, config.data, config.training, tokenizer)
-
-
-def _load_tasks(config: Config) -> list[LoadedTask]:
-    """Return the tasks to report, then those that choose the best run, where that is asked."""
-    settings = json.dumps(asdict(config.evaluation), sort_keys=True)
-    passes = (False, True) if config.evaluation.select_split else (False,)
-    return [_load_task(name, settings, p) for p in passes for name in config.evaluation.tasks]
-
-
-@lru_cache(maxsize=16)
-def _load_task(name: str, settings: str, selects: bool) -> LoadedTask:
-    """Build a task once for all runs of this process; `settings` is the section as JSON."""
-    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)), selects=selects)
-
-
-def _scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Scorer]:
-    """Return the scorer of the tuned model, and the base's where it is asked for.
-
-    The base's scores are shared by all runs of this user.
-    """
-    tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
-    base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
-    return [tuned, base] if config.evaluation.base else [tuned]
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores one model, base (`adapter` None) or tuned, on tasks, each once per identity."""
-
-    config: Config
-    inputs: Inputs
-    store: ScoreStore
-    adapter: str | None
-
-    def identity(self, task: LoadedTask) -> str:
-        return digest(
-            {
-                "model": model_identity(self.config, self.inputs.source, self.inputs.device),
-                "adapter": self.adapter,
-                "task": task.name,
-                "digest": task.digest,
-                "dtype": self.config.evaluation.dtype,
-                "seed": evaluation.SEED,
-                "scoring": SCORING,
-                "versions": find_versions(self.config, EVALUATION_VERSIONS),
-            }
-        )
-
-    def asked(self, tasks: list[LoadedTask]) -> list[LoadedTask]:
-        """Return the tasks that are this model's: the base is no candidate to choose from."""
-        return [task for task in tasks if self.adapter or not task.selects]
-
-    def has(self, tasks: list[LoadedTask]) -> bool:
-        return len(self.read(tasks)) == len(self.asked(tasks))
-
-    def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
-        """Return the stored scores by the task's key."""
-        found = {
-            task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
-        }
-        return {key: score for key, score in found.items() if score is not None}
-
-    def score(
-        self,
-        tasks: list[LoadedTask],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """Compute the scores that are not stored yet."""
-        settings = self.config.evaluation
-        for task in self.asked(tasks):
-            identity = self.identity(task)
-            with self.store.locked(task.name, identity):
-                if self.store.read(task.name, identity) is None:
-                    lm = SharedContextLM(
-                        model,
-                        tokenizer,
-                        batch_tokens=settings.batch_tokens,
-                        dtype=models.TORCH_DTYPES.get(settings.dtype),
-                    )
-                    score = evaluation.score(lm, task, settings)
-                    self.store.write(identity, score)
-                    log.info("%s: %s", "tuned" if self.adapter else "base", score.describe())
-
-
-def _write_scores(
-    folder: RunFolder, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
-) -> None:
-    """Write each task's scores and its questions' outcomes, base beside tuned."""
-    for name, score in tuned.items():
-        pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
-        folder.write_json(
-            f"evaluation/{name}.json", {side: one.summary() for side, one in pair.items()}
-        )
-        items: dict[tuple[str, int], dict[str, Any]] = {}
-        for side, one in pair.items():
-            seen: Counter[str] = Counter()  # a task may ask the same question twice
-            for item in one.items:
-                seen[item.hash] += 1
-                line = items.setdefault(
-                    (item.hash, seen[item.hash]), {"hash": item.hash, "prompt": item.prompt_hash}
-                )
-                line[side] = item.outcomes
-        lines = "".join(json.dumps(line) + "\n" for line in items.values())
-        write_atomic(folder.evaluation / f"{name}.items.jsonl", lines)
-
-
-def _tell_scores(
-    folder: RunFolder,
-    events: EventLog,
-    tuned: Mapping[str, TaskScore],
-    base: Mapping[str, TaskScore],
-) -> None:
-    """Put the scores, and what the run leaves, into its event log."""
-    for name, score in tuned.items():
-        told = dict(score.metrics)
-        if name in base:
-            told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
-        prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
-        events.metrics({f"{prefix}{key}": value for key, value in told.items()}, 0)
-    for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
-        if (folder.path / path).exists():
-            events.artifact(path, into)
+    tasks = load_tasks(config)
+    return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))
 
 
 def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:

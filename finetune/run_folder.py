@@ -45,6 +45,7 @@ class Plan:
     folder: Path | None
     problems: list[str]
     finished: bool = False  # whether it has all that is asked for
+    most_together: int = 1  # adapters in one step, by what pays, memory and setting
 
 
 def digest(value: Any) -> str:

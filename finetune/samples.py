@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_SAMPLES = 3
 NEW_TOKENS = 48
@@ -21,21 +22,16 @@ class Sample:
     tuned: str
 
 
-def answer_samples(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
-) -> list[Sample]:
-    """Answer prompts with the adapter and without it."""
-    tuned = _answers(model, tokenizer, prompts)
-    with model.disable_adapter():
-        base = _answers(model, tokenizer, prompts)
-    return [Sample(*parts) for parts in zip(prompts, base, tuned, strict=True)]
-
-
-def _answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+def answer(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> list[str]:
+    """Answer prompts by greedy decoding."""
+    if not prompts:
+        return []
     given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     asked = {name: given[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        said = model.generate(
+        said = cast(Any, model).generate(
             **asked, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
     new = said[:, asked["input_ids"].shape[1] :]

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config, find_problems
+from finetune.grouping import Group, find_groups
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
 from finetune.report import verdict, write_report
@@ -59,6 +60,7 @@ class Point:
     run: RunFolder
     prospect: str  # in words, for the plan
     left: State | None = None  # the state in which the run is left alone; None runs it
+    trains: bool = False  # whether it has steps to take
 
     def __str__(self) -> str:
         return " ".join(f"{key}={value}" for key, value in self.job.swept.items()) or self.run.name
@@ -70,6 +72,7 @@ class Sweep:
 
     name: str
     points: list[Point]
+    groups: list[Group]  # of points that run together, by their places
 
     @property
     def config(self) -> Config:
@@ -145,10 +148,23 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
         sweep = _plan(jobs, sweep_name(jobs, arguments), worker)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
+            for line in _render_groups(sweep):
+                print(line)
         if sweep.config.sweep.dry_run:
             return 0
         with _conducted_alone(sweep.folder):
             return _conduct(sweep, arguments, worker, launch)
+
+
+def _render_groups(sweep: Sweep) -> Iterator[str]:
+    """Say which runs are trained together, and why others are not, if any are."""
+    if any(len(group.places) > 1 for group in sweep.groups):
+        for group in sweep.groups:
+            names = "; ".join(str(sweep.points[place]) for place in group.places)
+            if len(group.places) > 1:
+                yield f"in one step: {names}"
+            elif group.reason is not None:
+                yield f"alone: {names}, since {group.reason}"
 
 
 def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Launch | None) -> int:
@@ -180,15 +196,20 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Lau
 def _run_all(sweep: Sweep, tracker: Tracker, worker: Worker) -> Iterator[State]:
     """Run what is to be run, one after another, and say how each came out."""
     took: list[float] = []
-    for number, point in enumerate(sweep.points, start=1):
-        left = _time_left(took, sweep.points[number - 1 :])
-        log.info("[%d/%d] %s%s", number, len(sweep.points), point, left)
-        tracker.follow(point.run)
+    begun = 0
+    for number, group in enumerate(sweep.groups):
+        points = [sweep.points[place] for place in group.places]
+        waiting = [sweep.points[place] for rest in sweep.groups[number:] for place in rest.places]
+        left = _time_left(took, waiting)
+        for point in points:
+            begun += 1
+            log.info("[%d/%d] %s%s", begun, len(sweep.points), point, left)
+            tracker.follow(point.run)
         started = time.monotonic()
-        state = point.left or _run_one(point, worker)
-        if point.prospect != FINISHED and state == "finished":
-            took.append(time.monotonic() - started)
-        yield state
+        states = [point.left for point in points if point.left] or _run_group(points, worker)
+        if states == ["finished"] * len(points) and points[0].prospect != FINISHED:
+            took += [(time.monotonic() - started) / len(points)] * len(points)
+        yield from states
 
 
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
@@ -218,7 +239,7 @@ def run_alone(composed: DictConfig) -> State:
     from finetune import pipeline  # loads torch, which the sweep's own process never does
 
     quieten_libraries()
-    return pipeline.run(build_job(composed, swept=[]))
+    return pipeline.run([build_job(composed, swept=[])])[0]
 
 
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
@@ -271,7 +292,20 @@ def _plan(jobs: Sequence[Job], name: str, worker: Worker) -> Sweep:
             log.info("%s stands in the grid twice; it is run once", plan.folder.name)
         else:
             points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
-    return Sweep(name, list(points.values()))
+    most = {plan.folder: plan.most_together for plan in plans}
+    found = list(points.values())
+    return Sweep(name, found, _grouped(found, [most[point.run.path] for point in found]))
+
+
+def _grouped(points: Sequence[Point], most: Sequence[int]) -> list[Group]:
+    """Put the points that are still to be trained together where they can be."""
+    training = [place for place, point in enumerate(points) if point.trains]
+    found = find_groups(
+        [points[place].job.config for place in training], [most[place] for place in training]
+    )
+    groups = [Group([training[place] for place in one.places], one.reason) for one in found]
+    groups += [Group([place]) for place, point in enumerate(points) if not point.trains]
+    return sorted(groups, key=lambda group: group.places[0])
 
 
 def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
@@ -287,10 +321,11 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
         return Point(job, run, "trained, to be evaluated")
     step = newest_step(run.checkpoints)
     if step is not None:
-        return Point(job, run, f"resumed at step {step}")
+        return Point(job, run, f"resumed at step {step}", trains=True)
     if status is not None:
-        return Point(job, run, "failed, tried again" if status.state == "failed" else "begun again")
-    return Point(job, run, "new")
+        again = "failed, tried again" if status.state == "failed" else "begun again"
+        return Point(job, run, again, trains=True)
+    return Point(job, run, "new", trains=True)
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -311,14 +346,18 @@ def _folder_problems(config: Config) -> list[str]:
     return problems
 
 
-def _run_one(point: Point, worker: Worker) -> State:
-    """Run one job; a worker's death or refusal is this run's failure and nobody else's."""
-    started = time.time()
+def _run_group(points: Sequence[Point], worker: Worker) -> list[State]:
+    """Run jobs together; a worker's death or refusal is one run's failure and nobody else's."""
+    started, timeout = time.time(), points[0].job.config.sweep.job_timeout
     try:
-        return worker.run(point.job, point.job.config.sweep.job_timeout)
+        jobs = [point.job for point in points]
+        return worker.run(jobs, None if timeout is None else timeout * len(points))
     except (WorkerDied, ValueError, OSError) as error:
-        log.error("%s failed: %s", point.run.name, error)
-        return _write_failure(point.run, str(error), started)
+        if len(points) > 1:
+            log.warning("%s; its %d runs go on one by one", error, len(points))
+            return [state for point in points for state in _run_group([point], worker)]
+        log.error("%s failed: %s", points[0].run.name, error)
+        return [_write_failure(points[0].run, str(error), started)]
 
 
 def _write_failure(run: RunFolder, reason: str, started: float) -> State:

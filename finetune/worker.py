@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -45,9 +46,9 @@ class Worker:
         """Check a job and name its run."""
         return cast(Plan, self._ask("prepare", job))
 
-    def run(self, job: Job, timeout_seconds: float | None = None) -> State:
-        """Run a job to its end, or until its time is up."""
-        return cast(State, self._ask("run", job, timeout_seconds))
+    def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
+        """Run jobs together to their end, or until their time is up."""
+        return cast(list[State], self._ask("run", list(jobs), timeout_seconds))
 
     def interrupt(self, timeout_seconds: float) -> None:
         """Let the job at hand write a checkpoint and end."""
@@ -67,7 +68,7 @@ class Worker:
             self._process.join()
             self._process = self._pipe = None
 
-    def _ask(self, verb: str, job: Job, timeout_seconds: float | None = None) -> Any:
+    def _ask(self, verb: str, given: Any, timeout_seconds: float | None = None) -> Any:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -78,7 +79,7 @@ class Worker:
             theirs.close()
         assert self._pipe is not None
         try:
-            self._pipe.send((verb, job))
+            self._pipe.send((verb, given))
             if not self._pipe.poll(timeout_seconds):
                 self._process.kill()
                 self._how_it_ended()
@@ -111,11 +112,14 @@ def _serve(pipe: Connection, is_quiet: bool) -> None:
         quieten_libraries(is_quiet=is_quiet)
         from finetune import pipeline
 
-        verbs = {"prepare": lambda job: pipeline.prepare(job.config), "run": pipeline.run}
+        verbs: dict[str, Callable[[Any], Any]] = {
+            "prepare": lambda job: pipeline.prepare(job.config),
+            "run": pipeline.run,
+        }
         while True:
-            verb, job = pipe.recv()
+            verb, given = pipe.recv()
             try:
-                answer: Any = verbs[verb](job)
+                answer: Any = verbs[verb](given)
             except (ValueError, OSError) as error:
                 answer = error
             pipe.send(answer)

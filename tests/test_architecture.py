@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "overrides", "run_folder", "live", "models", "adapters", "prompts", "data",
+    "config", "overrides", "grouping", "run_folder", "live", "models", "adapters", "prompts",
+    "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "training", "grouped_lora", "multi_adapter", "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "figures", "report", "identity",
-    "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
+    "scores", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
 ]  # fmt: skip
 
 

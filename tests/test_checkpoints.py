@@ -114,10 +114,10 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(e["step"], e["value"]) for e in events if e.get("key") == "train/loss"]
 
 
-def interrupted_at(folder: Path, step: int, number: int) -> int:
+def interrupted_at(folder: Path, step: int, number: int, *more: str) -> int:
     """Start the run, send its sweep a signal once a step was logged, and return its exit code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *TRAINING], cwd=folder, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "finetune", *TRAINING, *more], cwd=folder, stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None:
@@ -158,33 +158,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert not (run / "checkpoints").exists()
 
 
-FILES = (
+PLAIN = (
     "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
-    "rng_state.pth", "trainer_state.json", MANIFEST, MARKER,
+    "state.json", MANIFEST, MARKER,
 )  # fmt: skip
+# DoRA is trained by the Trainer, whose checkpoints hold its random state besides.
+DORA = (*PLAIN[:4], "rng_state.pth", "trainer_state.json", MANIFEST, MARKER)
+HARMED = [(method, file) for method, files in (("plain", PLAIN), ("dora", DORA)) for file in files]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with an uninterrupted run, `whole`, and one killed after five steps."""
-    folder = tmp_path_factory.mktemp("killed")
-    for arguments in ([f"output_dir={folder}/whole/outputs", f"report_dir={folder}/whole"], []):
-        command = [sys.executable, "-m", "finetune", *TRAINING, *arguments]
-        if arguments:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        else:
-            assert interrupted_at(folder, 5, signal.SIGKILL) == -signal.SIGKILL
-    return folder
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return by method a folder with an uninterrupted run, `whole`, and one killed at step 5."""
+    folders = {}
+    for method, settings in (("plain", ()), ("dora", ("lora.use_dora=true",))):
+        folder = folders[method] = tmp_path_factory.mktemp(method)
+        whole = [f"output_dir={folder}/whole/outputs", f"report_dir={folder}/whole"]
+        command = [sys.executable, "-m", "finetune", *TRAINING, *settings, *whole]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        assert interrupted_at(folder, 5, signal.SIGKILL, *settings) == -signal.SIGKILL
+    return folders
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("method", "file"), HARMED)
 @pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "flipped"])
 def test_a_harmed_checkpoint_costs_steps_but_no_bit(
-    tmp_path: Path, killed: Path, file: str, harm: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    killed: dict[str, Path],
+    method: str,
+    file: str,
+    harm: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Each file of a real checkpoint, each way to be harmed: the result is the same."""
-    shutil.copytree(killed / "outputs", tmp_path / "outputs")
+    shutil.copytree(killed[method] / "outputs", tmp_path / "outputs")
     (run,) = tmp_path.glob("outputs/*")
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
     harmed = checkpoints[-1] / file
@@ -198,9 +206,9 @@ def test_a_harmed_checkpoint_costs_steps_but_no_bit(
     composed.output_dir = str(tmp_path / "outputs")
     job = Job(build_config(composed), OmegaConf.to_yaml(composed), [], {})
     with caplog.at_level("INFO", logger="finetune"):
-        assert pipeline.run(job) == "finished"
+        assert pipeline.run([job]) == ["finished"]
     assert "passing over the checkpoint" in caplog.text
-    assert adapters(tmp_path) == adapters(killed / "whole")
+    assert adapters(tmp_path) == adapters(killed[method] / "whole")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
-    def count_steps(values: dict[str, float], step: int) -> None:
+    def count_steps(values: Mapping[str, float], step: int) -> None:
         if next(steps) == 3:
             raise Killed
 

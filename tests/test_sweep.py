@@ -402,13 +402,13 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     for rank in (2, 4):
         config.lora.r = rank
         job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-        assert pipeline.run(job) == "finished"
+        assert pipeline.run([job]) == ["finished"]
         inputs = find_inputs(config)
         settings = json.dumps(asdict(config.model))
-        bases.append(pipeline._base(settings, inputs.source, str(inputs.device)))
+        bases.append(pipeline._loaded_base(settings, inputs.source, str(inputs.device)))
     assert bases[0] is bases[1]
     fresh = load_base(config.model, inputs.source, torch.device("cpu"))
     assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
-    pipeline._base.cache_clear()
+    pipeline._loaded_base.cache_clear()

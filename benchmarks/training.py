@@ -1,0 +1,303 @@
+"""Measure training against stock SFTTrainer, and several adapters against one after the other.
+
+    python benchmarks/training.py [--quick] [--data FILE] [--device cuda]
+
+FILE holds Alpaca rows; without it the demo's are measured. On a CPU all run in one process on
+one core, in turns. Prints real tokens a second and peak memory (of a process of its own each),
+and at the end one JSON object a comparison; a ratio above 1 means that ours is faster. On CUDA the
+model has random weights and the shape of Mistral-7B, in 4-bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune import adapters, training
+from finetune.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from finetune.data import Example, Examples, RowCounts, build_examples, find_data, read_rows
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.multi_adapter import Lesson, train_together
+from finetune.run_folder import EventLog, RunFolder, read_events
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.02, "nf4": 1e-4}  # of each step's loss
+LORA = LoraConfig(r=8, alpha=16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: what is trained and on which batches."""
+
+    kind: str  # fp32, bf16, nf4
+    batch_size: int
+    accumulation: int
+    steps: int
+    max_length: int
+    together: int = 1  # adapters in one step
+    times: int = 1  # how often, one after the other
+    is_stock: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case took, for all its adapters."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens: int  # real ones
+    peak_gib: float
+    losses: list[float]  # of the first adapter
+
+
+def load(kind: str, device: torch.device) -> PreTrainedModel:
+    if device.type == "cuda":
+        return _mistral_shaped(device)
+    settings = ModelConfig(dtype="bf16" if kind == "bf16" else "fp32")
+    settings = replace(settings, quantization="nf4" if kind == "nf4" else "none")
+    return load_base(settings, find_model(settings), device)
+
+
+def _mistral_shaped(device: torch.device) -> PreTrainedModel:
+    """Build a model of Mistral-7B's shape with random weights in 4-bit, layer by layer."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(MistralConfig())
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        AutoModelForCausalLM.from_config(MistralConfig()).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
+        torch.cuda.empty_cache()
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
+        )
+    base.requires_grad_(False)
+    return base
+
+
+def arguments(case: Case, folder: Path, device: torch.device) -> SFTConfig:
+    precision = training.Precision(device, _autocast(case))
+    return training.build_arguments(
+        RunFolder(folder),
+        OptimizerConfig(lr=2e-4),
+        TrainingConfig(
+            batch_size=case.batch_size,
+            gradient_accumulation_steps=case.accumulation,
+            max_steps=case.steps,
+            max_length=case.max_length,
+            checkpoint_every=10_000,
+        ),
+        precision,
+        validate=False,
+    )
+
+
+def _autocast(case: Case) -> torch.dtype:
+    return torch.bfloat16 if case.kind == "bf16" else torch.float32
+
+
+def train_stock(
+    base: PreTrainedModel, case: Case, rows: list[Example], folder: Path
+) -> list[float]:
+    """Train by SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
+    given = arguments(case, folder, base.device)
+    given.padding_free, given.save_strategy = False, "no"
+    trainer = SFTTrainer(
+        model=adapters.attach(base, LORA, 42),
+        args=given,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        processing_class=load_tokenizer(ModelConfig(), find_model(ModelConfig())),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.model.unload()
+    base.__dict__.pop("forward", None)
+    return losses
+
+
+def train_ours(base: PreTrainedModel, case: Case, rows: list[Example], folder: Path) -> list[float]:
+    """Train a group; the first adapter is stock's, the others have other ranks."""
+    given = arguments(case, folder / "0", base.device)
+    precision = training.Precision(base.device, _autocast(case))
+    examples = Examples(rows, [], RowCounts())
+    runs = [RunFolder(folder / str(number)) for number in range(case.together)]
+    lessons = [
+        Lesson(replace(LORA, r=LORA.r * (1 + number % 2)), given, examples, EventLog(run.events))
+        for number, run in enumerate(runs)
+    ]
+    for _, _, outcome in train_together(base, lessons, precision):
+        if isinstance(outcome, Exception):
+            raise outcome
+    for lesson in lessons:
+        lesson.events.close()
+    return [e["value"] for e in read_events(runs[0].events) if e.get("key") == "train/loss"]
+
+
+def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured:
+    """Train as the case says, and measure it."""
+    losses: list[float] = []
+    chosen = rows[: case.batch_size * case.accumulation * case.steps]
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(case.times):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stderr(open(os.devnull, "w")),
+        ):
+            losses = (train_stock if case.is_stock else train_ours)(
+                base, case, chosen, Path(folder)
+            )
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    tokens = sum(len(row["input_ids"]) for row in chosen) * case.together * case.times
+    peak = training.peak_memory_gib(base.device)
+    return Measured(seconds, time.process_time() - cpu, tokens, peak, losses)
+
+
+def read_examples(file: Path, max_length: int) -> list[Example]:
+    """Tokenise Alpaca rows in a fixed order; without the file, the demo's."""
+    path = str(file) if file.is_file() else "package://finetune/demo/rows.jsonl"
+    settings = DataConfig(path=path)
+    rows = read_rows(settings, find_data(settings))
+    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
+    return build_examples(rows, settings, TrainingConfig(max_length=max_length), tokenizer).train
+
+
+def peak_of(case: Case, file: Path) -> float:
+    """Return the peak memory of a case in a process of its own, GiB."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_alone, (case, file)).peak_gib
+
+
+def _measure_alone(case: Case, file: Path) -> Measured:
+    _quieten()
+    base = load(case.kind, torch.device("cpu"))
+    return run_case(base, replace(case, steps=2), read_examples(file, case.max_length))
+
+
+def compare(
+    what: str, stock: Case, ours: Case, file: Path, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Measure two cases in turns; print and return the comparison."""
+    base, rows = load(ours.kind, device), read_examples(file, ours.max_length)
+    both = {"stock": stock, "ours": ours}
+    for case in both.values():  # one step each, to warm up
+        run_case(base, replace(case, steps=1), rows)
+    found: dict[str, list[Measured]] = {name: [] for name in both}
+    for number in range(rounds):
+        for name in list(both)[:: 1 if number % 2 == 0 else -1]:
+            found[name].append(run_case(base, both[name], rows))
+    speed = {n: sum(m.tokens for m in ms) / sum(m.seconds for m in ms) for n, ms in found.items()}
+    pairs = zip(found["stock"][0].losses, found["ours"][0].losses, strict=True)
+    worst = max(abs(a - b) for a, b in pairs)
+    print(f"\n{what}: {ours.steps} steps, {found['ours'][0].tokens} tokens")
+    for name, case in both.items():
+        peak = found[name][-1].peak_gib if device.type == "cuda" else peak_of(case, file)
+        cpu = fmean(one.cpu_seconds for one in found[name])
+        print(f"  {name:5} {speed[name]:8.0f} tokens/s  {cpu:7.1f} CPU s  {peak:5.2f} GiB at most")
+    print(f"  ratio {speed['ours'] / speed['stock']:.2f}; losses differ by at most {worst:.1g}")
+    return {
+        "what": what,
+        "ratio": round(speed["ours"] / speed["stock"], 2),
+        "ours": round(speed["ours"], 1),
+        "stock": round(speed["stock"], 1),
+        "equal": worst <= TOLERANCE[ours.kind],
+    }
+
+
+def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case]]:
+    """Return what is measured: stock against ours, then alone against together."""
+    steps = 3 if quick else 8
+    if device.type == "cuda":
+        reference = Case("bf16", 8, 4, 2 if quick else 6, 2048)
+        found = [("reference batch 8 x 4, nf4, CUDA", replace(reference, is_stock=True), reference)]
+        grid = [("bf16", batch, count) for batch in (1, 4) for count in (4, 8)]
+    else:
+        batch = Case("fp32", 4, 2, steps, 512)
+        kinds = ("fp32",) if quick else ("fp32", "bf16")
+        found = [
+            (
+                f"batch 4 x 2, {kind}",
+                replace(batch, kind=kind, is_stock=True),
+                replace(batch, kind=kind),
+            )
+            for kind in kinds
+        ]
+        grid = (
+            [("fp32", 1, 4)]
+            if quick
+            else [
+                (kind, batch, count)
+                for kind, batches in (("fp32", (1, 2, 4)), ("nf4", (1, 2, 4)), ("bf16", (1,)))
+                for batch in batches
+                for count in (2, 4, 8)
+            ]
+        )
+    for kind, size, count in grid:
+        for length in (48, 160) if size == 1 and not quick else (160,):
+            alone = Case(kind, size, 1, steps, length, times=count)
+            name = f"{count} adapters, micro-batch {size}, {kind}, up to {length} tokens"
+            found.append((name, alone, replace(alone, together=count, times=1)))
+    return found
+
+
+def _quieten() -> None:
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def main() -> None:
+    """Run all comparisons, or those that --quick leaves."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer steps: two minutes")
+    parser.add_argument("--data", type=Path, default=DATA, help="a file of Alpaca rows")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmarks/training.py: there is no CUDA device; leave out --device")
+    _quieten()
+    device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
+    told = [
+        compare(what, stock, ours, given.data, device, rounds=1 if given.quick else 2)
+        for what, stock, ours in comparisons(given.quick, device)
+    ]
+    print()
+    for comparison in told:
+        print(json.dumps(comparison))
+
+
+if __name__ == "__main__":
+    main()

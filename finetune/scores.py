@@ -1,0 +1,150 @@
+"""A run's scores: each model's computed once per identity, and written into the run's folder.
+
+The base's are shared by all runs of this user, the tuned model's stay with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune import evaluation, models
+from finetune.config import Config, EvaluationConfig
+from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
+from finetune.identity import EVALUATION_VERSIONS, Inputs, find_versions, model_identity
+from finetune.run_folder import EventLog, RunFolder, cache_dir, digest, write_atomic
+from finetune.scoring import SharedContextLM
+
+log = logging.getLogger("finetune")
+
+SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
+
+
+def load_tasks(config: Config) -> list[LoadedTask]:
+    """Return the tasks to report, then those that choose the best run, where that is asked."""
+    settings = json.dumps(asdict(config.evaluation), sort_keys=True)
+    passes = (False, True) if config.evaluation.select_split else (False,)
+    return [_load_task(name, settings, p) for p in passes for name in config.evaluation.tasks]
+
+
+@lru_cache(maxsize=16)
+def _load_task(name: str, settings: str, selects: bool) -> LoadedTask:
+    """Build a task once for all runs of this process; `settings` is the section as JSON."""
+    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)), selects=selects)
+
+
+def build_scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Scorer]:
+    """Return the scorer of the tuned model, and the base's where it is asked for.
+
+    The base's scores are shared by all runs of this user.
+    """
+    tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
+    base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
+    return [tuned, base] if config.evaluation.base else [tuned]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores one model, base (`adapter` None) or tuned, on tasks, each once per identity."""
+
+    config: Config
+    inputs: Inputs
+    store: ScoreStore
+    adapter: str | None
+
+    def identity(self, task: LoadedTask) -> str:
+        return digest(
+            {
+                "model": model_identity(self.config, self.inputs.source, self.inputs.device),
+                "adapter": self.adapter,
+                "task": task.name,
+                "digest": task.digest,
+                "dtype": self.config.evaluation.dtype,
+                "seed": evaluation.SEED,
+                "scoring": SCORING,
+                "versions": find_versions(self.config, EVALUATION_VERSIONS),
+            }
+        )
+
+    def asked(self, tasks: list[LoadedTask]) -> list[LoadedTask]:
+        """Return the tasks that are this model's: the base is no candidate to choose from."""
+        return [task for task in tasks if self.adapter or not task.selects]
+
+    def has(self, tasks: list[LoadedTask]) -> bool:
+        return len(self.read(tasks)) == len(self.asked(tasks))
+
+    def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
+        """Return the stored scores by the task's key."""
+        found = {
+            task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
+        }
+        return {key: score for key, score in found.items() if score is not None}
+
+    def score(
+        self,
+        tasks: list[LoadedTask],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Compute the scores that are not stored yet."""
+        settings = self.config.evaluation
+        for task in self.asked(tasks):
+            identity = self.identity(task)
+            with self.store.locked(task.name, identity):
+                if self.store.read(task.name, identity) is None:
+                    lm = SharedContextLM(
+                        model,
+                        tokenizer,
+                        batch_tokens=settings.batch_tokens,
+                        dtype=models.TORCH_DTYPES.get(settings.dtype),
+                    )
+                    score = evaluation.score(lm, task, settings)
+                    self.store.write(identity, score)
+                    log.info("%s: %s", "tuned" if self.adapter else "base", score.describe())
+
+
+def write_scores(
+    folder: RunFolder, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
+) -> None:
+    """Write each task's scores and its questions' outcomes, base beside tuned."""
+    for name, score in tuned.items():
+        pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
+        folder.write_json(
+            f"evaluation/{name}.json", {side: one.summary() for side, one in pair.items()}
+        )
+        items: dict[tuple[str, int], dict[str, Any]] = {}
+        for side, one in pair.items():
+            seen: Counter[str] = Counter()  # a task may ask the same question twice
+            for item in one.items:
+                seen[item.hash] += 1
+                line = items.setdefault(
+                    (item.hash, seen[item.hash]), {"hash": item.hash, "prompt": item.prompt_hash}
+                )
+                line[side] = item.outcomes
+        lines = "".join(json.dumps(line) + "\n" for line in items.values())
+        write_atomic(folder.evaluation / f"{name}.items.jsonl", lines)
+
+
+def tell_scores(
+    folder: RunFolder,
+    events: EventLog,
+    tuned: Mapping[str, TaskScore],
+    base: Mapping[str, TaskScore],
+) -> None:
+    """Put the scores, and what the run leaves, into its event log."""
+    for name, score in tuned.items():
+        told = dict(score.metrics)
+        if name in base:
+            told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
+        prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
+        events.metrics({f"{prefix}{key}": value for key, value in told.items()}, 0)
+    for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
+        if (folder.path / path).exists():
+            events.artifact(path, into)
