@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from finetune.config import EvaluationConfig, nearest
-from finetune.data import READERS
+from finetune.rows import READERS
 from finetune.run_folder import digest, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
 

@@ -45,6 +45,7 @@ from finetune.run_folder import cache_dir, digest, file_digest, slug, write_atom
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_TIMEOUT_SECONDS = 10.0
+MODEL_FILES = (".safetensors", ".json", ".model", ".jinja")  # weights, settings, tokenizer
 CONVERSION = 1  # raise it when a converted folder would differ
 
 
@@ -222,7 +223,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _folder_digest(folder: Path) -> str:
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES)
     if not any(p.suffix == ".safetensors" for p in files):
         raise FileNotFoundError(
             f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, models, training
+from finetune import adapters, data, evaluation, models, prompts, training
 from finetune.config import Config, EvaluationConfig, ModelConfig, find_problems
 from finetune.data import Examples
 from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
@@ -59,6 +59,7 @@ LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
+PROMPT_FILE = "prompt.jinja"  # in a run's folder: the user's template as it was
 SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 
 
@@ -102,9 +103,20 @@ def _find_model_problems(config: Config) -> list[str]:
 
 
 def _find_data_problems(config: Config) -> list[str]:
-    found = data.find_data(config.data)
-    data.check_rows(data.read_rows(config.data, found), config.data)
-    return []
+    if any(problem.startswith("data.") for problem in find_problems(config)):
+        return []
+    tokenizer = None
+    if config.data.prompt_template == "chat":
+        with suppress(FileNotFoundError, ValueError):  # a missing model is told by its own check
+            source = models.find_model(config.model)
+            tokenizer = _tokenizer(json.dumps(asdict(config.model)), source)
+    return data.find_problems(config.data, tokenizer)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(settings: str, source: Source) -> PreTrainedTokenizerBase:
+    """Load a tokenizer once for all runs of this process; `settings` is its section as JSON."""
+    return models.load_tokenizer(ModelConfig(**json.loads(settings)), source)
 
 
 def run(job: Job) -> State:
@@ -172,9 +184,9 @@ def _run_stages(config: Config, inputs: Inputs, folder: RunFolder, events: Event
     adapted = _trained(config, inputs, folder, events, model, tokenizer)
     tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
     if tasks and base:
-        rows = data.read_rows(config.data, inputs.data)
-        prompts = data.last_prompts(rows, config.data, NUM_SAMPLES)
-        said = answer_samples(adapted, tokenizer, prompts)
+        rows = data.read_sources(inputs.data)
+        asked = data.last_prompts(rows, config.data, config.training, tokenizer, NUM_SAMPLES)
+        said = answer_samples(adapted, tokenizer, asked)
         folder.write_json("samples.json", [asdict(sample) for sample in said])
     adapted.unload()  # the base is what it was, for the next run
     scores = tuned.read(tasks), base[0].read(tasks) if base else {}
@@ -223,7 +235,7 @@ def _trained(
 
 
 def _examples(config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    rows = data.read_rows(config.data, inputs.data)
+    rows = data.read_sources(inputs.data)
     return data.build_examples(rows, config.data, config.training, tokenizer)
 
 
@@ -350,14 +362,19 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
     events.params(dict(_flat({name: settings[name] for name in sections})))
-    events.dataset(
-        slug(Path(inputs.data.location).stem),
-        digest=inputs.data.digest,
-        source=inputs.data.location,
-        context="training",
-        rows=len(data.read_rows(job.config.data, inputs.data)),
-    )
+    for source, rows in data.read_sources(inputs.data):
+        events.dataset(
+            slug(Path(source.location).stem),
+            digest=source.digest,
+            source=source.location,
+            context="training",
+            rows=len(rows),
+        )
     events.artifact("config.yaml", "config")
+    template = prompts.load_template(job.config.data.prompt_template)
+    if template.file_text is not None:
+        (folder.path / PROMPT_FILE).write_text(template.file_text, encoding="utf-8")
+        events.artifact(PROMPT_FILE, "config")
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

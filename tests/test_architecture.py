@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "overrides", "run_folder", "live", "models", "adapters", "prompts", "data",
+    "config", "overrides", "run_folder", "live", "models", "adapters", "prompts", "rows", "data",
     "checkpoints", "training", "prefix_tree", "block_attention", "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "figures", "report", "identity",
     "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
