@@ -121,7 +121,7 @@ def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, 
     lacking = {f: column for f, column in wanted.items() if not any(column in row for row in rows)}
     if lacking:
         section = source.key.removesuffix("path") + "columns"
-        remedy = " ".join(f"{'' if f in columns else '+'}{section}.{f}=COLUMN" for f in lacking)
+        remedy = " ".join(f"++{section}.{f}=COLUMN" for f in lacking)  # ++ sets old and new keys
         raise ValueError(
             f"{source} has no column {', '.join(map(repr, lacking.values()))} for the "
             f"{', '.join(lacking)} of data.prompt_template={name}; its columns are "

@@ -6,6 +6,7 @@ the schema. Here every override is looked at by itself, so that all problems sho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _problems_of(override: Override, folders: list[Path], elsewhere: bool) -> It
         return
     groups = sorted({p.name for f in folders for p in f.iterdir() if p.is_dir()} - {"hydra"})
     typed = override.input_line
-    is_open = key.startswith(OPEN_MAPPINGS)
+    is_open = key.startswith(OPEN_MAPPINGS) or re.match(r"data\.mix\.\d+\.columns\.", key)
     if (override.is_add() or override.is_force_add()) and not is_open:
         where = " and ".join(name.rstrip(".") for name in OPEN_MAPPINGS)
         yield f"{typed}: + is for new keys below {where} only; leave it out"
@@ -117,7 +118,7 @@ def _problems_of(override: Override, folders: list[Path], elsewhere: bool) -> It
     elif key in groups:
         if not elsewhere:
             yield from _option_problems(override, key, folders)
-    elif key.startswith(MIX):
+    elif key.startswith(MIX) and not is_open:
         yield from _mix_problems(override)
     elif not is_open:
         yield from _key_problems(override, groups)

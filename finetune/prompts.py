@@ -7,7 +7,8 @@
     Answer:
 
 Its variables are the fields; `data.columns` maps them, and `output`, to the data's columns. They
-may be empty, and be lists or numbers. The newline at the end of the file's last line is left out.
+may be empty, and be lists or numbers. The output begins where the file ends: on a new line, if the
+last one has its newline. `demo/question.jinja` is an example.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def _load_file(name: str) -> Template:
         )
     text = path.read_text(encoding="utf-8")
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     try:
         parsed, template = environment.parse(text), environment.from_string(text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,25 +59,32 @@ def read_rows(source: DataSource) -> list[Row]:
     Raises:
         ValueError: a malformed line (with its number), or no row at all.
     """
-    try:
-        rows = list(_read(source))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    if source.revision is None:
+        rows = read_file(Path(source.location), name=str(source))
+    else:
+        rows = _read_hub(source)
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
 
 
-def _read(source: DataSource) -> Iterable[Row]:
-    if source.revision is None:
-        path = Path(source.location)
-        return READERS[path.suffix](path)
+def read_file(path: Path, *, name: str) -> list[Row]:
+    """Read the rows of a json, jsonl, csv or parquet file; `name` begins what its errors say."""
+    try:
+        return list(READERS[path.suffix](path))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _read_hub(source: DataSource) -> list[Row]:
     from datasets import load_dataset
 
-    found: Iterable[Row] = load_dataset(
-        source.location, revision=source.revision, split=source.settings.split
-    )
-    return found
+    try:
+        return list(
+            load_dataset(source.location, revision=source.revision, split=source.settings.split)
+        )
+    except ValueError as error:  # such as an unknown split
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
