@@ -59,7 +59,6 @@ LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
-PROMPT_FILE = "prompt.jinja"  # in a run's folder: the user's template as it was
 SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 
 
@@ -373,8 +372,8 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     events.artifact("config.yaml", "config")
     template = prompts.load_template(job.config.data.prompt_template)
     if template.file_text is not None:
-        (folder.path / PROMPT_FILE).write_text(template.file_text, encoding="utf-8")
-        events.artifact(PROMPT_FILE, "config")
+        folder.prompt_template.write_text(template.file_text, encoding="utf-8")
+        events.artifact(folder.prompt_template.name, "config")
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

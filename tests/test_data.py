@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.config import DataConfig, SourceConfig, TrainingConfig
 from finetune.data import IGNORED, Examples, build_examples, find_problems, share_sizes
 from finetune.rows import DataSource, read_file
-from tests.conftest import write_rows
+from finetune.run_folder import read_events
+from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "" if i % 2 else "loud", "output": f"It is {i}."}
@@ -204,6 +206,25 @@ def test_all_problems_of_a_mix_are_told_together(tmp_path: Path) -> None:
     )
     data = DataConfig(path="none.jsonl", prompt_template="none.jinja")
     assert ["there is no file" in problem for problem in find_problems(data, None)] == [True, True]
+
+
+def test_a_sweep_over_a_mixs_weight_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
+    """Two files of different columns; counts by source are recorded, and both datasets told."""
+    write_rows(tmp_path / "one.jsonl", list(ROWS))
+    write_rows(tmp_path / "two.jsonl", [{"q": f"{i}?", "output": "Yes."} for i in range(6)])
+    done = finetune(
+        *TINY, "data=mix", "evaluation=none", "training.max_steps=2",
+        "data.mix=[{path: one.jsonl}, {path: two.jsonl, columns: {instruction: q}}]",
+        "data.mix.0.weight=1,3", "data.num_examples=12", "--multirun",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "data.mix.0.path=one.jsonl: 10 rows read, 9 used" in done.stderr
+    counts = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/data.json")]
+    drawn = [[own["drawn"] for own in count["sources"].values()] for count in counts]
+    assert sorted(drawn) == [[6, 6], [9, 3]]
+    for path in tmp_path.glob("outputs/*/events.jsonl"):
+        told = [event["name"] for event in read_events(path) if event["event"] == "dataset"]
+        assert told == ["one", "two"]
 
 
 def test_real_alpaca_rows_are_all_accounted_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from finetune.identity import data_identity, find_inputs
 from finetune.models import find_model, load_tokenizer
 from finetune.prompts import find_chat_problems
 from finetune.rows import DataSource
-from tests.conftest import write_rows
+from tests.conftest import TINY, Command, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CONVERSATION = [
@@ -282,6 +283,33 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
     )
     (problem,) = pipeline.prepare(config).problems
     assert "no chat template" in problem
+
+
+def test_a_sweep_over_templates_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
+    """Chat, text and a user's file on the same rows: trained, scored, samples answered."""
+    user, assistant = CONVERSATION[1:3]
+    rows: list[Any] = [
+        {"messages": [user, assistant] * (1 + i % 2), "text": f"All of {i}.", "q": f"{i}?",
+         "output": "Yes."}
+        for i in range(20)
+    ]  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"messages": [user]}])
+    (tmp_path / "own.jinja").write_text("Q: {{ question }}\nA:\n", encoding="utf-8")
+    done = finetune(
+        *TINY, "data=chat", "data.path=rows.jsonl", "+data.columns.question=q",
+        "data.prompt_template=chat,text,own.jinja", "training.max_steps=2", "--multirun",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("21 rows read, 16 used, 1 dropped (") == 3
+    found = {
+        json.loads(path.read_text(encoding="utf-8"))[0]["prompt"]
+        for path in tmp_path.glob("outputs/*/samples.json")
+    }
+    assert len(found) == 3
+    assert "Q: 17?\nA:\n" in found
+    assert "All of 17." in found
+    (copy,) = tmp_path.glob("outputs/*/prompt.jinja")
+    assert copy.read_text(encoding="utf-8") == "Q: {{ question }}\nA:\n"
 
 
 @pytest.mark.slow
