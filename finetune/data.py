@@ -110,36 +110,36 @@ def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -
                 num_responses = max(num_responses, _check_rows(source, rows, template))
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-    if tokenizer is not None and data.prompt_template == "chat":
-        problems += find_chat_problems(tokenizer, num_responses=min(num_responses, 2))
+    if tokenizer is not None and template is not None and template.has_turns:
+        problems += find_chat_problems(tokenizer, num_responses=num_responses)
     return problems
 
 
-def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, name: str) -> None:
+def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, given: str) -> None:
     columns = source.settings.columns
-    wanted = {field: columns.get(field, field) for field in template.required}
+    wanted = {name: columns.get(name, name) for name in template.required}
     lacking = {f: column for f, column in wanted.items() if not any(column in row for row in rows)}
     if lacking:
         section = source.key.removesuffix("path") + "columns"
         remedy = " ".join(f"++{section}.{f}=COLUMN" for f in lacking)  # ++ sets old and new keys
         raise ValueError(
             f"{source} has no column {', '.join(map(repr, lacking.values()))} for the "
-            f"{', '.join(lacking)} of data.prompt_template={name}; its columns are "
+            f"{', '.join(lacking)} of data.prompt_template={given}; its columns are "
             f"{', '.join(map(str, rows[0]))}. Set {remedy}"
         )
 
 
 def _check_rows(source: DataSource, rows: Sequence[Row], template: Template) -> int:
-    """Return the most responses that a row has; ValueError if no row can be used."""
+    """Return whether rows have one response or several (2); ValueError if no row can be used."""
     counts = RowCounts(read=len(rows))
-    responses = (
-        sum(turn.role == "assistant" for turn in turns)
-        for _, turns in _sound_rows(source, rows, template, counts)
-    )
-    most = max(responses, default=0)
+    most = 0
+    for _, turns in _sound_rows(source, rows, template, counts):
+        most = max(most, sum(turn.role == "assistant" for turn in turns))
+        if most > 1 or not template.has_turns:
+            break
     if not most:
         raise _nothing_left(source, counts)
-    return most
+    return min(most, 2)
 
 
 def _nothing_left(source: DataSource | str, counts: RowCounts) -> ValueError:

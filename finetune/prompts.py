@@ -82,6 +82,7 @@ class Template:
     render: Callable[[Fields], list[Turn]]
     encode: Callable[[Sequence[Turn], PreTrainedTokenizerBase], Encoded]
     ask: Callable[[Sequence[Turn], PreTrainedTokenizerBase], Prompt]  # up to the last response
+    has_turns: bool = False  # several responses in a row, through the tokenizer's chat template
     file_text: str | None = None  # of a user's template
 
 
@@ -229,9 +230,13 @@ def find_chat_problems(tokenizer: PreTrainedTokenizerBase, *, num_responses: int
         return [f"data.prompt_template=chat: the model's tokenizer has no chat template; {remedy}"]
     exchange = [Turn("user", "What is it?"), Turn("assistant", "It is this.")]
     try:
-        encode_chat(exchange * num_responses, tokenizer)
+        encoded = encode_chat(exchange * num_responses, tokenizer)
     except Unusable as error:
         return [f"data.prompt_template=chat: {error}; {remedy}"]
+    learned = {t for t, own in zip(encoded.tokens, encoded.is_response, strict=True) if own}
+    if not learned & {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}:
+        fault = "the chat template ends a response with no special token, to learn stopping from"
+        return [f"data.prompt_template=chat: {fault}; {remedy}"]
     return []
 
 
@@ -278,6 +283,6 @@ BY_NAME = {
     "alpaca": Template(
         ("instruction", "output"), ("input",), render_alpaca, encode_plain, ask_plain
     ),
-    "chat": Template(("messages",), (), render_chat, encode_chat, ask_chat),
+    "chat": Template(("messages",), (), render_chat, encode_chat, ask_chat, has_turns=True),
     "text": Template(("text",), (), render_text, encode_plain, ask_plain),
 }

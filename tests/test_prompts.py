@@ -105,10 +105,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     (problem,) = find_chat_problems(tokenizer, num_responses=2)
     assert "writes earlier turns anew" in problem
     assert "data.prompt_template=FILE.jinja" in problem
+    tokenizer.add_tokens(["<|im_end|>", "<|end|>"], special_tokens=True)
     for name in ("qwen3", "phi3"):
         tokenizer.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
         assert find_chat_problems(tokenizer, num_responses=1) == []
         assert find_chat_problems(tokenizer, num_responses=2) != []
+
+
+def test_a_template_whose_responses_have_no_end_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """A model that it trains would not learn to stop."""
+    tokenizer.chat_template = (CHAT_TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
+    (problem,) = find_chat_problems(tokenizer, num_responses=2)
+    assert "no special token, to learn stopping from; use a model that has" in problem
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(
