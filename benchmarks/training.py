@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +39,7 @@ from finetune.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from finetune.data import Example, Examples, RowCounts, build_examples, find_data, read_rows
+from finetune.data import Example, Examples, RowCounts, build_examples, find_sources, read_sources
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import Lesson, train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
@@ -131,15 +132,16 @@ def train_stock(
     """Train by SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
     given = arguments(case, folder, base.device)
     given.padding_free, given.save_strategy = False, "no"
+    adapted = adapters.attach(base, LORA, 42)
     trainer = SFTTrainer(
-        model=adapters.attach(base, LORA, 42),
+        model=adapted,
         args=given,
         train_dataset=Dataset.from_list([dict(row) for row in rows]),
         processing_class=load_tokenizer(ModelConfig(), find_model(ModelConfig())),
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trainer.model.unload()
+    adapted.unload()
     base.__dict__.pop("forward", None)
     return losses
 
@@ -168,13 +170,9 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(case.times):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stderr(open(os.devnull, "w")),
-        ):
-            losses = (train_stock if case.is_stock else train_ours)(
-                base, case, chosen, Path(folder)
-            )
+        with tempfile.TemporaryDirectory() as folder, _silence():
+            train = train_stock if case.is_stock else train_ours
+            losses = train(base, case, chosen, Path(folder))
     if base.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -183,11 +181,21 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
     return Measured(seconds, time.process_time() - cpu, tokens, peak, losses)
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
 def read_examples(file: Path, max_length: int) -> list[Example]:
     """Tokenise Alpaca rows in a fixed order; without the file, the demo's."""
     path = str(file) if file.is_file() else "package://finetune/demo/rows.jsonl"
     settings = DataConfig(path=path)
-    rows = read_rows(settings, find_data(settings))
+    rows = read_sources(find_sources(settings))
     tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
     return build_examples(rows, settings, TrainingConfig(max_length=max_length), tokenizer).train
 
@@ -205,12 +213,13 @@ def _measure_alone(case: Case, file: Path) -> Measured:
 
 
 def compare(
-    what: str, stock: Case, ours: Case, file: Path, device: torch.device, rounds: int
+    what: str, stock: Case, ours: Case, file: Path, device: torch.device, quick: bool
 ) -> dict[str, Any]:
     """Measure two cases in turns; print and return the comparison."""
     base, rows = load(ours.kind, device), read_examples(file, ours.max_length)
     both = {"stock": stock, "ours": ours}
-    for case in both.values():  # one step each, to warm up
+    rounds = 1 if quick else 2
+    for case in both.values() if not quick else ():  # one step each, to warm up
         run_case(base, replace(case, steps=1), rows)
     found: dict[str, list[Measured]] = {name: [] for name in both}
     for number in range(rounds):
@@ -221,9 +230,13 @@ def compare(
     worst = max(abs(a - b) for a, b in pairs)
     print(f"\n{what}: {ours.steps} steps, {found['ours'][0].tokens} tokens")
     for name, case in both.items():
-        peak = found[name][-1].peak_gib if device.type == "cuda" else peak_of(case, file)
         cpu = fmean(one.cpu_seconds for one in found[name])
-        print(f"  {name:5} {speed[name]:8.0f} tokens/s  {cpu:7.1f} CPU s  {peak:5.2f} GiB at most")
+        told = f"  {name:5} {speed[name]:8.0f} tokens/s  {cpu:7.1f} CPU s"
+        if device.type == "cuda":
+            told += f"  {found[name][-1].peak_gib:5.2f} GiB at most"
+        elif not quick:
+            told += f"  {peak_of(case, file):5.2f} GiB at most"
+        print(told)
     print(f"  ratio {speed['ours'] / speed['stock']:.2f}; losses differ by at most {worst:.1g}")
     return {
         "what": what,
@@ -236,7 +249,7 @@ def compare(
 
 def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case]]:
     """Return what is measured: stock against ours, then alone against together."""
-    steps = 3 if quick else 8
+    steps = 2 if quick else 6
     if device.type == "cuda":
         reference = Case("bf16", 8, 4, 2 if quick else 6, 2048)
         found = [("reference batch 8 x 4, nf4, CUDA", replace(reference, is_stock=True), reference)]
@@ -291,7 +304,7 @@ def main() -> None:
     _quieten()
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
     told = [
-        compare(what, stock, ours, given.data, device, rounds=1 if given.quick else 2)
+        compare(what, stock, ours, given.data, device, given.quick)
         for what, stock, ours in comparisons(given.quick, device)
     ]
     print()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
-TEMPLATES = ("alpaca",)
+TEMPLATES = ("alpaca", "chat", "text")
+TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
 
 
@@ -78,10 +79,22 @@ class OptimizerConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of rows, in `data.mix`."""
+
+    path: str = MISSING  # hub id, or a json, jsonl, csv or parquet file
+    weight: float = 1.0  # its share of all rows, against the other sources' weights
+    revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
+    split: str | None = None  # split of a hub data set; null takes data.split
+    columns: dict[str, str] = field(default_factory=dict)  # where they differ from data.columns
+
+
+@dataclass
 class DataConfig:
     """The rows to train on."""
 
-    path: str = MISSING  # hub id, or a json, jsonl, csv or parquet file
+    path: str | None = None  # hub id, or a json, jsonl, csv or parquet file
+    mix: list[SourceConfig] = field(default_factory=list)  # several sources, instead of path
     revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
     split: str = "train"  # split of a hub data set; no effect on files
     columns: dict[str, str] = field(  # the template's field -> the data's column
@@ -89,8 +102,22 @@ class DataConfig:
     )
     num_examples: int | None = None  # rows drawn by training.data_seed; null takes all
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
-    prompt_template: str = "alpaca"  # alpaca
-    mask_prompt: bool = True  # learn the response only, not the prompt
+    prompt_template: str = "alpaca"  # alpaca, chat (messages), text, or a .jinja file: the prompt
+    mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
+
+    def sources(self) -> dict[str, SourceConfig]:
+        """Return every source, filled in, by the key that names it; `path` is a mix of one."""
+        if not self.mix:
+            single = SourceConfig(self.path or "", 1.0, self.revision, self.split, self.columns)
+            return {"data.path": single}
+        return {
+            f"data.mix.{number}.path": replace(
+                source,
+                split=source.split or self.split,
+                columns={**self.columns, **source.columns},
+            )
+            for number, source in enumerate(self.mix)
+        }
 
 
 @dataclass
@@ -258,7 +285,20 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.num_examples", data.num_examples, 1)
     yield from _share("data.validation_fraction", data.validation_fraction)
-    yield from _one_of("data.prompt_template", data.prompt_template, TEMPLATES)
+    if not data.prompt_template.endswith(TEMPLATE_FILE):
+        known = (*TEMPLATES, f"a path ending in {TEMPLATE_FILE}")
+        yield from _one_of("data.prompt_template", data.prompt_template, known)
+    if not data.mix and not data.path:
+        yield "data.path has no value; set data.path=FILE, or several sources in data.mix"
+    for key in ("path", "revision"):
+        if data.mix and getattr(data, key):
+            yield (
+                f"data.{key} is {getattr(data, key)} beside data.mix, whose sources have their "
+                f"own; set data.{key}=null, or start from data=mix"
+            )
+    for number, source in enumerate(data.mix):
+        if not 0 < source.weight < float("inf"):
+            yield f"data.mix.{number}.weight is {source.weight}; it must be above 0"
 
 
 def _training_problems(training: TrainingConfig) -> Iterator[str]:

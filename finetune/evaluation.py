@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from finetune.config import EvaluationConfig, nearest
-from finetune.data import READERS
+from finetune.rows import read_file
 from finetune.run_folder import digest, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
 
@@ -237,8 +237,8 @@ def read_local(files: dict[str, str], **_: Any) -> Any:
     import datasets
 
     splits = {
-        split: datasets.Dataset.from_list([dict(row) for row in READERS[Path(f).suffix](Path(f))])
-        for split, f in files.items()
+        split: datasets.Dataset.from_list([dict(row) for row in read_file(Path(file), name=file)])
+        for split, file in files.items()
     }
     return datasets.DatasetDict(splits)
 

@@ -157,7 +157,7 @@ def _losses(axes: Axes, results: Results) -> None:
             axes.plot(steps, smooth, style, color=colour, label=results.label(row), linewidth=1.4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, smoothed")
-    if len(results.runs) <= 12:
+    if axes.lines and len(results.runs) <= 12:
         axes.legend(frameon=False, fontsize=8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 
-from finetune import data, models, training
-from finetune.config import Config
+from finetune import data, models, prompts, training
+from finetune.config import Config, DataConfig
 from finetune.models import Source
+from finetune.rows import DataSource
 from finetune.run_folder import RunFolder, digest, slug
 
 # The versions that can change a number; bitsandbytes only where it is used.
@@ -29,14 +31,14 @@ class Inputs:
 
     device: torch.device
     source: Source
-    data: data.DataSource
+    data: list[DataSource]
     identity: str  # of the training
 
 
 def find_inputs(config: Config) -> Inputs:
     """Find model and data, and compute the training's identity from what changes its numbers."""
     source = models.find_model(config.model)
-    found = data.find_data(config.data)
+    found = data.find_sources(config.data)
     precision = find_precision(config)
     neutral = dict.fromkeys(NEUTRAL)
     seed = config.training.seed
@@ -47,7 +49,7 @@ def find_inputs(config: Config) -> Inputs:
             "peft": asdict(config.peft),
             "lora": asdict(config.lora),
             "optimizer": asdict(config.optimizer),
-            "data": {**asdict(config.data), "path": None, "revision": None, "digest": found.digest},
+            "data": data_identity(config.data, found),
             "training": {
                 **asdict(config.training), **neutral,
                 "precision": str(precision.autocast), "data_seed": data_seed,
@@ -72,6 +74,26 @@ def model_identity(config: Config, source: Source, device: torch.device) -> dict
         "digest": source.digest,
         "dtype": str(models.compute_dtype(config.model, device)),
     }
+
+
+def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, Any]:
+    """Name the rows and the template by their content; a mix also by its shares."""
+    named = {**asdict(settings), "path": None, "revision": None}
+    template = prompts.load_template(settings.prompt_template)
+    if template.file_text is not None:
+        named["prompt_template"] = {"digest": digest(template.file_text)}
+    mix = named.pop("mix")
+    if not mix:
+        return {**named, "digest": sources[0].digest}
+    total = math.fsum(source.settings.weight for source in sources)
+    named["mix"] = [
+        {
+            **asdict(source.settings), "path": None, "revision": None,
+            "weight": source.settings.weight / total, "digest": source.digest,
+        }
+        for source in sources
+    ]  # fmt: skip
+    return named
 
 
 def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:

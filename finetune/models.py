@@ -45,6 +45,14 @@ from finetune.run_folder import cache_dir, digest, file_digest, slug, write_atom
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_TIMEOUT_SECONDS = 10.0
+MODEL_FILES = (".safetensors", ".json", ".model", ".jinja")  # weights, settings, tokenizer
+# The tiny model's: each turn begins with <s> and its role, and ends with </s>.
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<s>' + message.role + '\n' + message.content + '</s>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
 CONVERSION = 1  # raise it when a converted folder would differ
 
 
@@ -64,7 +72,7 @@ def find_model(model: ModelConfig) -> Source:
         FileNotFoundError: it is not there; the message says what was looked for and where.
     """
     if model.path == "random://tiny":
-        return _cached("tiny", {"tiny": 1}, _write_tiny)
+        return _cached("tiny", {"tiny": 2}, _write_tiny)
     if model.path.startswith("package://") or model.path.endswith(".gguf"):
         return _converted(local_path(model.path))
     folder = local_path(model.path)
@@ -222,7 +230,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _folder_digest(folder: Path) -> str:
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES)
     if not any(p.suffix == ".safetensors" for p in files):
         raise FileNotFoundError(
             f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"
@@ -288,6 +296,7 @@ def _write_tiny(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=64,

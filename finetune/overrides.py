@@ -6,6 +6,7 @@ the schema. Here every override is looked at by itself, so that all problems sho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,12 +20,21 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import Config, Refused, build_config, conf_dir, find_problems, nearest
+from finetune.config import (
+    Config,
+    Refused,
+    SourceConfig,
+    build_config,
+    conf_dir,
+    find_problems,
+    nearest,
+)
 
 # Parts of Hydra's own config that run code or change the process before ours is asked.
 UNSAFE = ("hydra.callbacks", "hydra.job.env_set", "hydra.job.env_copy")
 LARGEST_CONFIG = 100_000  # bytes
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
+MIX = "data.mix."  # its sources' settings are known by number: data.mix.0.weight=2
 
 
 def find_override_problems(
@@ -99,14 +109,17 @@ def _problems_of(override: Override, folders: list[Path], elsewhere: bool) -> It
         return
     groups = sorted({p.name for f in folders for p in f.iterdir() if p.is_dir()} - {"hydra"})
     typed = override.input_line
-    is_open = key.startswith(OPEN_MAPPINGS)
+    is_open = key.startswith(OPEN_MAPPINGS) or re.match(r"data\.mix\.\d+\.columns\.", key)
     if (override.is_add() or override.is_force_add()) and not is_open:
-        yield f"{typed}: + is for new keys below evaluation.data_files only; leave it out"
+        where = " and ".join(name.rstrip(".") for name in OPEN_MAPPINGS)
+        yield f"{typed}: + is for new keys below {where} only; leave it out"
     elif override.is_delete():
         return
     elif key in groups:
         if not elsewhere:
             yield from _option_problems(override, key, folders)
+    elif key.startswith(MIX) and not is_open:
+        yield from _mix_problems(override)
     elif not is_open:
         yield from _key_problems(override, groups)
     elif key.startswith("evaluation.data_files.") and not override.is_add():
@@ -131,6 +144,20 @@ def _key_problems(override: Override, groups: list[str]) -> Iterator[str]:
     for value in _values(override):
         try:
             OmegaConf.update(OmegaConf.structured(Config), key, value)
+        except OmegaConfBaseException as error:
+            yield f"{key}={value}: {first_line(error)}"
+
+
+def _mix_problems(override: Override) -> Iterator[str]:
+    key = override.key_or_group
+    number, _, name = key.removeprefix(MIX).partition(".")
+    known = [item.name for item in fields(SourceConfig)]
+    if not number.isdigit() or name.partition(".")[0] not in known:
+        yield f"{key} is not a setting of data.mix.{number}; {nearest(name, known)}"
+        return
+    for value in _values(override):
+        try:
+            OmegaConf.update(OmegaConf.structured(SourceConfig), name, value)
         except OmegaConfBaseException as error:
             yield f"{key}={value}: {first_line(error)}"
 

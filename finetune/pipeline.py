@@ -22,11 +22,11 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, models, multi_adapter, training
+from finetune import adapters, data, models, multi_adapter, prompts, training
 from finetune.adapters import LoraWeights
-from finetune.config import Config, ModelConfig, find_problems
+from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
-from finetune.grouping import CHANGE_THE_BASE, find_obstacle, most_that_pay
+from finetune.grouping import CHANGE_THE_BASE, find_obstacle
 from finetune.identity import (
     Inputs,
     describe_environment,
@@ -36,9 +36,11 @@ from finetune.identity import (
 )
 from finetune.models import Source
 from finetune.multi_adapter import Lesson
-from finetune.run_folder import EventLog, Job, Plan, RunFolder, State, Status, slug
+from finetune.preflight import load_tokenizer
+from finetune.prompts import Prompt
+from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
 from finetune.samples import NUM_SAMPLES, Sample, answer
-from finetune.scores import build_scorers, load_tasks, tell_scores, write_scores
+from finetune.scores import build_scorers, is_done, load_tasks, tell_scores, write_scores
 from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
@@ -47,70 +49,6 @@ LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
-
-
-def prepare(config: Config) -> Plan:
-    """Check everything that can be known without loading weights, and name the run."""
-    problems = find_problems(config)
-    problems += training.find_optimizer_problems(config.optimizer)
-    if config.training.device == "cuda" and not torch.cuda.is_available():
-        problems.append(
-            "training.device is cuda, and this machine has no CUDA device; "
-            "use one that has, or set training.device=auto for the CPU"
-        )
-    else:
-        problems += training.find_precision_problems(find_precision(config))
-    for check in (_find_model_problems, _find_data_problems, _find_task_problems):
-        try:
-            problems += check(config)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    if problems:
-        return Plan(None, problems)
-    inputs = find_inputs(config)
-    folder = run_folder(config, inputs)
-    return Plan(
-        folder.path,
-        [],
-        finished=_is_done(config, inputs, folder),
-        most_together=config.sweep.max_concurrent_adapters or most_that_pay(config),
-    )
-
-
-def _find_model_problems(config: Config) -> list[str]:
-    source = models.find_model(config.model)
-    model_config = models.load_config(config.model, source)
-    problems = adapters.find_target_problems(
-        models.load_meta_model(config.model, model_config), config.lora
-    )
-    longest = models.max_positions(model_config)
-    if longest and config.training.max_length > longest:
-        problems.append(
-            f"training.max_length is {config.training.max_length}; "
-            f"{config.model.path} was made for at most {longest} tokens"
-        )
-    return problems
-
-
-def _find_data_problems(config: Config) -> list[str]:
-    found = data.find_data(config.data)
-    data.check_rows(data.read_rows(config.data, found), config.data)
-    return []
-
-
-def _find_task_problems(config: Config) -> list[str]:
-    """Return what keeps a task from being asked: its name, its questions, its splits."""
-    problems = evaluation.find_task_problems(config.evaluation)
-    if problems:
-        return problems
-    try:
-        load_tasks(config)
-    except OSError as error:
-        return [
-            f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
-            "of reach, name local files: +evaluation.data_files.TASK.SPLIT=FILE"
-        ]
-    return []
 
 
 @dataclass
@@ -150,7 +88,7 @@ def run(jobs: Sequence[Job]) -> list[State]:
     """
     with ExitStack() as stack:
         runs = _opened(jobs, stack)
-        at_work = [run for run in runs if not _is_done(run.config, run.inputs, run.folder)]
+        at_work = [run for run in runs if not is_done(run.config, run.inputs, run.folder)]
         for run in runs:
             if run not in at_work:
                 _write_stored_scores(run)
@@ -237,7 +175,7 @@ def _release_memory() -> None:
 
 
 def _tokenizer(run: ActiveRun) -> PreTrainedTokenizerBase:
-    return models.load_tokenizer(run.config.model, run.inputs.source)
+    return load_tokenizer(run.config, run.inputs.source)
 
 
 def _score_base(run: ActiveRun) -> None:
@@ -300,7 +238,7 @@ def _train_alone(run: ActiveRun, lesson: Lesson) -> None:
 
 def _lesson(run: ActiveRun) -> Lesson:
     config = run.config
-    rows = data.read_rows(config.data, run.inputs.data)
+    rows = data.read_sources(run.inputs.data)
     examples = data.build_examples(rows, config.data, config.training, _tokenizer(run))
     log.info("data: %s", examples.counts.summary())
     run.folder.write_json("data.json", asdict(examples.counts))
@@ -332,15 +270,17 @@ def _restored(run: ActiveRun, adapted: PeftModel) -> Iterator[PeftModel]:
 def _score_tuned(run: ActiveRun) -> None:
     tasks, base, tokenizer = load_tasks(run.config), _base(run), _tokenizer(run)
     tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
-    prompts: list[str] = []
+    asked: list[Prompt] = []
     if tasks and beside:
-        rows = data.read_rows(run.config.data, run.inputs.data)
-        prompts = data.last_prompts(rows, run.config.data, NUM_SAMPLES)
-    before = answer(base, tokenizer, prompts)
+        rows = data.read_sources(run.inputs.data)
+        settings = run.config.data, run.config.training
+        asked = data.last_prompts(rows, *settings, tokenizer, NUM_SAMPLES)
+    before = answer(base, tokenizer, asked)
     with _restored(run, adapters.load(base, run.folder.adapter)) as adapted:
         tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
-        after = answer(adapted, tokenizer, prompts)
-    said = [Sample(*parts) for parts in zip(prompts, before, after, strict=True)]
+        after = answer(adapted, tokenizer, asked)
+    texts = [prompt.text for prompt in asked]
+    said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
     tell_scores(run.folder, run.events, *_write_stored_scores(run))
@@ -355,15 +295,6 @@ def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:
     return scores
 
 
-def _is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
-    """Return whether the run finished, also for the tasks and limits asked for now."""
-    status = folder.status()
-    if status is None or status.state != "finished":
-        return False
-    tasks = load_tasks(config)
-    return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))
-
-
 def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
     """Write down, before anything runs, what is about to run and where."""
     (folder.path / "config.yaml").write_text(job.yaml, encoding="utf-8")
@@ -374,14 +305,19 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
     events.params(dict(_flat({name: settings[name] for name in sections})))
-    events.dataset(
-        slug(Path(inputs.data.location).stem),
-        digest=inputs.data.digest,
-        source=inputs.data.location,
-        context="training",
-        rows=len(data.read_rows(job.config.data, inputs.data)),
-    )
+    for source, rows in data.read_sources(inputs.data):
+        events.dataset(
+            slug(Path(source.location).stem),
+            digest=source.digest,
+            source=source.location,
+            context="training",
+            rows=len(rows),
+        )
     events.artifact("config.yaml", "config")
+    template = prompts.load_template(job.config.data.prompt_template)
+    if template.file_text is not None:
+        folder.prompt_template.write_text(template.file_text, encoding="utf-8")
+        events.artifact(folder.prompt_template.name, "config")
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

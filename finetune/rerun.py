@@ -71,6 +71,9 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
     ]
     if datasets[0] != datasets[1]:
         yield "the data's content"
+    templates = [run.prompt_template for run in (before, after)]
+    if all(path.is_file() for path in templates) and len(set(map(file_digest, templates))) > 1:
+        yield "the prompt template's content"
 
 
 def _other_settings(before: RunFolder, after: RunFolder) -> Iterator[str]:

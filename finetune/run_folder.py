@@ -117,6 +117,11 @@ class RunFolder:
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
 
     @property
+    def prompt_template(self) -> Path:
+        """The user's own template as it was; there is none for a known one."""
+        return self.path / "prompt.jinja"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 

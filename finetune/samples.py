@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.prompts import Prompt
+
 NUM_SAMPLES = 3
 NEW_TOKENS = 48
 
@@ -23,16 +25,23 @@ class Sample:
 
 
 def answer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 ) -> list[str]:
     """Answer prompts by greedy decoding."""
     if not prompts:
         return []
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    asked = {name: given[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    before = [longest - len(prompt.tokens) for prompt in prompts]  # padding, on the left
+    padded = zip(before, prompts, strict=True)
+    ids = [[tokenizer.pad_token_id] * num + prompt.tokens for num, prompt in padded]
+    mask = [[0] * num + [1] * (longest - num) for num in before]
     with torch.inference_mode():
         said = cast(Any, model).generate(
-            **asked, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    new = said[:, asked["input_ids"].shape[1] :]
+    new = said[:, longest:]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -148,3 +148,12 @@ def tell_scores(
     for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
         if (folder.path / path).exists():
             events.artifact(path, into)
+
+
+def is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
+    """Return whether the run finished, also for the tasks and limits asked for now."""
+    status = folder.status()
+    if status is None or status.state != "finished":
+        return False
+    tasks = load_tasks(config)
+    return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))

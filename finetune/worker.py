@@ -110,10 +110,10 @@ def _serve(pipe: Connection, is_quiet: bool) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
         quieten_libraries(is_quiet=is_quiet)
-        from finetune import pipeline
+        from finetune import pipeline, preflight
 
         verbs: dict[str, Callable[[Any], Any]] = {
-            "prepare": lambda job: pipeline.prepare(job.config),
+            "prepare": lambda job: preflight.prepare(job.config),
             "run": pipeline.run,
         }
         while True:

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
+
+from finetune.config import ModelConfig
+from finetune.models import find_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,6 +57,13 @@ def finetune(tmp_path: Path) -> Command:
         )
 
     return call
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Return the tiny model's tokenizer."""
+    tiny = ModelConfig(path="random://tiny")
+    return load_tokenizer(tiny, find_model(tiny))
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "config", "overrides", "grouping", "run_folder", "live", "models", "adapters", "prompts",
-    "data",
+    "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "training", "grouped_lora", "multi_adapter", "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "figures", "report", "identity",
-    "scores", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
+    "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def composed(*overrides: str) -> Config:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}={f.stem}")
 def test_an_option_composes_without_problems(file: Path) -> None:
     """Each option is valid by itself, beside the defaults."""
-    extra = ["data.path=rows.jsonl"] if file.parent.name == "data" and file.stem == "local" else []
+    extra = ["data.path=rows.jsonl"] if "path: ???" in file.read_text(encoding="utf-8") else []
     assert find_problems(composed(f"{file.parent.name}={file.stem}", *extra)) == []
 
 

@@ -10,7 +10,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import config
-from finetune.config import Config, build_config, find_problems, local_path, nearest
+from finetune.config import (
+    Config,
+    DataConfig,
+    SourceConfig,
+    build_config,
+    find_problems,
+    local_path,
+    nearest,
+)
 
 
 def changed(key: str, value: Any) -> Config:
@@ -22,7 +30,7 @@ def changed(key: str, value: Any) -> Config:
 
 def test_the_defaults_have_no_problem() -> None:
     """The embedded default composes to something that can run."""
-    assert find_problems(Config()) == []
+    assert find_problems(Config(data=DataConfig(path="rows.jsonl"))) == []
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,30 @@ def test_a_value_out_of_range_is_one_line_that_names_its_key(key: str, value: An
     (problem,) = find_problems(changed(key, value))
     assert problem.startswith(key)
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_mix_stands_alone_and_has_weights(weight: float) -> None:
+    """Its sources have their own paths and revisions."""
+    mix = [SourceConfig(path="a.jsonl"), SourceConfig(path="b.jsonl", weight=weight)]
+    data = DataConfig(path="c.jsonl", mix=mix, revision="main")
+    problems = find_problems(Config(data=data))
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "data.path", "data.revision", "data.mix.1.weight",
+    ]  # fmt: skip
+    (problem,) = find_problems(Config(data=DataConfig()))
+    assert problem.startswith("data.path has no value; set data.path=FILE")
+
+
+def test_a_mixed_source_takes_from_the_section_what_it_leaves_open() -> None:
+    """Split and columns; the section itself is a mix of one."""
+    mix = [SourceConfig(path="a/b", split="test", columns={"output": "y"}), SourceConfig(path="c")]
+    data = DataConfig(mix=mix, columns={"instruction": "x", "output": "output"})
+    first, second = data.sources().values()
+    assert (first.split, first.columns) == ("test", {"instruction": "x", "output": "y"})
+    assert (second.split, second.columns) == ("train", data.columns)
+    (single,) = DataConfig(path="a/b", revision="v1").sources().values()
+    assert (single.path, single.revision, single.weight) == ("a/b", "v1", 1.0)
 
 
 def test_all_problems_are_found_at_once() -> None:

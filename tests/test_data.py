@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import DataConfig, ModelConfig, TrainingConfig
-from finetune.data import IGNORED, Examples, build_examples, find_data, read_rows
-from finetune.models import find_model, load_tokenizer
-from tests.conftest import write_rows
+from finetune.config import DataConfig, SourceConfig, TrainingConfig
+from finetune.data import IGNORED, Examples, build_examples, find_problems, share_sizes
+from finetune.rows import DataSource, read_file
+from finetune.run_folder import read_events
+from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "" if i % 2 else "loud", "output": f"It is {i}."}
@@ -23,33 +21,33 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerBase:
-    model = ModelConfig(path="random://tiny")
-    return load_tokenizer(model, find_model(model))
-
-
-def read(path: Path, **settings: Any) -> list[Any]:
-    data = DataConfig(path=str(path), **settings)
-    return read_rows(data, find_data(data))
-
-
 def build(rows: list[Any], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Examples:
     training = TrainingConfig(max_length=settings.pop("max_length", 512))
-    return build_examples(rows, DataConfig(**settings), training, tokenizer)
+    data = DataConfig(path="rows.jsonl", **settings)
+    return build_examples([(source(data), rows)], data, training, tokenizer)
 
 
-def test_all_file_kinds_give_the_same_rows(tmp_path: Path) -> None:
-    """json, jsonl, csv and parquet are read alike."""
-    write_rows(tmp_path / "a.jsonl", list(ROWS))
-    (tmp_path / "a.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]))
-        writer.writeheader()
-        writer.writerows(ROWS)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    for kind in ("jsonl", "json", "csv", "parquet"):
-        assert read(tmp_path / f"a.{kind}") == ROWS
+def source(data: DataConfig, number: int = 0) -> DataSource:
+    key, settings = list(data.sources().items())[number]
+    return DataSource(key, settings.path, "", settings)
+
+
+def build_mix(
+    tokenizer: PreTrainedTokenizerBase, sources: dict[str, tuple[float, int]], **settings: Any
+) -> Examples:
+    """Mix sources, each a name with its weight and number of rows."""
+    mix = [SourceConfig(path=name, weight=weight) for name, (weight, _) in sources.items()]
+    data = DataConfig(mix=mix, prompt_template="text", **settings)
+    read = [
+        (source(data, place), [{"text": f"{name} {row}"} for row in range(count)])
+        for place, (name, (_, count)) in enumerate(sources.items())
+    ]
+    return build_examples(read, data, TrainingConfig(), tokenizer)
+
+
+def names(built: Examples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return each example's text."""
+    return [str(tokenizer.decode(e["input_ids"], skip_special_tokens=True)) for e in built.train]
 
 
 def test_the_prompt_is_alpacas_and_only_the_response_is_learned(
@@ -116,8 +114,10 @@ def test_rows_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
 
     def drawn(seed: int, num_examples: int) -> list[list[int]]:
         training = TrainingConfig(seed=seed)
-        data = DataConfig(num_examples=num_examples)
-        return [e["input_ids"] for e in build_examples(ROWS, data, training, tokenizer).train]
+        data = DataConfig(path="rows.jsonl", num_examples=num_examples)
+        built = build_examples([(source(data), ROWS)], data, training, tokenizer)
+        assert built.counts.missing == max(0, num_examples - len(ROWS))
+        return [e["input_ids"] for e in built.train]
 
     assert drawn(1, 5) == drawn(1, 5) != drawn(2, 5)
     assert len(drawn(1, 5)) == 5
@@ -132,48 +132,105 @@ def test_the_validation_share_is_apart_from_training(tokenizer: PreTrainedTokeni
     assert (len(train), len(validation), len(train | validation)) == (7, 3, 10)
 
 
+def test_a_mix_gives_each_source_its_share(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Weights are shares of num_examples, no row comes twice, and counts are by source."""
+    built = build_mix(tokenizer, {"a": (3, 40), "b": (1, 40)}, num_examples=20)
+    texts = names(built, tokenizer)
+    assert len(set(texts)) == 20
+    assert [sum(text.startswith(name) for text in texts) for name in "ab"] == [15, 5]
+    assert {key: own.drawn for key, own in built.counts.sources.items()} == {
+        "data.mix.0.path=a": 15, "data.mix.1.path=b": 5,
+    }  # fmt: skip
+    assert built.counts.summary() == (
+        "80 rows read, 20 used; data.mix.0.path=a: 40 rows read, 15 used; "
+        "data.mix.1.path=b: 40 rows read, 5 used"
+    )
+
+
+def test_a_source_too_short_for_its_share_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    """It gives what it has, the others give no more for it, and the gap is counted."""
+    built = build_mix(tokenizer, {"a": (1, 3), "b": (1, 40)}, num_examples=20)
+    assert (built.counts.drawn, built.counts.missing) == (13, 7)
+    assert "path=a: 3 rows read, 3 used, 7 fewer than asked for" in built.counts.summary()
+
+
+def test_one_weight_leaves_the_other_sources_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A sweep of weights compares the same rows, more or fewer of them."""
+    few = build_mix(tokenizer, {"a": (1, 40), "b": (1, 40)}, num_examples=10)
+    more = build_mix(tokenizer, {"a": (1, 40), "b": (3, 40)}, num_examples=20)
+    assert set(names(few, tokenizer)) < set(names(more, tokenizer))
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("weights", "available", "num_examples", "sizes"),
     [
-        ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction":\n', "line 2, column"),
-        ("a.jsonl", "[1]\n", "line 1 is not a row of named fields"),
-        ("a.jsonl", "", "holds no rows"),
-        ("a.json", '[{"instruction": "a"},\n}]', "line 2, column"),
-        ("a.json", '{"rows": []}', "a .json file is one list of rows"),
-        ("a.csv", "instruction,output\na,b\na,b,c\n", "line 3 is malformed"),
-        ("a.csv", "instruction,output\na\n", "line 2 is malformed"),
-        ("a.parquet", "no parquet", "is not a parquet file"),
-        ("a.txt", "text", "rows are read from .jsonl, .json, .csv, .parquet"),
-        ("a.jsonl", '{"question": "a", "output": "b"}\n', "no column 'instruction'.*columns are"),
+        ([1], [7], None, [7]),
+        ([1], [7], 9, [9]),
+        ([0.5, 0.5], [10, 4], None, [4, 4]),
+        ([3, 1], [10, 4], None, [10, 3]),
+        ([0.1, 0.2, 0.7], [100, 100, 70], None, [10, 20, 70]),
+        ([1, 1, 1], [9, 9, 9], 10, [4, 3, 3]),
+        ([2, 1], [0, 9], None, [0, 0]),
     ],
 )
-def test_a_malformed_file_names_the_place(
-    tmp_path: Path, name: str, text: str, message: str
+def test_shares(
+    weights: list[float], available: list[int], num_examples: int | None, sizes: list[int]
 ) -> None:
-    """The line, the column or the kind is told, with the file."""
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as caught:
-        read(path)
-    assert str(path) in str(caught.value)
+    """In proportion to the weights, and without num_examples as many as there can be."""
+    assert share_sizes(weights, available, num_examples) == sizes
 
 
-def test_a_missing_file_is_told_with_its_full_path() -> None:
-    """What was looked for, and where."""
-    with pytest.raises(FileNotFoundError, match=r"data.path=rows.jsonl: there is no file /"):
-        find_data(DataConfig(path="rows.jsonl"))
+def test_columns_can_be_named_for_all_sources_and_for_one(tmp_path: Path) -> None:
+    """data.columns maps the template's fields to the columns; a source may differ."""
+    one = write_rows(tmp_path / "a.jsonl", [{"q": "a", "output": "b"}])
+    other = write_rows(tmp_path / "b.jsonl", [{"question": "a", "output": "b"}])
+    assert find_problems(DataConfig(path=str(one), columns={"instruction": "q"}), None) == []
+    mix = [
+        SourceConfig(path=str(one)),
+        SourceConfig(path=str(other), columns={"instruction": "question"}),
+    ]
+    assert find_problems(DataConfig(mix=mix, columns={"instruction": "q"}), None) == []
 
 
-def test_columns_can_be_named(tmp_path: Path) -> None:
-    """data.columns maps the template's fields to the file's columns."""
-    path = write_rows(tmp_path / "a.jsonl", [{"q": "a", "output": "b"}])
-    assert read(path, columns={"instruction": "q"}) == [{"q": "a", "output": "b"}]
+def test_all_problems_of_a_mix_are_told_together(tmp_path: Path) -> None:
+    """Each source's own, with its key, beside the template's."""
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    mix = [SourceConfig(path="none.jsonl"), SourceConfig(path=str(path))]
+    problems = find_problems(DataConfig(mix=mix), None)
+    assert [problem.partition("=")[0] for problem in problems] == [
+        "data.mix.0.path", "data.mix.1.path",
+    ]  # fmt: skip
+    assert "no column 'instruction', 'output'" in problems[1]
+    assert problems[1].endswith(
+        "Set ++data.mix.1.columns.instruction=COLUMN ++data.mix.1.columns.output=COLUMN"
+    )
+    data = DataConfig(path="none.jsonl", prompt_template="none.jinja")
+    assert ["there is no file" in problem for problem in find_problems(data, None)] == [True, True]
+
+
+def test_a_sweep_over_a_mixs_weight_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
+    """Two files of different columns; counts by source are recorded, and both datasets told."""
+    write_rows(tmp_path / "one.jsonl", list(ROWS))
+    write_rows(tmp_path / "two.jsonl", [{"q": f"{i}?", "output": "Yes."} for i in range(6)])
+    done = finetune(
+        *TINY, "data=mix", "evaluation=none", "training.max_steps=2",
+        "data.mix=[{path: one.jsonl}, {path: two.jsonl, columns: {instruction: q}}]",
+        "data.mix.0.weight=1,3", "data.num_examples=12", "--multirun",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "data.mix.0.path=one.jsonl: 10 rows read, 9 used" in done.stderr
+    counts = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/data.json")]
+    drawn = [[own["drawn"] for own in count["sources"].values()] for count in counts]
+    assert sorted(drawn) == [[6, 6], [9, 3]]
+    for path in tmp_path.glob("outputs/*/events.jsonl"):
+        told = [event["name"] for event in read_events(path) if event["event"] == "dataset"]
+        assert told == ["one", "two"]
 
 
 def test_real_alpaca_rows_are_all_accounted_for(
     shared_data: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Rows used and dropped add up to the rows of the file."""
-    rows = read(shared_data / "alpaca_999.jsonl")
+    rows = read_file(shared_data / "alpaca_999.jsonl", name="alpaca")
     built = build(rows, tokenizer, max_length=1024)
     assert built.counts.drawn + sum(built.counts.dropped.values()) == len(rows) == 999

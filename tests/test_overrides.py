@@ -22,6 +22,8 @@ register()
         ("++lora.r=3", "++lora.r=3: + is for new keys"),
         ("+experiment=x", "+experiment=x: + is for new keys"),
         ("evaluation.data_files.a.b=c", "evaluation.data_files.a.b=c: write +evaluation"),
+        ("data.mix.0.wieght=2", "data.mix.0.wieght is not a setting of data.mix.0; did you mean"),
+        ("data.mix.0.weight=x", "data.mix.0.weight=x: Value 'x' of type 'str' could not be conv"),
         ("lora.r=[", "lora.r=[: "),
     ],
 )
@@ -52,6 +54,7 @@ def test_several_values_without_multirun_are_refused() -> None:
         "lora.r=8", "model=tiny", "experiment=mistral_alpaca_arc", "lora.target_modules=[q_proj]",
         "+evaluation.data_files.arc_easy.test=x.jsonl", "hydra.verbose=true", "~lora",
         "model.path='${oc.env:HOME}'", "training.max_steps=null",
+        "data.mix.1.weight=2", "++data.mix.1.columns.instruction=q",
     ],
 )  # fmt: skip
 def test_a_right_override_passes(typed: str) -> None:

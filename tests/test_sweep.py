@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import pipeline
+from finetune import pipeline, preflight
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.models import load_base
@@ -172,7 +172,7 @@ def test_bad_data_is_refused_before_the_start(tmp_path: Path, text: str, message
     path.write_text(text, encoding="utf-8")
     config = Config(model=ModelConfig(path="random://tiny"), data=DataConfig(path=str(path)))
     config.output_dir = str(tmp_path / "outputs")
-    plan = pipeline.prepare(config)
+    plan = preflight.prepare(config)
     assert plan.folder is None
     (problem,) = plan.problems
     assert message in problem

@@ -1,0 +1,97 @@
+"""Check a job before anything is loaded, and name its run: all problems at once, with remedies."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from finetune import adapters, data, evaluation, models, training
+from finetune.config import Config, ModelConfig, find_problems
+from finetune.grouping import most_that_pay
+from finetune.identity import find_inputs, find_precision, run_folder
+from finetune.models import Source
+from finetune.run_folder import Plan
+from finetune.scores import is_done, load_tasks
+
+
+def prepare(config: Config) -> Plan:
+    """Check everything that can be known without loading weights, and name the run."""
+    problems = find_problems(config)
+    problems += training.find_optimizer_problems(config.optimizer)
+    if config.training.device == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            "training.device is cuda, and this machine has no CUDA device; "
+            "use one that has, or set training.device=auto for the CPU"
+        )
+    else:
+        problems += training.find_precision_problems(find_precision(config))
+    for check in (_find_model_problems, _find_data_problems, _find_task_problems):
+        try:
+            problems += check(config)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        return Plan(None, problems)
+    inputs = find_inputs(config)
+    folder = run_folder(config, inputs)
+    return Plan(
+        folder.path,
+        [],
+        finished=is_done(config, inputs, folder),
+        most_together=config.sweep.max_concurrent_adapters or most_that_pay(config),
+    )
+
+
+def _find_model_problems(config: Config) -> list[str]:
+    source = models.find_model(config.model)
+    model_config = models.load_config(config.model, source)
+    problems = adapters.find_target_problems(
+        models.load_meta_model(config.model, model_config), config.lora
+    )
+    longest = models.max_positions(model_config)
+    if longest and config.training.max_length > longest:
+        problems.append(
+            f"training.max_length is {config.training.max_length}; "
+            f"{config.model.path} was made for at most {longest} tokens"
+        )
+    return problems
+
+
+def _find_data_problems(config: Config) -> list[str]:
+    if any(problem.startswith("data.") for problem in find_problems(config)):
+        return []
+    tokenizer = None
+    if config.data.prompt_template == "chat":
+        with suppress(FileNotFoundError, ValueError):  # a missing model is told by its own check
+            tokenizer = load_tokenizer(config, models.find_model(config.model))
+    return data.find_problems(config.data, tokenizer)
+
+
+def _find_task_problems(config: Config) -> list[str]:
+    """Return what keeps a task from being asked: its name, its questions, its splits."""
+    problems = evaluation.find_task_problems(config.evaluation)
+    if problems:
+        return problems
+    try:
+        load_tasks(config)
+    except OSError as error:
+        return [
+            f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
+            "of reach, name local files: +evaluation.data_files.TASK.SPLIT=FILE"
+        ]
+    return []
+
+
+def load_tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
+    return _loaded_tokenizer(json.dumps(asdict(config.model)), source)
+
+
+@lru_cache(maxsize=8)
+def _loaded_tokenizer(settings: str, source: Source) -> PreTrainedTokenizerBase:
+    """Load a tokenizer once for all runs of this process; `settings` is its section as JSON."""
+    return models.load_tokenizer(ModelConfig(**json.loads(settings)), source)

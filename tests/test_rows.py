@@ -1,0 +1,73 @@
+"""Rows in files: found, and read alike whatever the kind; a malformed one names the place."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from finetune.config import DataConfig
+from finetune.data import find_problems, find_sources
+from finetune.rows import read_rows
+from tests.conftest import write_rows
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": f"Say {i}.", "input": "" if i % 2 else "loud", "output": f"It is {i}."}
+    for i in range(10)
+]
+
+
+def read(path: Path) -> list[Any]:
+    (source,) = find_sources(DataConfig(path=str(path)))
+    return read_rows(source)
+
+
+def test_all_file_kinds_give_the_same_rows(tmp_path: Path) -> None:
+    """json, jsonl, csv and parquet are read alike."""
+    write_rows(tmp_path / "a.jsonl", list(ROWS))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for kind in ("jsonl", "json", "csv", "parquet"):
+        assert read(tmp_path / f"a.{kind}") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction":\n', "line 2, column"),
+        ("a.jsonl", "[1]\n", "line 1 is not a row of named fields"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.json", '[{"instruction": "a"},\n}]', "line 2, column"),
+        ("a.json", '{"rows": []}', "a .json file is one list of rows"),
+        ("a.csv", "instruction,output\na,b\na,b,c\n", "line 3 is malformed"),
+        ("a.csv", "instruction,output\na\n", "line 2 is malformed"),
+        ("a.parquet", "no parquet", "is not a parquet file"),
+        ("a.txt", "text", "rows are read from .jsonl, .json, .csv, .parquet"),
+        ("a.jsonl", '{"question": "a", "output": "b"}\n', "no column 'instruction'.*columns are"),
+    ],
+)
+def test_a_malformed_file_names_the_place(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    """The line, the column or the kind is told, with the file."""
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    (problem,) = find_problems(DataConfig(path=str(path)), None)
+    assert re.search(message, problem)
+    assert f"data.path={path}" in problem
+
+
+def test_a_missing_file_is_told_with_its_full_path() -> None:
+    """What was looked for, and where."""
+    with pytest.raises(FileNotFoundError, match=r"data.path=rows.jsonl: there is no file /"):
+        find_sources(DataConfig(path="rows.jsonl"))
