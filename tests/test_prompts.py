@@ -285,7 +285,7 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
 ) -> None:
     """Checking a job tries the template on a conversation as long as the data's."""
     tokenizer.chat_template = None
-    monkeypatch.setattr(preflight, "_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(preflight, "load_tokenizer", lambda *_: tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}])
     config = Config(
         model=ModelConfig(path="random://tiny"),

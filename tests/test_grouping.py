@@ -1,0 +1,187 @@
+"""Which runs share a training step: decided from their settings alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from finetune import multi_adapter, pipeline
+from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+
+from finetune.config import PeftConfig, TrainingConfig  # isort: skip
+from finetune.grouping import Group, find_groups, find_obstacle
+from finetune.run_folder import Job, file_digest
+from tests.conftest import TINY, Command
+
+BASE = Config(data=DataConfig(path="rows.jsonl"), training=TrainingConfig(data_seed=1))
+
+
+def test_runs_that_differ_in_their_adapters_go_together() -> None:
+    """Rank, alpha, dropout, targets, rsLoRA, optimizer, schedule and seed part nothing."""
+    grid = [
+        BASE,
+        replace(BASE, lora=LoraConfig(r=4, alpha=8, dropout=0.1, use_rslora=True)),
+        replace(BASE, lora=LoraConfig(target_modules=["q_proj"], init="gaussian")),
+        replace(BASE, optimizer=OptimizerConfig(lr=1e-5, scheduler="linear", max_grad_norm=0.0)),
+        replace(BASE, training=replace(BASE.training, seed=7, checkpoint_every=3)),
+    ]
+    assert find_groups(grid, [8] * 5) == [Group([0, 1, 2, 3, 4])]
+    assert find_groups(grid, [2] * 5) == [
+        Group([0, 1]), Group([2, 3]), Group([4], "no other run shares its base, rows and batches"),
+    ]  # fmt: skip
+    assert find_groups(grid, [1] * 5) == [Group([place]) for place in range(5)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(BASE, model=ModelConfig(quantization="nf4")),
+        replace(BASE, data=DataConfig(path="rows.jsonl", num_examples=5)),
+        replace(BASE, training=TrainingConfig(data_seed=2)),
+        replace(BASE, training=TrainingConfig(data_seed=1, batch_size=1)),
+        replace(BASE, training=TrainingConfig(data_seed=1, precision="bf16")),
+        replace(BASE, training=TrainingConfig(data_seed=1, epochs=2)),
+    ],
+)
+def test_another_base_other_rows_or_batches_part_runs(other: Config) -> None:
+    """What the common step has once must be the same for all."""
+    groups = find_groups([BASE, other, BASE], [8] * 3)
+    assert [group.places for group in groups] == [[0, 2], [1]]
+
+
+def test_a_seed_that_orders_the_rows_parts_runs() -> None:
+    """Without a data_seed of its own the seed also orders the rows."""
+    unordered = replace(BASE, training=TrainingConfig(data_seed=None, seed=1))
+    other = replace(BASE, training=TrainingConfig(data_seed=None, seed=2))
+    assert [g.places for g in find_groups([BASE, unordered, other], [8] * 3)] == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": LoraConfig(use_dora=True)}, "use_dora"),
+        ({"lora": LoraConfig(init="pissa")}, "lora.init=pissa changes the base"),
+        ({"model": ModelConfig(quantization="int8")}, "int8"),
+        ({"optimizer": OptimizerConfig(name="adafactor")}, "optimizer.name=adafactor"),
+        ({"peft": PeftConfig(method="ia3")}, "peft.method=ia3"),
+    ],
+)
+def test_what_cannot_share_a_step_goes_alone_with_its_reason(
+    changes: dict[str, Any], said: str
+) -> None:
+    """The plan can say why."""
+    alone = replace(BASE, **changes)
+    assert said in str(find_obstacle(alone))
+    groups = find_groups([BASE, alone, BASE], [8] * 3)
+    assert [group.places for group in groups] == [[0, 2], [1]]
+    assert said in str(groups[1].reason)
+
+
+def adapters(folder: Path) -> dict[str, str]:
+    files = folder.glob("*/adapter/adapter_model.safetensors")
+    return {path.parts[-3]: file_digest(path) for path in files}
+
+
+def test_a_sweep_trains_together_what_it_plans_so(tmp_path: Path, finetune: Command) -> None:
+    """The plan names the group; results and adapters are those of runs one by one."""
+    grid = ("--multirun", *TINY, "lora=default,dora", "lora.r=2,4")
+    planned = finetune(*grid, "sweep.max_concurrent_adapters=8", "sweep.dry_run=true")
+    assert "in one step: lora=default lora.r=2; lora=default lora.r=4" in planned.stdout
+    assert "alone: lora=dora lora.r=2, since lora.use_dora=true" in planned.stdout
+    together = finetune(*grid, "sweep.max_concurrent_adapters=8")
+    assert together.returncode == 0, together.stderr
+    assert "train 2 adapters" in together.stderr
+    alone = finetune(*grid, "sweep.max_concurrent_adapters=1", "output_dir=alone")
+    assert alone.returncode == 0, alone.stderr
+    assert "train 2 adapters" not in alone.stderr
+    assert len(adapters(tmp_path / "alone")) == 4
+    assert adapters(tmp_path / "outputs") == adapters(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_killed_group_goes_on_also_when_it_is_smaller(tmp_path: Path, finetune: Command) -> None:
+    """Kill -9 in mid-group; two of its three runs are asked for again and come out as alone."""
+    settings = (
+        *TINY, "data.num_examples=64", "training.epochs=2", "training.checkpoint_every=1",
+        "lora.dropout=0.1", "sweep.max_concurrent_adapters=8", "evaluation=none",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", "--multirun", *settings, "lora.r=2,4,8"],
+        cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None:
+        logs = list(tmp_path.glob("outputs/*/events.jsonl"))
+        if len(logs) == 3 and all(log.read_text().count("train/loss") >= 3 for log in logs):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    assert adapters(tmp_path / "outputs") == {}
+    again = finetune("--multirun", *settings, "lora.r=2,8")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("resumed at step") == 2
+    alone = finetune("--multirun", *settings[:-2], "evaluation=none", "lora.r=2,8",
+                     "sweep.max_concurrent_adapters=1", "output_dir=alone")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert adapters(tmp_path / "outputs") == adapters(tmp_path / "alone") != {}
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    """Return a job on the tiny model and a few rows of the demo, without evaluation."""
+    config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(folder))
+    config.data = DataConfig(path="package://finetune/demo/rows.jsonl", num_examples=8)
+    config.training.max_length, config.training.batch_size = 400, 2
+    config.evaluation.tasks = []
+    config = replace(config, **changes)
+    return Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
+
+
+def test_too_many_adapters_for_the_memory_are_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory with four and with two: each finishes alone, none is lost."""
+    sizes = []
+    together = multi_adapter.train_together
+
+    def greedy(base: Any, lessons: Any, precision: Any) -> Any:
+        sizes.append(len(lessons))
+        if len(lessons) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return together(base, lessons, precision)
+
+    monkeypatch.setattr(multi_adapter, "train_together", greedy)
+    jobs = [job(tmp_path, lora=LoraConfig(r=rank)) for rank in (1, 2, 3, 4)]
+    assert pipeline.run(jobs) == ["finished"] * 4
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_one_diverging_run_of_a_group_is_recorded_alone(tmp_path: Path) -> None:
+    """States and reasons are each run's own."""
+    wild = OptimizerConfig(lr=1e25, warmup_ratio=0.0)
+    jobs = [job(tmp_path), job(tmp_path, optimizer=wild), job(tmp_path, lora=LoraConfig(r=2))]
+    assert pipeline.run(jobs) == ["finished", "diverged", "finished"]
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("*/status.json")]
+    assert sorted(status["state"] for status in told) == ["diverged", "finished", "finished"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_that_changes_the_base_leaves_none_behind(
+    tmp_path: Path, init: str
+) -> None:
+    """The run after it, in the same process, is the run alone."""
+    plain = job(tmp_path / "after", lora=LoraConfig(r=2))
+    assert pipeline.run([job(tmp_path, lora=LoraConfig(r=2, init=init))]) == ["finished"]
+    assert pipeline.run([plain]) == ["finished"]
+    pipeline._loaded_base.cache_clear()
+    assert pipeline.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
+    assert adapters(tmp_path / "after") == adapters(tmp_path / "alone") != {}
