@@ -55,7 +55,7 @@ class GroupedLora(torch.autograd.Function):
             parts: whose tokens they are.
             matrices: A [r, in] and B [out, r] of each part, in order.
         """
-        rows, given = output.view(-1, output.shape[-1]), inputs.flatten(0, 1)
+        rows, given = _rows(output), _rows(inputs)
         low_rank = []
         for part, a, b in zip(parts, matrices[::2], matrices[1::2], strict=True):
             dtype = part.dtype(a)
@@ -74,7 +74,7 @@ class GroupedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, *saved = ctx.saved_tensors
         low_rank, matrices = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
-        slope, given = grads[0].flatten(0, 1), inputs.flatten(0, 1)
+        slope, given = grads[0].reshape(-1, grads[0].shape[-1]), _rows(inputs)
         to_inputs = torch.zeros_like(given) if ctx.needs_input_grad[1] else None
         to_matrices: list[torch.Tensor] = []
         for part, product, a, b in zip(
@@ -90,3 +90,8 @@ class GroupedLora(torch.autograd.Function):
                 to_inputs[part.tokens] = part.dropped(inner @ a.to(dtype)).to(to_inputs.dtype)
         flat = None if to_inputs is None else to_inputs.view_as(inputs)
         return grads[0], flat, None, *to_matrices
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """View values as [token, feature]; some models flatten theirs before a layer, some do not."""
+    return values.view(-1, values.shape[-1])

@@ -196,10 +196,34 @@ def find_obstacle(
     """
     if precision.autocast == torch.float16:
         return "fp16 scales the losses of a whole step"
+    settings = base.config.get_text_config().to_dict()
+    if "output_router_logits" in settings and settings.get("router_aux_loss_coef"):
+        return "its experts' routers have a loss over all tokens of a step"
     dropouts = [m.p for m in base.modules() if isinstance(m, torch.nn.Dropout)]
-    if any(dropouts) or base.config.get_text_config().to_dict().get("attention_dropout"):
+    if any(dropouts) or settings.get("attention_dropout") or settings.get("dropout"):
         return "the base drops out by itself, with one random stream for all"
-    return find_layout_problem(base, rows)
+    return find_layout_problem(base, rows) or _find_routed_layer(base)
+
+
+def _find_routed_layer(base: PreTrainedModel) -> str | None:
+    """Return the name of a linear layer that does not see all tokens in their order."""
+    seen: dict[str, int] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, __, name=name: seen.update({name: args[0].shape[:-1].numel()})
+        )
+        for name, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not base.get_output_embeddings()
+    ]
+    try:
+        with torch.no_grad():
+            base(input_ids=torch.arange(1, 10, device=base.device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next(
+        (f"its layer {name} sees part of the tokens" for name, n in seen.items() if n != 9), None
+    )
 
 
 def rows_a_step(arguments: SFTConfig) -> int:

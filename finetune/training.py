@@ -288,16 +288,33 @@ class LabelTrainer(SFTTrainer):
         rows = (predicted != IGNORED).nonzero()[:, 0]
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         weights = torch.ones(len(rows), device=rows.device) / count
-        return self._losses(
-            lambda: model(**forward, use_cache=False), rows, predicted[rows], weights, [len(rows)]
-        ).sum()
+        if self.aux_loss_enabled:
+            forward["output_router_logits"] = True
+        outputs: list[Any] = []
+
+        def answer() -> Any:
+            outputs.append(model(**forward, use_cache=False))
+            return outputs[0]
+
+        loss = self._losses(answer, rows, predicted[rows], weights, [len(rows)]).sum()
+        if num_items_in_batch is not None:  # the labels of all processes, whose gradients are meant
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:  # a mixture of experts' own, a mean over its micro-batches
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs[0].aux_loss / steps
+        return loss
 
 
 @contextmanager
 def _base_restored(model: PeftModel) -> Iterator[None]:
     """Take off the base, at the end, what TRL and the Trainer put onto it."""
     base = cast(PreTrainedModel, model.get_base_model())
-    use_cache = base.config.use_cache
+    config = base.config.get_text_config()
+    before = {
+        name: value
+        for name in ("use_cache", "output_router_logits")
+        if (value := getattr(config, name, None)) is not None
+    }
     try:
         yield
     finally:
@@ -305,7 +322,8 @@ def _base_restored(model: PeftModel) -> Iterator[None]:
         if base.is_activation_checkpointing:
             base.activation_checkpointing_disable()
             base.disable_input_require_grads()
-        base.config.use_cache = use_cache
+        for name, value in before.items():
+            setattr(config, name, value)
         model.eval()
 
 

@@ -1,0 +1,96 @@
+"""Every architecture trains as stock SFTTrainer trains it, end to end or, where it must, padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune import adapters, multi_adapter, training
+from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.data import Examples, RowCounts
+from finetune.models import find_model, load_tokenizer
+from finetune.multi_adapter import Lesson, train_together
+from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.sequence_attention import find_layout_problem
+from tests.test_multi_adapter import CPU, random_examples
+from tests.test_scoring import ARCHITECTURES, build
+
+TINY = ModelConfig(path="random://tiny")
+ALL = ["all-linear"]
+TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others
+
+
+def lesson(folder: Path, kind: str) -> Lesson:
+    arguments = training.build_arguments(
+        RunFolder(folder),
+        OptimizerConfig(lr=1e-2),
+        TrainingConfig(batch_size=3, gradient_accumulation_steps=2, max_steps=4),
+        CPU,
+        validate=False,
+    )
+    examples = Examples(random_examples(24), [], RowCounts())
+    lora = LoraConfig(r=4, target_modules=TARGETS.get(kind, ALL))
+    return Lesson(lora, arguments, examples, EventLog(RunFolder(folder).events))
+
+
+def model(kind: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Build a model that drops nothing out, so that two trainings can be compared."""
+    built = build(kind, settings)
+    for module in built.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            setattr(module, "dropout", 0.0)  # noqa: B010  # to mypy a module has no such float
+    for name in ("attention_dropout", "attn_pdrop", "dropout"):
+        if hasattr(built.config, name):
+            setattr(built.config, name, 0.0)
+    built.requires_grad_(False)
+    return built
+
+
+def stock(base: PreTrainedModel, one: Lesson) -> list[float]:
+    arguments = one.arguments
+    arguments.save_strategy = "no"
+    trainer = SFTTrainer(
+        model=adapters.attach(base, one.lora, arguments.seed),
+        args=arguments,
+        train_dataset=Dataset.from_list([dict(e) for e in one.examples.train]),
+        processing_class=load_tokenizer(TINY, find_model(TINY)),
+    )
+    trainer.train()
+    one.events.close()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(kind, settings) for kind, settings, _ in ARCHITECTURES],
+    ids=[f"{kind}-{number}" for number, (kind, _, _) in enumerate(ARCHITECTURES)],
+)
+@pytest.mark.filterwarnings("ignore:.*_pattern keys:RuntimeWarning")
+def test_every_architecture_trains_as_stock_does(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    """Losses within 1e-4 over four steps of accumulated, unequal rows; the layout is recorded."""
+    expected = stock(model(kind, settings), lesson(tmp_path / "stock", kind))
+    base, one = model(kind, settings), lesson(tmp_path / "ours", kind)
+    rows = [example["input_ids"] for example in one.examples.train]
+    obstacle = find_layout_problem(base, rows)
+    if multi_adapter.find_obstacle(base, rows, CPU) is None:
+        ((_, _, result),) = train_together(base, [one], CPU)
+    else:
+        adapted = adapters.attach(base, one.lora, one.arguments.seed)
+        tokenizer = load_tokenizer(TINY, find_model(TINY))
+        result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+    assert isinstance(result, training.TrainResult)
+    one.events.close()
+    events = read_events(tmp_path / "ours" / "events.jsonl")
+    found = [event["value"] for event in events if event.get("key") == "train/loss"]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert result.layout == ("end to end" if obstacle is None else f"padded, since {obstacle}")
