@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, training
+from finetune.adapter_training import AdapterSpec
 from finetune.config import (
     DataConfig,
     LoraConfig,
@@ -41,7 +43,7 @@ from finetune.config import (
 )
 from finetune.data import Example, Examples, RowCounts, build_examples, find_sources, read_sources
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.multi_adapter import Lesson, train_together
+from finetune.multi_adapter import train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
@@ -152,15 +154,15 @@ def train_ours(base: PreTrainedModel, case: Case, rows: list[Example], folder: P
     precision = training.Precision(base.device, _autocast(case))
     examples = Examples(rows, [], RowCounts())
     runs = [RunFolder(folder / str(number)) for number in range(case.together)]
-    lessons = [
-        Lesson(replace(LORA, r=LORA.r * (1 + number % 2)), given, examples, EventLog(run.events))
-        for number, run in enumerate(runs)
+    specs = [
+        AdapterSpec(replace(LORA, r=rank), given, examples, EventLog(run.events))
+        for run, rank in zip(runs, cycle((LORA.r, 2 * LORA.r)))
     ]
-    for _, _, outcome in train_together(base, lessons, precision):
+    for _, _, outcome in train_together(base, specs, precision):
         if isinstance(outcome, Exception):
             raise outcome
-    for lesson in lessons:
-        lesson.events.close()
+    for spec in specs:
+        spec.events.close()
     return [e["value"] for e in read_events(runs[0].events) if e.get("key") == "train/loss"]
 
 

@@ -23,6 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models, multi_adapter, prompts, training
+from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
@@ -35,7 +36,6 @@ from finetune.identity import (
     run_folder,
 )
 from finetune.models import Source
-from finetune.multi_adapter import Lesson
 from finetune.preflight import load_tokenizer
 from finetune.prompts import Prompt
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
@@ -208,35 +208,34 @@ def _train(runs: Sequence[ActiveRun]) -> None:
 
 
 def _train_once(runs: Sequence[ActiveRun]) -> None:
-    lessons = [_lesson(run) for run in runs]
+    specs = [_spec(run) for run in runs]
     base, precision = _base(runs[0]), find_precision(runs[0].config)
-    rows = [example["input_ids"] for example in lessons[0].examples.all]
+    rows = [example["input_ids"] for example in specs[0].examples.all]
     obstacle = find_obstacle(runs[0].config) or multi_adapter.find_obstacle(base, rows, precision)
     if obstacle is not None:
         log.debug("trained by the Trainer: %s", obstacle)
-        for run, lesson in zip(runs, lessons, strict=True):
+        for run, spec in zip(runs, specs, strict=True):
             with _guarded([run]):
-                _train_alone(run, lesson)
+                _train_alone(run, spec)
         return
-    for number, weights, outcome in multi_adapter.train_together(base, lessons, precision):
+    for number, weights, outcome in multi_adapter.train_together(base, specs, precision):
         if isinstance(outcome, Exception):
             _fail(runs[number], outcome)
         else:
-            _keep(runs[number], weights, outcome)
+            with _guarded([runs[number]]):
+                _keep(runs[number], weights, outcome)
 
 
-def _train_alone(run: ActiveRun, lesson: Lesson) -> None:
+def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:
     """Train any method by TRL's Trainer."""
     with _restored(run, adapters.attach(_base(run), run.config.lora, run.config.training.seed)) as (
         adapted
     ):
-        result = training.train(
-            adapted, _tokenizer(run), lesson.examples, lesson.arguments, run.events
-        )
+        result = training.train(adapted, _tokenizer(run), spec.examples, spec.arguments, run.events)
         _keep(run, adapted, result)
 
 
-def _lesson(run: ActiveRun) -> Lesson:
+def _spec(run: ActiveRun) -> AdapterSpec:
     config = run.config
     rows = data.read_sources(run.inputs.data)
     examples = data.build_examples(rows, config.data, config.training, _tokenizer(run))
@@ -246,7 +245,7 @@ def _lesson(run: ActiveRun) -> Lesson:
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
     )  # fmt: skip
-    return Lesson(config.lora, arguments, examples, run.events)
+    return AdapterSpec(config.lora, arguments, examples, run.events)
 
 
 def _keep(run: ActiveRun, adapter: PeftModel | LoraWeights, result: TrainResult) -> None:

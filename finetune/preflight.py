@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, models, training
+from finetune import adapters, data, evaluation, models, optimizers, training
 from finetune.config import Config, ModelConfig, find_problems
 from finetune.grouping import most_that_pay
 from finetune.identity import find_inputs, find_precision, run_folder
@@ -22,7 +22,7 @@ from finetune.scores import is_done, load_tasks
 def prepare(config: Config) -> Plan:
     """Check everything that can be known without loading weights, and name the run."""
     problems = find_problems(config)
-    problems += training.find_optimizer_problems(config.optimizer)
+    problems += optimizers.find_optimizer_problems(config.optimizer)
     if config.training.device == "cuda" and not torch.cuda.is_available():
         problems.append(
             "training.device is cuda, and this machine has no CUDA device; "

@@ -32,13 +32,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.adapters import num_trainable
 from finetune.checkpoints import Checkpoint, find_newest, write_checkpoint
-from finetune.config import OptimizerConfig, TrainingConfig, nearest
+from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import IGNORED, Example, Examples
 from finetune.label_loss import LabelLoss
 from finetune.models import TORCH_DTYPES, has_bf16
@@ -46,26 +45,6 @@ from finetune.run_folder import EventLog, RunFolder
 from finetune.sequence_attention import SequenceAttention, find_layout_problem
 
 log = logging.getLogger("finetune")
-
-# Optimizers beyond torch's own, by the package that brings them.
-OPTIMIZER_PACKAGES = {
-    "8bit": "bitsandbytes",
-    "paged_": "bitsandbytes",
-    "_bnb": "bitsandbytes",
-    "lion_": "bitsandbytes",
-    "ademamix": "bitsandbytes",
-    "adamw_torch_8bit": "torchao",
-    "adamw_torch_4bit": "torchao",
-    "galore_": "galore_torch",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree",
-    "apollo_": "apollo_torch",
-    "stable_adamw": "optimi",
-    "anyprecision": "torchdistx",
-    "torch_xla": "torch_xla",
-    "npu": "torch_npu",
-}
 
 
 class Diverged(ArithmeticError):
@@ -109,23 +88,6 @@ def find_precision_problems(precision: Precision) -> list[str]:
     if precision.autocast == torch.bfloat16 and not has_bf16(precision.device):
         name = torch.cuda.get_device_name(precision.device)
         return [f"training.precision or model.dtype is bf16, which {name} lacks; set fp16 or fp32"]
-    return []
-
-
-def find_optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
-    """Return why the optimizer cannot be had here, with the remedy."""
-    known = [item.value for item in OptimizerNames]
-    if optimizer.name not in known:
-        return [f"optimizer.name is {optimizer.name!r}; {nearest(optimizer.name, known)}"]
-    from importlib.util import find_spec
-
-    parts = [part for part in OPTIMIZER_PACKAGES if part in optimizer.name]
-    package = OPTIMIZER_PACKAGES[max(parts, key=len)] if parts else None
-    if package and find_spec(package) is None:
-        return [
-            f"optimizer.name={optimizer.name} needs the package {package}; pip install "
-            f"{package.replace('_', '-')}, or use optimizer.name=adamw_torch"
-        ]
     return []
 
 

@@ -153,11 +153,11 @@ def test_too_many_adapters_for_the_memory_are_halved(
     sizes = []
     together = multi_adapter.train_together
 
-    def greedy(base: Any, lessons: Any, precision: Any) -> Any:
-        sizes.append(len(lessons))
-        if len(lessons) > 1:
+    def greedy(base: Any, specs: Any, precision: Any) -> Any:
+        sizes.append(len(specs))
+        if len(specs) > 1:
             raise torch.OutOfMemoryError("no room")
-        return together(base, lessons, precision)
+        return together(base, specs, precision)
 
     monkeypatch.setattr(multi_adapter, "train_together", greedy)
     jobs = [job(tmp_path, lora=LoraConfig(r=rank)) for rank in (1, 2, 3, 4)]

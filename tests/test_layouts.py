@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, multi_adapter, training
+from finetune.adapter_training import AdapterSpec
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts
 from finetune.models import find_model, load_tokenizer
-from finetune.multi_adapter import Lesson, train_together
+from finetune.multi_adapter import train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 from finetune.sequence_attention import find_layout_problem
 from tests.test_multi_adapter import CPU, random_examples
@@ -26,7 +27,7 @@ ALL = ["all-linear"]
 TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others
 
 
-def lesson(folder: Path, kind: str) -> Lesson:
+def spec(folder: Path, kind: str) -> AdapterSpec:
     arguments = training.build_arguments(
         RunFolder(folder),
         OptimizerConfig(lr=1e-2),
@@ -36,7 +37,7 @@ def lesson(folder: Path, kind: str) -> Lesson:
     )
     examples = Examples(random_examples(24), [], RowCounts())
     lora = LoraConfig(r=4, target_modules=TARGETS.get(kind, ALL))
-    return Lesson(lora, arguments, examples, EventLog(RunFolder(folder).events))
+    return AdapterSpec(lora, arguments, examples, EventLog(RunFolder(folder).events))
 
 
 def model(kind: str, settings: dict[str, Any]) -> PreTrainedModel:
@@ -54,7 +55,7 @@ def model(kind: str, settings: dict[str, Any]) -> PreTrainedModel:
     return built
 
 
-def stock(base: PreTrainedModel, one: Lesson) -> list[float]:
+def stock(base: PreTrainedModel, one: AdapterSpec) -> list[float]:
     arguments = one.arguments
     arguments.save_strategy = "no"
     trainer = SFTTrainer(
@@ -73,13 +74,15 @@ def stock(base: PreTrainedModel, one: Lesson) -> list[float]:
     [(kind, settings) for kind, settings, _ in ARCHITECTURES],
     ids=[f"{kind}-{number}" for number, (kind, _, _) in enumerate(ARCHITECTURES)],
 )
-@pytest.mark.filterwarnings("ignore:.*_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning"
+)
 def test_every_architecture_trains_as_stock_does(
     tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
     """Losses within 1e-4 over four steps of accumulated, unequal rows; the layout is recorded."""
-    expected = stock(model(kind, settings), lesson(tmp_path / "stock", kind))
-    base, one = model(kind, settings), lesson(tmp_path / "ours", kind)
+    expected = stock(model(kind, settings), spec(tmp_path / "stock", kind))
+    base, one = model(kind, settings), spec(tmp_path / "ours", kind)
     rows = [example["input_ids"] for example in one.examples.train]
     obstacle = find_layout_problem(base, rows)
     if multi_adapter.find_obstacle(base, rows, CPU) is None:

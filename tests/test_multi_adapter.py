@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from finetune import adapters, training
+from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.multi_adapter import Lesson, Outcome, train_together
+from finetune.multi_adapter import Outcome, train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 from finetune.training import Diverged, TrainResult
 
@@ -52,7 +53,7 @@ def load(model: ModelConfig = TINY) -> PreTrainedModel:
     return load_base(model, find_model(model), torch.device("cpu"))
 
 
-def lesson(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> Lesson:
+def spec(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> AdapterSpec:
     shared = {"batch_size": 4, "gradient_accumulation_steps": 2, "data_seed": 42}
     arguments = training.build_arguments(
         run,
@@ -63,7 +64,7 @@ def lesson(run: RunFolder, setting: Setting, precision: training.Precision = CPU
     )
     lora = LoraConfig(**{"r": 4, **setting.lora})
     examples = Examples(random_examples(38), random_examples(setting.validation), RowCounts())
-    return Lesson(lora, arguments, examples, EventLog(run.events))
+    return AdapterSpec(lora, arguments, examples, EventLog(run.events))
 
 
 def train(
@@ -74,10 +75,10 @@ def train(
 ) -> dict[int, tuple[dict[str, torch.Tensor], Outcome]]:
     """Train a group, and return each run's adapter and outcome."""
     runs = [RunFolder(folder / str(number)) for number in range(len(group))]
-    lessons = [lesson(run, setting, precision) for run, setting in zip(runs, group, strict=True)]
-    ended = train_together(base or load(), lessons, precision)
+    specs = [spec(run, setting, precision) for run, setting in zip(runs, group, strict=True)]
+    ended = train_together(base or load(), specs, precision)
     found = {number: (copied(weights), outcome) for number, weights, outcome in ended}
-    for one in lessons:
+    for one in specs:
         one.events.close()
     return found
 
@@ -97,7 +98,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, torch.Tensor], Any]:
     """Train one run on the path of the other methods."""
     run, base = RunFolder(folder), load()
-    one = lesson(run, setting)
+    one = spec(run, setting)
     adapted = adapters.attach(base, one.lora, one.arguments.seed)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
@@ -207,7 +208,7 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
     """Broken off after some steps, one run is taken out, and the rest goes on as alone."""
     group = [replace(one, training={**one.training, "checkpoint_every": 2}) for one in VARIED]
     runs = [RunFolder(tmp_path / str(number)) for number in range(len(group))]
-    broken = train_together(load(), lessons := [*map(lesson, runs, group)], CPU)
+    broken = train_together(load(), specs := [*map(spec, runs, group)], CPU)
     steps = itertools.count()
 
     class Killed(BaseException):
@@ -217,13 +218,13 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
         if next(steps) == 3:
             raise Killed
 
-    lessons[2].events.metrics = count_steps  # type: ignore[method-assign]
+    specs[2].events.metrics = count_steps  # type: ignore[method-assign]
     with pytest.raises(Killed):
         list(broken)
     assert [max((run.checkpoints).iterdir()).name[-1] for run in runs] == ["4", "4", "2", "2"]
-    rest = [lesson(runs[number], group[number]) for number in (0, 1, 3)]
+    rest = [spec(runs[number], group[number]) for number in (0, 1, 3)]
     resumed = {number: copied(weights) for number, weights, _ in train_together(load(), rest, CPU)}
-    for one in (*lessons, *rest):
+    for one in (*specs, *rest):
         one.events.close()
     for place, number in enumerate((0, 1, 3)):
         (alone, _) = train(tmp_path / f"alone{number}", [group[number]])[0]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, training
+from finetune import adapters, optimizers, training
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
@@ -124,15 +124,15 @@ def test_validation_loss_is_the_mean_over_held_out_labels(tmp_path: Path) -> Non
 
 def test_what_cannot_run_here_is_refused_with_the_remedy() -> None:
     """Unknown optimizers, missing packages and precisions are never replaced silently."""
-    (unknown,) = training.find_optimizer_problems(OptimizerConfig(name="adamw8bit"))
+    (unknown,) = optimizers.find_optimizer_problems(OptimizerConfig(name="adamw8bit"))
     assert "did you mean 'adamw_8bit'?" in unknown
-    (missing,) = training.find_optimizer_problems(OptimizerConfig(name="galore_adamw"))
+    (missing,) = optimizers.find_optimizer_problems(OptimizerConfig(name="galore_adamw"))
     assert "pip install galore-torch" in missing
     half = training.Precision(torch.device("cpu"), torch.float16)
     (problem,) = training.find_precision_problems(half)
     assert "cannot be trained on a CPU" in problem
     for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
-        assert training.find_optimizer_problems(OptimizerConfig(name=name)) == []
+        assert optimizers.find_optimizer_problems(OptimizerConfig(name=name)) == []
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}, {"init": "pissa"}])

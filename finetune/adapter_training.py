@@ -1,0 +1,191 @@
+"""The training of one LoRA adapter: its optimizer, schedule, place in its rows, checkpoints.
+
+Steps and rows are counted and ordered as the Trainer does it. The passes over the base are
+`multi_adapter`'s, which may share them among several.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer, get_scheduler
+from trl.trainer.sft_config import SFTConfig
+
+from finetune import adapters
+from finetune.adapters import LoraWeights
+from finetune.checkpoints import find_newest, write_checkpoint
+from finetune.config import LoraConfig
+from finetune.data import IGNORED, Example, Examples
+from finetune.run_folder import EventLog, write_atomic
+from finetune.training import TrainResult, log_resume, peak_memory_gib, record_step
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one run wants trained."""
+
+    lora: LoraConfig
+    arguments: SFTConfig
+    examples: Examples
+    events: EventLog
+
+
+class AdapterTraining:
+    """One run's adapter, optimizer, schedule and place in its rows."""
+
+    def __init__(self, base: PreTrainedModel, spec: AdapterSpec) -> None:
+        self.spec = spec
+        self.arguments = spec.arguments
+        self.weights: LoraWeights = adapters.draw(base, spec.lora, self.arguments.seed)
+        self.parameters = list(self.weights.tensors.values())
+        self.num_steps = num_steps(len(spec.examples.train), self.arguments)
+        self.optimizer = self._build_optimizer()
+        self.scheduler = get_scheduler(
+            self.arguments.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=self.arguments.get_warmup_steps(self.num_steps),
+            num_training_steps=self.num_steps,
+        )
+        self.step = 0
+        self.total_loss = 0.0  # over all steps
+        self.last_loss = math.nan
+        self.seconds = 0.0
+        self.num_tokens = 0
+        self.validation_loss: float | None = None
+        self._waiting: list[list[Example]] = []  # micro-batches of this step
+        self._labels = 0  # in this step
+        self._loss = 0.0  # of this step so far
+        self._resume()
+        spec.events.tag("train.max_steps", str(self.num_steps))
+        tokens = sum(len(e["input_ids"]) for e in spec.examples.train)
+        rows = len(spec.examples.train) / rows_a_step(self.arguments)
+        spec.events.tag("train.num_tokens", str(round(tokens * self.num_steps / rows)))
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        """Build the optimizer that the Trainer would."""
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        groups = [{"params": self.parameters, "weight_decay": self.arguments.weight_decay}]
+        built: torch.optim.Optimizer = kind(groups, **settings)
+        return built
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.num_steps
+
+    @property
+    def is_between_steps(self) -> bool:
+        return not self._waiting
+
+    def next_batch(self) -> tuple[list[Example], float, int]:
+        """Return the next micro-batch, the weight of its labels, and a seed for its dropout."""
+        if not self._waiting:
+            rows = self.spec.examples.train
+            batches = rows_of_step(self.step, len(rows), self.arguments)
+            self._waiting = [[rows[row] for row in batch] for batch in batches]
+            self._labels = sum(num_labels(e) for batch in self._waiting for e in batch)
+        batch = self._waiting.pop(0)
+        self.num_tokens += sum(len(example["input_ids"]) for example in batch)
+        place = self.step * self.arguments.gradient_accumulation_steps + len(self._waiting)
+        return batch, 1 / max(self._labels, 1), self.arguments.seed * 1_000_003 + place
+
+    def learn(self, loss: float, seconds: float) -> None:
+        """Count a micro-batch whose gradients are there; after the step's last one, step.
+
+        Raises:
+            Diverged: the loss or the gradient's norm is not finite.
+            OSError: a checkpoint cannot be written.
+        """
+        self._loss += loss
+        self.seconds += seconds
+        if self._waiting:
+            return
+        bound = self.arguments.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.step += 1
+        told = {"loss": self._loss, "grad_norm": norm, "learning_rate": rate}
+        record_step(self.spec.events, told, self.step, self.num_steps)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.total_loss += self._loss
+        self.last_loss, self._loss = self._loss, 0.0
+        if self.step % self.arguments.save_steps == 0 and not self.is_done:
+            self.save_checkpoint()
+
+    def result(self, device: torch.device) -> TrainResult:
+        return TrainResult(
+            steps=self.step,
+            loss=self.total_loss / self.step,
+            validation_loss=self.validation_loss,
+            train_seconds=self.seconds,
+            tokens_per_second=self.num_tokens / self.seconds,
+            peak_memory_gib=peak_memory_gib(device),
+            num_trainable_parameters=sum(p.numel() for p in self.parameters),
+            layout="end to end",
+        )
+
+    def save_checkpoint(self) -> None:
+        """Write all that a resume needs, whole or not at all."""
+
+        def fill(folder: Path) -> None:
+            adapters.save_weights(self.weights, folder)
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(self.scheduler.state_dict(), folder / "scheduler.pt")
+            kept = {
+                "total_loss": self.total_loss,
+                "num_tokens": self.num_tokens,
+                "validation_loss": self.validation_loss,
+            }
+            write_atomic(folder / STATE, json.dumps(kept) + "\n")
+
+        folder, keep = Path(str(self.arguments.output_dir)), self.arguments.save_total_limit or 1
+        write_checkpoint(folder, self.step, self.seconds, fill, keep=keep)
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        checkpoint = find_newest(Path(str(self.arguments.output_dir)))
+        if checkpoint is None:
+            return
+        log_resume(checkpoint)
+        adapters.load_weights(self.weights, checkpoint.path)
+        device = self.parameters[0].device
+        for name, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            path = checkpoint.path / f"{name}.pt"
+            owner.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        kept = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.total_loss, self.num_tokens = kept["total_loss"], kept["num_tokens"]
+        self.validation_loss = kept["validation_loss"]
+
+
+def rows_a_step(arguments: SFTConfig) -> int:
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+
+def num_steps(num_rows: int, arguments: SFTConfig) -> int:
+    """Return the optimizer steps of a training, counted as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(num_rows / rows_a_step(arguments)))
+
+
+def rows_of_step(step: int, num_rows: int, arguments: SFTConfig) -> list[list[int]]:
+    """Return the rows of a step's micro-batches: an epoch's order is the Trainer's own."""
+    epoch, place = divmod(step, math.ceil(num_rows / rows_a_step(arguments)))
+    draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
+    order = torch.randperm(num_rows, generator=draw).tolist()
+    size = rows_a_step(arguments)
+    mine = order[place * size : (place + 1) * size]
+    batch = arguments.per_device_train_batch_size
+    return [mine[start : start + batch] for start in range(0, len(mine), batch)]
+
+
+def num_labels(example: Example) -> int:
+    return sum(label != IGNORED for label in example["labels"][1:])
