@@ -14,7 +14,8 @@ ORDER = [
     "config", "overrides", "grouping", "run_folder", "live", "models", "adapters", "prompts",
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "training", "adapter_training", "grouped_lora", "multi_adapter", "scoring", "evaluation",
+    "optimizers", "training", "adapter_training", "grouped_lora", "multi_adapter",
+    "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "figures", "report", "identity",
     "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
 ]  # fmt: skip

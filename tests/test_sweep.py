@@ -395,6 +395,7 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     """The worker loads the base once; after each run its weights are the same bits."""
     import torch
 
+    pipeline._loaded_base.cache_clear()
     config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(tmp_path))
     config.data.path = "package://finetune/demo/rows.jsonl"
     config.data.num_examples, config.training.max_length = 8, 400
