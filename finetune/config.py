@@ -40,6 +40,7 @@ class ModelConfig:
     dtype: str = "auto"  # base weights and compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 where installed
     trust_remote_code: bool = False  # run Python code that a hub model brings along
+    dimensions: dict[str, Any] = field(default_factory=dict)  # of its config, for finetune.memory
 
 
 @dataclass

@@ -194,6 +194,28 @@ def build_examples(
     return Examples(shuffled[held_out:], shuffled[:held_out], total)
 
 
+def longest_batch(
+    read: Sequence[SourceRows],
+    data: DataConfig,
+    training: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Return the tokens of the largest micro-batch that there can be, of the longest texts."""
+    template = load_template(data.prompt_template)
+    sound = [
+        turns
+        for source, rows in read
+        for _, turns in _sound_rows(source, rows, template, RowCounts())
+    ]
+    sound.sort(key=lambda turns: sum(len(turn.content) for turn in turns), reverse=True)
+    lengths = []
+    for turns in sound[: 4 * training.batch_size]:
+        with suppress(Unusable):
+            example = _encode(turns, template, data, training, tokenizer)
+            lengths.append(min(len(example["input_ids"]), training.max_length))
+    return sum(sorted(lengths)[-training.batch_size :])
+
+
 def share_sizes(
     weights: Sequence[float], available: Sequence[int], num_examples: int | None
 ) -> list[int]:

@@ -68,7 +68,7 @@ def find_precision(config: Config) -> training.Precision:
 
 def model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
     return {
-        **asdict(config.model),
+        **{name: value for name, value in asdict(config.model).items() if name != "dimensions"},
         "path": None,
         "revision": None,
         "digest": source.digest,

@@ -177,7 +177,16 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
     base.requires_grad_(False)
     if model.quantization in ("nf4", "fp4"):
         _keep_4bit_layout(base)
+    if model.quantization != "none" and device.type == "cpu":
+        _let_go_of_the_file(base)
     return base
+
+
+def _let_go_of_the_file(base: PreTrainedModel) -> None:
+    """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:

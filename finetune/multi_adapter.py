@@ -23,7 +23,7 @@ from finetune.data import IGNORED, Example
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
-from finetune.training import Precision, StopSignals, TrainResult
+from finetune.training import Precision, StopSignals, TrainResult, return_freed_memory
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 
@@ -98,6 +98,8 @@ class SharedBase:
                     hook = layer.register_forward_hook(self._hook(name, number))
                     stack.callback(hook.remove)
             if checkpointing:
+                if self.device.type == "cpu":
+                    return_freed_memory()
                 self._base.activation_checkpointing_enable({"use_reentrant": False})
                 stack.callback(self._base.disable_input_require_grads)
                 stack.callback(self._base.activation_checkpointing_disable)

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from functools import lru_cache
 
 import torch
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, models, optimizers, training
-from finetune.config import Config, ModelConfig, find_problems
+from finetune import adapters, data, evaluation, memory, models, optimizers, training
+from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig, find_problems
 from finetune.grouping import most_that_pay
-from finetune.identity import find_inputs, find_precision, run_folder
+from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
 from finetune.run_folder import Plan
 from finetune.scores import is_done, load_tasks
@@ -39,12 +40,42 @@ def prepare(config: Config) -> Plan:
         return Plan(None, problems)
     inputs = find_inputs(config)
     folder = run_folder(config, inputs)
-    return Plan(
-        folder.path,
-        [],
-        finished=is_done(config, inputs, folder),
-        most_together=config.sweep.max_concurrent_adapters or most_that_pay(config),
-    )
+    most = 1
+    if not (finished := is_done(config, inputs, folder)) and config.peft.method == "lora":
+        shape, place, tokens = _memory(config, inputs)
+        problem = memory.find_problem(config, shape, place, tokens)
+        if problem is not None:
+            return Plan(None, [problem])
+        most = config.sweep.max_concurrent_adapters or most_that_pay(config)
+        most = memory.most_adapters(config, shape, place, tokens, most)
+    return Plan(folder.path, [], finished=finished, most_together=most)
+
+
+def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place, int]:
+    """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
+    settings = json.dumps(asdict(config.model))
+    rows = json.dumps([asdict(config.data), config.training.batch_size, config.training.max_length])
+    source = inputs.source
+    tokens = _longest_batch(rows, settings, source, tuple(one.digest for one in inputs.data))
+    return _shape(settings, source), memory.Place.find(config), tokens
+
+
+@lru_cache(maxsize=8)
+def _shape(settings: str, source: Source) -> memory.Shape:
+    model = ModelConfig(**json.loads(settings))
+    meta = models.load_meta_model(model, models.load_config(model, source))
+    return memory.describe_shape(meta)
+
+
+@lru_cache(maxsize=64)
+def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str, ...]) -> int:
+    """Tokenise the longest rows once for all jobs on the same; `rows` is JSON, as `settings`."""
+    section, size, length = json.loads(rows)
+    given = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), section))
+    assert isinstance(given, DataConfig)
+    training = TrainingConfig(batch_size=size, max_length=length)
+    read = data.read_sources(data.find_sources(given))
+    return data.longest_batch(read, given, training, _loaded_tokenizer(settings, source))
 
 
 def _find_model_problems(config: Config) -> list[str]:

@@ -152,8 +152,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         seen = {self._own_dtype: self._difference(sample)}
         if self._own_dtype != torch.float32 and not getattr(self.model, "is_loaded_in_8bit", False):
             # Its rounding alone would let a wrong layout pass.
-            with cast_parameters(self.model, torch.float32):
-                seen[torch.float32] = self._difference(sample[1:])
+            try:
+                with cast_parameters(self.model, torch.float32):
+                    seen[torch.float32] = self._difference(sample[1:])
+            except torch.OutOfMemoryError:
+                log.warning(
+                    "no room to check the scores in fp32: checked in the model's dtype only"
+                )
         differences = {str(dtype).removeprefix("torch."): d for dtype, d in seen.items()}
         scoring = Scoring("shared", differences=differences)
         for dtype, difference in seen.items():

@@ -16,7 +16,8 @@ ORDER = [
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "training", "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "evaluation",
-    "samples", "showcase", "tracking", "comparison", "results", "figures", "report", "identity",
+    "samples", "showcase", "tracking", "comparison", "results", "memory",
+    "figures", "report", "identity",
     "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
 ]  # fmt: skip
 

@@ -1,0 +1,371 @@
+"""Estimate a run's memory by parts before anything is loaded, `python -m finetune.memory ...`.
+
+All comes from the model's config, on the `meta` device: no weight is read. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune import models
+from finetune.config import (
+    ALL_LINEAR,
+    Config,
+    ModelConfig,
+    Refused,
+    build_config,
+    conf_dir,
+    find_problems,
+    register,
+)
+from finetune.label_loss import CHUNK
+from finetune.overrides import find_override_problems, first_line
+from finetune.results import print_table
+from finetune.scoring import MOST_TOKENS
+
+GIB = 2**30
+ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here
+# What a process holds before it has a model: imported libraries, or a CUDA context.
+PROCESS = {"cpu": 0.52 * GIB, "cuda": 0.6 * GIB}
+# glibc keeps a part of what is freed; measured on activations of many sizes.
+ALLOCATOR = {"cpu": 1.3, "cuda": 1.0}
+# Bytes a weight: two in a byte, and the constants of each block of 64 (QLoRA, arXiv:2305.14314).
+FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+EIGHT_BIT = 1.0
+# Of the optimizer's state, by what stands in its name; the first that fits.
+STATE_BYTES = {"paged": 0.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "": 8.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part; training and evaluation never hold theirs at one time."""
+
+    process: float
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        training = self.gradients + self.optimizer + self.activations + self.logits
+        return self.process + self.weights + self.adapter + max(training, self.evaluation)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's config says of its sizes; widths are numbers of features."""
+
+    hidden: int
+    layers: int
+    attention: int  # features of all query heads
+    keys: int  # features of all key heads; values have as many
+    inner: int  # of the MLP
+    vocabulary: int
+    num_linear: int  # parameters of the linear layers but the head
+    num_other: int  # of all else: embeddings, head, norms
+    largest: int  # parameters of the largest linear layer
+    targets: dict[str, tuple[int, int, int]]  # last name -> how many, in, out
+
+
+def find_shape(model: ModelConfig) -> Shape:
+    """Read a model's sizes from its config, or from the dimensions that ship with it.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    is_here = "://" in model.path or Path(model.path).expanduser().exists()
+    if model.dimensions and not is_here:
+        config: PreTrainedConfig = AutoConfig.for_model(**model.dimensions)
+    else:
+        config = models.load_config(model, models.find_model(model))
+    return describe_shape(models.load_meta_model(model, config))
+
+
+def describe_shape(meta: PreTrainedModel) -> Shape:
+    """Count a model's parameters and widths."""
+    config = meta.config.get_text_config()
+    head = meta.get_output_embeddings()
+    targets: dict[str, tuple[int, int, int]] = {}
+    num_linear = largest = 0
+    for name, layer in meta.named_modules():
+        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
+            rows, columns = layer.weight.shape
+            wide = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+            short = name.rpartition(".")[2]
+            targets[short] = (targets.get(short, (0, 0, 0))[0] + 1, *wide)
+            num_linear += layer.weight.numel()
+            largest = max(largest, layer.weight.numel())
+    total = sum(parameter.numel() for parameter in meta.parameters())
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        attention=heads * width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        num_linear=num_linear,
+        num_other=total - num_linear,
+        largest=largest,
+        targets=targets,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to fit."""
+
+    kind: str  # cpu or cuda
+    size: int  # bytes of a number in the base's dtype
+    free: float  # bytes
+
+    @classmethod
+    def find(cls, config: Config, gib: float | None = None) -> Place:
+        """Return the configured device, or an assumed card where a GPU is asked for in vain."""
+        if config.training.device == "cuda" and not torch.cuda.is_available():
+            size = 4 if config.model.dtype == "fp32" else 2
+            return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
+        device = models.pick_device(config.training.device)
+        size = models.compute_dtype(config.model, device).itemsize
+        return cls(device.type, size, free_bytes(device) if gib is None else gib * GIB)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return what the device has free for a run, this process' own beginnings included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + PROCESS["cuda"]
+    return psutil.virtual_memory().available + PROCESS["cpu"]
+
+
+def estimate(
+    config: Config, shape: Shape, place: Place, *, tokens: int | None = None, adapters: int = 1
+) -> Estimate:
+    """Estimate a run's parts.
+
+    Args:
+        config: the run's.
+        shape: of its base.
+        place: where it runs.
+        tokens: in a micro-batch; None takes the most that there can be.
+        adapters: trained in one step.
+    """
+    training = config.training
+    most = training.batch_size * training.max_length
+    tokens = (most if tokens is None else tokens) * adapters
+    trained = adapters * num_adapter_parameters(config, shape)
+    state = next(each for part, each in STATE_BYTES.items() if part in config.optimizer.name)
+    head = CHUNK * shape.vocabulary * (8 + place.size)  # logits as computed, in fp32, their slope
+    scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + head
+    return Estimate(
+        process=PROCESS[place.kind],
+        weights=_weight_bytes(config.model, shape, place.size),
+        adapter=4.0 * trained,
+        gradients=4.0 * trained,
+        optimizer=trained * state,
+        activations=_activation_bytes(config, shape, tokens, place),
+        logits=float(head + 2 * tokens * shape.hidden * place.size),
+        evaluation=float(scored) if config.evaluation.tasks else 0.0,
+    )
+
+
+def num_adapter_parameters(config: Config, shape: Shape) -> int:
+    """Return how many parameters a LoRA adapter has."""
+    names = config.lora.target_modules
+    chosen = shape.targets if names == [ALL_LINEAR] else {n: shape.targets[n] for n in names}
+    return sum(count * config.lora.r * (a + b) for count, a, b in chosen.values())
+
+
+def _weight_bytes(model: ModelConfig, shape: Shape, size: int) -> float:
+    each = {"none": float(size), "int8": EIGHT_BIT}.get(
+        model.quantization, FOUR_BIT[model.double_quant]
+    )
+    unpacked = 0 if model.quantization == "none" else shape.largest * size  # one layer at a time
+    return shape.num_linear * each + shape.num_other * size + unpacked
+
+
+def _layer_bytes(shape: Shape, size: int) -> int:
+    """Return what a token leaves behind in a layer for the backward pass, bytes.
+
+    Two residual inputs of the norms and two normed inputs of the projections; queries, keys,
+    values, the attention's result and its input to the output projection; of the MLP gate, its
+    activation, up and their product. In a lower dtype the norms also keep their fp32 copies.
+    """
+    widths = 4 * shape.hidden + 3 * shape.attention + 2 * shape.keys + 4 * shape.inner
+    return size * widths + (8 * shape.hidden if size < 4 else 0)
+
+
+def _forward_bytes(shape: Shape, size: int) -> int:
+    """Return what a token needs at one time without a backward pass, bytes."""
+    return size * (4 * shape.hidden + 2 * shape.attention + 2 * shape.keys + 3 * shape.inner)
+
+
+def _activation_bytes(config: Config, shape: Shape, tokens: int, place: Place) -> float:
+    layer = _layer_bytes(shape, place.size)
+    if config.training.gradient_checkpointing:  # one input a layer, and one layer at a time
+        return float(tokens * (place.size * shape.layers * shape.hidden + layer))
+    return tokens * shape.layers * layer * ALLOCATOR[place.kind]
+
+
+def find_problem(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+    """Return why a run does not fit, with the cheapest changes that make it.
+
+    Args:
+        config: the run's.
+        shape: of its base.
+        place: where it is to fit.
+        tokens: in its largest micro-batch.
+    """
+    need = estimate(config, shape, place, tokens=tokens)
+    if need.total <= place.free:
+        return None
+    remedy = find_remedy(config, shape, place, tokens)
+    return (
+        f"{config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
+        f"{place.free / GIB:.1f} GiB are free on the {place.kind} ({need.weights / GIB:.1f} GiB "
+        f"weights, {need.activations / GIB:.1f} GiB activations of {tokens} tokens); "
+        + (f"set {remedy}" if remedy else "no setting makes it fit: take a smaller model")
+    )
+
+
+def find_remedy(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+    """Return the cheapest change, or the cheapest of them together, with which a run fits."""
+
+    def fits(changed: Config, share: float) -> bool:
+        need = estimate(changed, shape, place, tokens=math.ceil(tokens * share))
+        return need.total <= place.free
+
+    for name, change, share in _changes(config):
+        if fits(change(config), share):
+            return name
+    names, all_of_it = [], 1.0
+    for name, change, share in _changes(config):
+        names.append(name)
+        config, all_of_it = change(config), all_of_it * share
+        if fits(config, all_of_it):
+            return " ".join(names)
+    return None
+
+
+def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], float]]:
+    """Yield what can be changed, the cheapest first: override, change, share of the tokens."""
+    size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
+    if "8bit" not in config.optimizer.name:
+        name = "adamw_8bit"
+        yield (
+            f"optimizer.name={name}",
+            lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
+            1.0,
+        )
+    if size > 1:
+        many = steps * size
+        yield (
+            f"training.batch_size=1 training.gradient_accumulation_steps={many}",
+            lambda one: replace(
+                one,
+                training=replace(one.training, batch_size=1, gradient_accumulation_steps=many),
+            ),
+            1 / size,
+        )
+    if not config.training.gradient_checkpointing:
+        yield (
+            "training.gradient_checkpointing=true",
+            lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
+            1.0,
+        )
+    if config.model.quantization == "none":
+        yield (
+            "model.quantization=nf4",
+            lambda one: replace(one, model=replace(one.model, quantization="nf4")),
+            1.0,
+        )
+
+
+def most_adapters(config: Config, shape: Shape, place: Place, tokens: int, cap: int) -> int:
+    """Return how many adapters fit into one step, at least one and at most `cap`."""
+    for adapters in range(cap, 1, -1):
+        need = estimate(config, shape, place, tokens=tokens, adapters=adapters)
+        if need.total <= place.free:
+            return adapters
+    return 1
+
+
+def render(need: Estimate, place: Place) -> Table:
+    """Return the table of parts, and what is there."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, value in asdict(need).items():
+        table.add_row(name, f"{value / GIB:.2f}")
+    table.add_row("at most at one time", f"{need.total / GIB:.2f}")
+    table.add_row(f"free on the {place.kind}", f"{place.free / GIB:.2f}")
+    return table
+
+
+def main() -> None:
+    """Print the estimate of the composed run; exit code 0 where it fits, 1 where it does not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.memory",
+        description="Estimate a run's memory by parts, without loading a weight. Batches are taken "
+        "to be full: training.batch_size rows of training.max_length tokens.",
+        epilog="example: python -m finetune.memory experiment=mistral_alpaca_arc",
+    )
+    parser.add_argument("overrides", nargs="*", help="as of python -m finetune, without a sweep")
+    parser.add_argument(
+        "--gib", type=float, help="memory to fit into (default: what is free; 16 for a GPU that "
+        "is not here)",
+    )  # fmt: skip
+    given = parser.parse_args()
+    try:
+        config = compose_job(given.overrides)
+        shape, place = find_shape(config.model), Place.find(config, given.gib)
+    except Refused as refused:
+        print("\n".join(refused.problems), file=sys.stderr)
+        sys.exit(2)
+    except (FileNotFoundError, ValueError, HydraException) as error:
+        print(first_line(error), file=sys.stderr)
+        sys.exit(2)
+    tokens = config.training.batch_size * config.training.max_length
+    print_table(render(estimate(config, shape, place), place))
+    problem = find_problem(config, shape, place, tokens)
+    print(f"\n{problem}" if problem else "\nit fits")
+    sys.exit(1 if problem else 0)
+
+
+def compose_job(overrides: Sequence[str]) -> Config:
+    """Compose one job from its overrides.
+
+    Raises:
+        Refused: they have problems.
+    """
+    register()
+    problems = find_override_problems(overrides, multirun=False)
+    if problems:
+        raise Refused(problems)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = build_config(compose("config", list(overrides)))
+    problems = find_problems(config)
+    if problems:
+        raise Refused(problems)
+    return config
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The estimate of memory: against measured peaks, for the reference experiment, with remedies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import memory, preflight
+from finetune.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.memory import GIB, Place, estimate, find_problem, find_shape
+from tests.conftest import TINY, Command, write_rows
+
+CPU = Place("cpu", 4, 64 * GIB)
+CARD = Place("cuda", 2, 16 * GIB)
+
+
+def mistral(quantization: str) -> Config:
+    """Return the reference experiment's settings; its model's dimensions are Mistral-7B's."""
+    dimensions = {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32000, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Config(
+        model=ModelConfig(path="a/b", quantization=quantization, dimensions=dimensions),
+        optimizer=OptimizerConfig(name="adamw_8bit"),
+        training=TrainingConfig(batch_size=8, max_length=2048, gradient_checkpointing=True),
+    )
+
+
+def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
+    """Mistral-7B has 7,241,732,096 parameters, and 41,943,040 in an r-16 LoRA on all linears."""
+    config = mistral("none")
+    shape = find_shape(config.model)
+    assert shape.num_linear + shape.num_other == 7_241_732_096
+    assert memory.num_adapter_parameters(config, shape) == 41_943_040
+    assert estimate(config, shape, CARD).weights == 2 * 7_241_732_096
+    four_bit = estimate(mistral("nf4"), shape, CARD).weights / GIB
+    assert 3.6 < four_bit < 4.1
+
+
+def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
+    """The command says so without the hub; unquantised it does not, and the remedy is named."""
+    done = finetune("experiment=mistral_alpaca_arc", module="finetune.memory")
+    assert done.returncode == 0, done.stderr
+    assert "it fits" in done.stdout
+    assert "16.00" in done.stdout
+    too_much = finetune(
+        "experiment=mistral_alpaca_arc", "model=mistral_7b", module="finetune.memory"
+    )
+    assert too_much.returncode == 1
+    assert "GiB are needed, 16.0 GiB are free on the cuda" in too_much.stdout
+    assert "set model.quantization=nf4" in too_much.stdout
+
+
+def test_a_typing_error_is_told_in_one_line(finetune: Command) -> None:
+    """As by the main command, with exit code 2."""
+    done = finetune("lora.rr=3", module="finetune.memory")
+    assert done.returncode == 2
+    assert "did you mean 'lora.r'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gib", "remedy"),
+    [
+        (40.0, None),
+        (13.0, "training.batch_size=1 training.gradient_accumulation_steps=8"),
+        (9.0, "model.quantization=nf4"),
+        (0.1, "take a smaller model"),
+    ],
+)
+def test_the_cheapest_change_that_fits_is_named(gib: float, remedy: str | None) -> None:
+    """One change if one is enough, all that it takes otherwise; and it really fits."""
+    config = replace(
+        mistral("nf4" if gib > 10 else "none"),
+        training=TrainingConfig(batch_size=8, max_length=512),
+    )
+    place = replace(CARD, free=gib * GIB)
+    shape = find_shape(config.model)
+    problem = find_problem(config, shape, place, 8 * 512)
+    if remedy is None:
+        assert problem is None
+    else:
+        assert problem is not None
+        assert remedy in problem
+
+
+def test_a_job_that_does_not_fit_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan has one problem, with the numbers; the tokens are those of the longest rows."""
+    monkeypatch.setattr(Place, "find", lambda _: replace(CPU, free=0.5 * GIB))
+    rows = [{"instruction": "Say it.", "input": "", "output": "word"} for _ in range(9)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "output": "long " * 100}])
+    config = Config(
+        model=ModelConfig(path="random://tiny"),
+        data=DataConfig(path=str(path)),
+        training=TrainingConfig(batch_size=2, max_length=1024),
+    )
+    plan = preflight.prepare(config)
+    (problem,) = plan.problems
+    assert plan.folder is None
+    assert "0.5 GiB are free on the cpu" in problem
+    tokens = int(problem.partition("activations of ")[2].split()[0])
+    assert 700 < tokens < 1024  # one long row and one short one
+
+
+def test_groups_are_as_large_as_the_memory_allows() -> None:
+    """Adapters share the base, and each brings its own activations."""
+    config = mistral("nf4")
+    shape = find_shape(config.model)
+    one, four = (estimate(config, shape, CARD, adapters=n) for n in (1, 4))
+    assert four.weights == one.weights
+    assert four.activations == pytest.approx(4 * one.activations)
+    room = replace(CARD, free=four.total)
+    most = memory.most_adapters(config, shape, room, 8 * 2048, cap=8)
+    assert most == 4
+    assert memory.most_adapters(config, shape, replace(CARD, free=0), 8 * 2048, cap=8) == 1
+
+
+def long_rows(count: int) -> list[object]:
+    """Return rows that fill any batch of these tests."""
+    text = "the quick brown fox " * 200
+    return [{"instruction": f"Say {n}.", "input": "", "output": text} for n in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.batch_size=1", "training.max_length=256"),
+        ("training.batch_size=4", "training.max_length=512"),
+        (
+            "training.batch_size=4",
+            "training.max_length=512",
+            "training.gradient_checkpointing=true",
+        ),
+        ("training.batch_size=2", "training.max_length=256", "model.quantization=nf4"),
+        ("training.batch_size=2", "training.max_length=512", "model.dtype=bf16"),
+        ("training.batch_size=1", "training.max_length=256", "lora.r=128"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_the_estimate_is_within_a_fifth_of_the_peak(
+    tmp_path: Path, finetune: Command, overrides: tuple[str, ...]
+) -> None:
+    """Resident memory of a real training on rows that fill their batches."""
+    rows = [
+        {"instruction": f"Say {n}.", "input": "", "output": "the quick brown fox " * 200}
+        for n in range(24)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", list(rows))
+    settings = (*overrides, "evaluation=none", "data=local", f"data.path={path}")
+    done = finetune(*settings, "tracking=none", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    (trained,) = tmp_path.glob("outputs/*/training.json")
+    measured = json.loads(trained.read_text())["peak_memory_gib"]
+    config = memory.compose_job(settings)
+    size = torch.bfloat16.itemsize if config.model.dtype == "bf16" else 4
+    expected = estimate(config, find_shape(config.model), replace(CPU, size=size)).total / GIB
+    assert abs(expected - measured) <= 0.2 * measured
+
+
+@pytest.mark.gpu
+def test_the_estimate_is_within_a_fifth_of_the_allocators_peak(
+    tmp_path: Path, finetune: Command
+) -> None:
+    """On CUDA, without the context that the allocator does not see."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    rows = [
+        {"instruction": f"Say {n}.", "input": "", "output": "the quick brown fox " * 200}
+        for n in range(64)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", list(rows))
+    settings = ("training.batch_size=16", "evaluation=none", "data=local", f"data.path={path}")
+    done = finetune(*settings, "tracking=none", "training.max_steps=2", *TINY[1:2])
+    assert done.returncode == 0, done.stderr
+    (trained,) = tmp_path.glob("outputs/*/training.json")
+    measured = json.loads(trained.read_text())["peak_memory_gib"]
+    config = memory.compose_job(settings)
+    need = estimate(config, find_shape(config.model), Place.find(config))
+    assert abs((need.total - need.process) / GIB - measured) <= 0.2 * measured
