@@ -265,15 +265,11 @@ def find_remedy(config: Config, shape: Shape, place: Place, tokens: int) -> str 
 
 
 def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], float]]:
-    """Yield what can be changed, the cheapest first: override, change, share of the tokens."""
+    """Yield what can be changed: override, change, share of the tokens.
+
+    Smaller passes and checkpointing leave the numbers as they are; the others do not, and come last.
+    """
     size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
-    if "8bit" not in config.optimizer.name:
-        name = "adamw_8bit"
-        yield (
-            f"optimizer.name={name}",
-            lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
-            1.0,
-        )
     if size > 1:
         many = steps * size
         yield (
@@ -288,6 +284,13 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
         yield (
             "training.gradient_checkpointing=true",
             lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
+            1.0,
+        )
+    if "8bit" not in config.optimizer.name:
+        name = "adamw_8bit"
+        yield (
+            f"optimizer.name={name}",
+            lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
             1.0,
         )
     if config.model.quantization == "none":
