@@ -267,7 +267,7 @@ def find_remedy(config: Config, shape: Shape, place: Place, tokens: int) -> str 
 def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], float]]:
     """Yield what can be changed: override, change, share of the tokens.
 
-    Smaller passes and checkpointing leave the numbers as they are; the others do not, and come last.
+    Smaller passes and checkpointing leave the numbers as they are; the others come after them.
     """
     size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
     if size > 1:

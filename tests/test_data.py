@@ -208,6 +208,7 @@ def test_all_problems_of_a_mix_are_told_together(tmp_path: Path) -> None:
     assert ["there is no file" in problem for problem in find_problems(data, None)] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_mixs_weight_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
     """Two files of different columns; counts by source are recorded, and both datasets told."""
     write_rows(tmp_path / "one.jsonl", list(ROWS))

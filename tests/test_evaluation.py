@@ -234,6 +234,7 @@ def test_a_selection_that_would_flatter_is_refused(
     assert said in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_on_the_selection(tmp_path: Path, finetune: Command) -> None:
     """Both scores stand side by side, a wrong split is refused, and the base is not asked twice."""
     files = [

@@ -92,6 +92,7 @@ def adapters(folder: Path) -> dict[str, str]:
     return {path.parts[-3]: file_digest(path) for path in files}
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_together_what_it_plans_so(tmp_path: Path, finetune: Command) -> None:
     """The plan names the group; results and adapters are those of runs one by one."""
     grid = ("--multirun", *TINY, "lora=default,dora", "lora.r=2,4")

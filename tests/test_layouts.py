@@ -69,6 +69,7 @@ def stock(base: PreTrainedModel, one: AdapterSpec) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [(kind, settings) for kind, settings, _ in ARCHITECTURES],

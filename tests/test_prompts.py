@@ -295,6 +295,7 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
     assert "no chat template" in problem
 
 
+@pytest.mark.slow
 def test_a_sweep_over_templates_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
     """Chat, text and a user's file on the same rows: trained, scored, samples answered."""
     user, assistant = CONVERSATION[1:3]
