@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## a two-point rank sweep on the embedded model and data, mi
 	$(BIN)/python -m finetune lora.r=4,16 --multirun
 
 test: $(INSTALLED)  ## the quick tests: a tiny random model, no network
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)  ## the tests on the real model
 	$(BIN)/python -m pytest -m slow

@@ -138,6 +138,7 @@ def simulated(
     return outcomes(base), runs
 
 
+@pytest.mark.slow
 def test_sweeps_without_an_effect_claim_none() -> None:
     """Of 200 sweeps of nine equal settings at most 16 claim an improvement (nominal 2.5-5 %)."""
     draw = np.random.default_rng(20240601)

@@ -58,12 +58,15 @@ def test_nothing_is_shown_where_nobody_watches(
     assert capsys.readouterr() == ("", "")
 
 
+LONGER = ("data.num_examples=400", "training.batch_size=2")  # than the table takes to be drawn
+
+
 @pytest.mark.slow
 def test_a_terminal_shows_the_runs_as_they_go(tmp_path: Path) -> None:
     """On a terminal the table is there, and no bar of the worker breaks it."""
     ours, theirs = pty.openpty()
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *TINY, "lora.r=2,4", "--multirun"],
+        [sys.executable, "-m", "finetune", *TINY, *LONGER, "lora.r=2,4", "--multirun"],
         cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )  # fmt: skip

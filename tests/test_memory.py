@@ -43,6 +43,7 @@ def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
     assert 3.6 < four_bit < 4.1
 
 
+@pytest.mark.slow
 def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
     """The command says so without the hub; unquantised it does not, and the remedy is named."""
     done = finetune("experiment=mistral_alpaca_arc", module="finetune.memory")

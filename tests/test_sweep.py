@@ -275,23 +275,22 @@ load = builtins.__import__
 
 def patched(name, *args, **kwargs):
     module = load(name, *args, **kwargs)
-    training = sys.modules.get("finetune.training")
-    if training is not None and hasattr(training, "StepWatch"):
+    training = sys.modules.get("finetune.adapter_training")
+    if training is not None and hasattr(training, "AdapterTraining"):
         builtins.__import__ = load
-        step_end = training.StepWatch.on_step_end
-        def on_step_end(self, args, state, control, **given):
+        learn = training.AdapterTraining.learn
+        def trouble(self, loss, seconds):
             import torch
-            rank = int(given["model"].peft_config["default"].r)
-            if state.global_step == 2:
+            learn(self, loss, seconds)
+            rank = self.spec.lora.r
+            if self.step == 2:
                 if rank == 3: raise RuntimeError("the test says so")
                 if rank == 5: os.kill(os.getpid(), signal.SIGKILL)
                 if rank == 6: time.sleep(600)
                 if rank == 7: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
                 if rank == 8:
-                    for parameter in given["model"].parameters():
-                        if parameter.requires_grad: parameter.data.fill_(float("inf"))
-            return step_end(self, args, state, control, **given)
-        training.StepWatch.on_step_end = on_step_end
+                    for parameter in self.parameters: parameter.data.fill_(float("inf"))
+        training.AdapterTraining.learn = trouble
     return module
 
 builtins.__import__ = patched
