@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, training
+from finetune import adapters, steps, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
     DataConfig,
@@ -187,7 +187,7 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     tokens = sum(len(row["input_ids"]) for row in chosen) * case.together * case.times
-    peak = training.peak_memory_gib(base.device)
+    peak = steps.peak_memory_gib(base.device)
     return Measured(seconds, time.process_time() - cpu, tokens, peak, losses)
 
 

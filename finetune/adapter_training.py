@@ -21,7 +21,8 @@ from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import LoraConfig
 from finetune.data import IGNORED, Example, Examples
 from finetune.run_folder import EventLog, write_atomic
-from finetune.training import TrainResult, log_resume, peak_memory_gib, record_step
+from finetune.steps import log_resume, peak_memory_gib, record_step
+from finetune.training import TrainResult
 
 STATE = "state.json"
 

@@ -1,4 +1,4 @@
-"""The typed schema of every setting, with its ranges; Hydra composes it from `conf/`.
+"""The typed schema of every setting; Hydra composes it from `conf/`. Ranges are in `ranges`.
 
 Each default stands here once; the YAML files only say what differs from it. A line beside a field
 says what it does, its unit, and when it has no effect.
@@ -7,7 +7,6 @@ says what it does, its unit, and when it has no effect.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,15 +15,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
-DEVICES = ("auto", "cuda", "cpu")
-METHODS = ("lora",)
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
-SCHEDULERS = (
-    "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
-)  # fmt: skip
-TEMPLATES = ("alpaca", "chat", "text")
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
 
@@ -246,113 +236,6 @@ def build_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), ours))
     assert isinstance(config, Config)
     return config
-
-
-def find_problems(config: Config) -> list[str]:
-    """Return every value out of its range, one line each with the key and what is allowed."""
-    return [
-        *_one_of("model.quantization", config.model.quantization, QUANTIZATIONS),
-        *_one_of("model.dtype", config.model.dtype, DTYPES),
-        *_one_of("peft.method", config.peft.method, METHODS),
-        *_lora_problems(config.lora),
-        *_optimizer_problems(config.optimizer),
-        *_data_problems(config.data),
-        *_training_problems(config.training),
-        *_evaluation_problems(config.evaluation),
-        *_sweep_problems(config.sweep),
-    ]
-
-
-def _lora_problems(lora: LoraConfig) -> Iterator[str]:
-    yield from _at_least("lora.r", lora.r, 1)
-    yield from _at_least("lora.alpha", lora.alpha, 1)
-    yield from _share("lora.dropout", lora.dropout)
-    yield from _one_of("lora.init", lora.init, INITIALISATIONS)
-    if not lora.target_modules:
-        yield f"lora.target_modules is empty; name linear layers, or use [{ALL_LINEAR}]"
-    if ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:
-        yield f"lora.target_modules mixes {ALL_LINEAR} with names; use one or the other"
-
-
-def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
-    if not optimizer.lr > 0:
-        yield f"optimizer.lr is {optimizer.lr}; it must be above 0"
-    yield from _at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
-    yield from _at_least("optimizer.max_grad_norm", optimizer.max_grad_norm, 0)
-    yield from _share("optimizer.warmup_ratio", optimizer.warmup_ratio)
-    yield from _one_of("optimizer.scheduler", optimizer.scheduler, SCHEDULERS)
-
-
-def _data_problems(data: DataConfig) -> Iterator[str]:
-    yield from _at_least("data.num_examples", data.num_examples, 1)
-    yield from _share("data.validation_fraction", data.validation_fraction)
-    if not data.prompt_template.endswith(TEMPLATE_FILE):
-        known = (*TEMPLATES, f"a path ending in {TEMPLATE_FILE}")
-        yield from _one_of("data.prompt_template", data.prompt_template, known)
-    if not data.mix and not data.path:
-        yield "data.path has no value; set data.path=FILE, or several sources in data.mix"
-    for key in ("path", "revision"):
-        if data.mix and getattr(data, key):
-            yield (
-                f"data.{key} is {getattr(data, key)} beside data.mix, whose sources have their "
-                f"own; set data.{key}=null, or start from data=mix"
-            )
-    for number, source in enumerate(data.mix):
-        if not 0 < source.weight < float("inf"):
-            yield f"data.mix.{number}.weight is {source.weight}; it must be above 0"
-
-
-def _training_problems(training: TrainingConfig) -> Iterator[str]:
-    if not training.epochs > 0:
-        yield f"training.epochs is {training.epochs}; it must be above 0"
-    yield from _at_least("training.max_steps", training.max_steps, 1)
-    yield from _at_least("training.max_length", training.max_length, 2)
-    for name in (
-        "batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints",
-    ):  # fmt: skip
-        yield from _at_least(f"training.{name}", getattr(training, name), 1)
-    for name in ("seed", "data_seed"):
-        yield from _at_least(f"training.{name}", getattr(training, name), 0)
-    yield from _one_of("training.device", training.device, DEVICES)
-    yield from _one_of("training.precision", training.precision, DTYPES)
-
-
-def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
-    yield from _at_least("evaluation.num_fewshot", evaluation.num_fewshot, 0)
-    yield from _at_least("evaluation.limit", evaluation.limit, 1)
-    if evaluation.batch_tokens is not None:
-        yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
-    yield from _one_of("evaluation.dtype", evaluation.dtype, DTYPES)
-    for task, splits in evaluation.data_files.items():
-        if task not in evaluation.tasks:
-            yield (
-                f"evaluation.data_files.{task} names a task that is not evaluated; "
-                f"evaluation.tasks is {evaluation.tasks}"
-            )
-        for split, file in splits.items():
-            if not Path(file).is_file():
-                yield f"evaluation.data_files.{task}.{split}: there is no file {file}"
-
-
-def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
-    yield from _at_least("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1)
-    if sweep.job_timeout is not None and not sweep.job_timeout > 0:
-        yield f"sweep.job_timeout is {sweep.job_timeout}; it must be above 0, in seconds"
-
-
-def _at_least(key: str, value: float | None, lowest: float) -> Iterator[str]:
-    if value is not None and not value >= lowest:
-        yield f"{key} is {value}; it must be at least {lowest}"
-
-
-def _share(key: str, value: float) -> Iterator[str]:
-    if not 0 <= value < 1:
-        yield f"{key} is {value}; it must be from 0 up to below 1"
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
-    if value not in allowed:
-        yield f"{key} is {value!r}; {nearest(value, allowed)}"
 
 
 def nearest(name: Any, known: tuple[str, ...] | list[str]) -> str:

@@ -28,11 +28,11 @@ from finetune.config import (
     Refused,
     build_config,
     conf_dir,
-    find_problems,
     register,
 )
 from finetune.label_loss import CHUNK
 from finetune.overrides import find_override_problems, first_line
+from finetune.ranges import find_problems
 from finetune.results import print_table
 from finetune.scoring import MOST_TOKENS
 

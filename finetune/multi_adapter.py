@@ -23,7 +23,8 @@ from finetune.data import IGNORED, Example
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
-from finetune.training import Precision, StopSignals, TrainResult, return_freed_memory
+from finetune.steps import StopSignals, return_freed_memory
+from finetune.training import Precision, TrainResult
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 

@@ -26,9 +26,9 @@ from finetune.config import (
     SourceConfig,
     build_config,
     conf_dir,
-    find_problems,
     nearest,
 )
+from finetune.ranges import find_problems
 
 # Parts of Hydra's own config that run code or change the process before ours is asked.
 UNSAFE = ("hydra.callbacks", "hydra.job.env_set", "hydra.job.env_copy")

@@ -41,6 +41,7 @@ from finetune.prompts import Prompt
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import build_scorers, is_done, load_tasks, tell_scores, write_scores
+from finetune.steps import Diverged
 from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
@@ -143,7 +144,7 @@ def _guarded(runs: Sequence[ActiveRun]) -> Iterator[None]:
 
 
 def _fail(run: ActiveRun, error: Exception) -> None:
-    if isinstance(error, training.Diverged):
+    if isinstance(error, Diverged):
         log.error("%s diverged: %s", run.folder.name, error)
         run.end("diverged", str(error))
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from finetune import adapters, data, evaluation, memory, models, optimizers, training
-from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig, find_problems
+from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.grouping import most_that_pay
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
+from finetune.ranges import find_problems
 from finetune.run_folder import Plan
 from finetune.scores import is_done, load_tasks
 

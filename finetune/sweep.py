@@ -25,10 +25,11 @@ from jinja2 import TemplateError as JinjaError
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.checkpoints import newest_step
-from finetune.config import Config, Refused, build_config, find_problems
+from finetune.config import Config, Refused, build_config
 from finetune.grouping import Group, find_groups
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
+from finetune.ranges import find_problems
 from finetune.report import verdict, write_report
 from finetune.results import (
     Results,

@@ -11,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "overrides", "grouping", "run_folder", "live", "models", "adapters", "prompts",
+    "config", "ranges", "overrides", "grouping", "run_folder", "live", "models", "adapters",
+    "prompts",
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "training", "adapter_training", "grouped_lora", "multi_adapter",
+    "optimizers", "steps", "training", "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",

@@ -15,10 +15,10 @@ from finetune.config import (
     DataConfig,
     SourceConfig,
     build_config,
-    find_problems,
     local_path,
     nearest,
 )
+from finetune.ranges import find_problems
 
 
 def changed(key: str, value: Any) -> Config:

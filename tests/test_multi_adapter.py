@@ -22,7 +22,8 @@ from finetune.data import Example, Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import Outcome, train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
-from finetune.training import Diverged, TrainResult
+from finetune.steps import Diverged
+from finetune.training import TrainResult
 
 TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)

@@ -16,6 +16,7 @@ from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingCo
 from finetune.data import Example, Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.steps import Diverged
 
 TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)
@@ -109,7 +110,7 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     """A learning rate beyond all measure is told as divergence, with the step."""
-    with pytest.raises(training.Diverged, match=r"became (nan|inf) at step \d+ of 15"):
+    with pytest.raises(Diverged, match=r"became (nan|inf) at step \d+ of 15"):
         train(tmp_path, optimizer={"lr": 1e18, "warmup_ratio": 0.0}, training={"epochs": 3})
 
 
