@@ -142,7 +142,7 @@ def train_stock(
     """Train by SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
     given = arguments(case, folder, base.device)
     given.padding_free, given.save_strategy = False, "no"
-    adapted = adapters.attach(base, LORA, 42)
+    adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
     trainer = SFTTrainer(
         model=adapted,
         args=given,

@@ -3,26 +3,63 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import (
+    AdaLoraConfig,
+    AdaLoraModel,
+    IA3Config,
+    IA3Model,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig as PeftSettings
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune.config import ALL_LINEAR, LoraConfig
+from finetune.config import ALL_LINEAR, LoraConfig, PeftConfig
+from finetune.grouping import CHANGE_THE_BASE
+from finetune.run_folder import digest, file_digest, replaced
 
 ADAPTER = "default"  # PEFT's name for the only one
+RANK_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model below an adapter, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def num_prepended(model: PreTrainedModel | PeftModel) -> int:
+    """Return how many learned tokens a model puts before each of its sequences itself."""
+    settings = model.active_peft_config if isinstance(model, PeftModel) else None
+    return settings.num_virtual_tokens if isinstance(settings, PromptTuningConfig) else 0
+
+
+def find_problems(model: PreTrainedModel, peft: PeftConfig, lora: LoraConfig) -> list[str]:
+    """Return the faults of a method on this model; it may be on the `meta` device."""
+    if peft.method in ("lora", "adalora"):
+        return find_target_problems(model, lora)
+    kind = model.config.get_text_config().model_type
+    if peft.method == "ia3" and kind not in IA3_LAYERS:
+        return [
+            f"peft.method is ia3, whose layers are not known for a {kind} model; use peft=lora, or "
+            f"a model of {', '.join(IA3_LAYERS)}"
+        ]
+    return []
 
 
 def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -48,22 +85,75 @@ def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return problems
 
 
-def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """Put a fresh LoRA adapter onto the base, its weights in fp32 and drawn from `seed`.
+def build_settings(peft: PeftConfig, lora: LoraConfig, num_steps: int) -> PeftSettings:
+    """Return what PEFT is told of a method other than `full`.
 
-    fp32 whatever the base has, so that a resumed run continues bit by bit (TRL would otherwise
-    make them bf16 on a quantised base, but load them back as fp32).
+    Args:
+        peft: the method.
+        lora: what LoRA and AdaLoRA take.
+        num_steps: of the whole training, over which AdaLoRA shifts its ranks.
     """
-    settings = PeftLoraConfig(
-        task_type="CAUSAL_LM",
+    virtual: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": peft.num_virtual_tokens,
+    }
+    match peft.method:
+        case "lora":
+            return lora_settings(lora)
+        case "adalora":
+            return _adalora_settings(lora, num_steps)
+        case "ia3":
+            return IA3Config(task_type="CAUSAL_LM")
+        case "prefix_tuning":
+            return PrefixTuningConfig(**virtual)
+        case "prompt_tuning":
+            return PromptTuningConfig(**virtual)
+    raise AssertionError(f"{peft.method} puts no adapter onto the base")
+
+
+def lora_settings(lora: LoraConfig) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        **_lora_basics(lora),
         r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=cast(Any, True if lora.init == "default" else lora.init),
     )
+
+
+def first_rank(rank: int) -> int:
+    """Return the rank that AdaLoRA begins with: half as many again, as its paper does."""
+    return rank + (rank + 1) // 2
+
+
+def _adalora_settings(lora: LoraConfig, num_steps: int) -> AdaLoraConfig:
+    """Let the ranks stay for a tenth of the steps, shrink, and stay again for the last third."""
+    return AdaLoraConfig(
+        **_lora_basics(lora),
+        target_r=lora.r,
+        init_r=first_rank(lora.r),
+        total_step=num_steps,
+        tinit=num_steps // 10,
+        tfinal=num_steps // 3,
+    )
+
+
+def _lora_basics(lora: LoraConfig) -> dict[str, Any]:
+    every = lora.target_modules == [ALL_LINEAR]
+    return {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": ALL_LINEAR if every else lora.target_modules,
+    }
+
+
+def attach(model: PreTrainedModel, settings: PeftSettings, seed: int) -> PeftModel:
+    """Put a fresh adapter onto the base, its weights in fp32 and drawn from `seed`.
+
+    fp32 whatever the base has, so that a resumed run continues bit by bit (TRL would otherwise
+    make them bf16 on a quantised base, but load them back as fp32).
+    """
     torch.manual_seed(seed)
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     assert isinstance(adapted, PeftModel)
@@ -93,7 +183,7 @@ class LoraWeights:
 
 def draw(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraWeights:
     """Draw a fresh LoRA adapter for the base, as `attach` does, and leave the base as it was."""
-    adapted = attach(model, lora, seed)
+    adapted = attach(model, lora_settings(lora), seed)
     layers = {
         name.removeprefix("base_model.model."): LoraLayer(
             cast(torch.nn.Parameter, module.lora_A[ADAPTER].weight),
@@ -130,6 +220,42 @@ def load_weights(weights: LoraWeights, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
+def ranks(model: torch.nn.Module) -> AdaLoraModel | None:
+    """Return the part of an adapter that hands out AdaLoRA's ranks; None with other methods."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, AdaLoraModel) else None
+
+
+def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
+    """Return AdaLoRA's regulariser (Zhang et al. 2023, eq. 4), weighted.
+
+    PEFT adds it to a loss that the model computes; ours is computed behind it.
+    """
+    norms = []
+    for name, parameter in tuner.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            square = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            norms.append(torch.norm(square - torch.eye(len(square), device=square.device)))
+    return _rank_settings(tuner).orth_reg_weight * torch.stack(norms).mean()
+
+
+def rank_state(tuner: AdaLoraModel) -> dict[str, Any]:
+    """Return what AdaLoRA knows beside its matrices: how much each rank has mattered so far."""
+    allocator = tuner.rankallocator
+    state = {name: getattr(allocator, name) for name in RANK_STATE}
+    return {**state, "rank_pattern": _rank_settings(tuner).rank_pattern}
+
+
+def load_rank_state(tuner: AdaLoraModel, state: dict[str, Any]) -> None:
+    _rank_settings(tuner).rank_pattern = state["rank_pattern"]
+    for name in RANK_STATE:
+        setattr(tuner.rankallocator, name, state[name])
+
+
+def _rank_settings(tuner: AdaLoraModel) -> AdaLoraConfig:
+    return cast(AdaLoraConfig, tuner.peft_config[ADAPTER])
+
+
 def num_trainable(model: torch.nn.Module) -> int:
     """Return the number of parameters that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -154,19 +280,54 @@ def _hint(name: str, known: list[str]) -> str:
 
 def save(adapter: PeftModel | LoraWeights, folder: Path) -> None:
     """Save the adapter as safetensors, whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with replaced(folder) as temporary, warnings.catch_warnings():
         if isinstance(adapter, PeftModel):
+            # AdaLoRA may leave a layer no rank at all, which PEFT takes for a lost shard.
+            warnings.filterwarnings("ignore", message=".* LoRA tensor.s. have invalid shape")
             adapter.save_pretrained(str(temporary), safe_serialization=True)
         else:
             save_weights(adapter, temporary)
-        temporary.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a saved adapter onto the base, for evaluation."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    with warnings.catch_warnings():
+        # PEFT looks for AdaLoRA's ranks under LoRA's names, and then finds them under its own.
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+
+def changes_base(adapted: PeftModel) -> bool:
+    """Return whether an adapter took its beginnings out of the base's own weights."""
+    begun = str(getattr(adapted.active_peft_config, "init_lora_weights", ""))
+    return begun.startswith(CHANGE_THE_BASE)
+
+
+def saved_digest(folder: Path) -> str:
+    """Return the digest of a saved adapter.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
+    files = [folder / name for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME)]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"model.adapter={folder} is no adapter's folder: there is no {file.absolute()}"
+            )
+    return digest([file_digest(file) for file in files])
+
+
+def take_off(adapted: PeftModel) -> None:
+    """Leave the base as it was before an adapter was put onto it."""
+    base = base_of(adapted)
+    if adapted.active_peft_config.is_prompt_learning:
+        return  # it stands before the base
+    if not isinstance(adapted.base_model, IA3Model):
+        adapted.unload()
+        return
+    for name, layer in list(base.named_modules()):  # PEFT refuses where the base is quantised
+        if isinstance(layer, IA3Layer):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    del base.peft_config

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from finetune.adapters import base_of
 from finetune.models import sliding_window
 from finetune.prefix_tree import Tree, build_blocks
 
@@ -32,7 +33,7 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | Non
         model: the model.
         longest: tokens of the longest sequence.
     """
-    base = _base(model)
+    base = base_of(model)
     settings = base.config.get_text_config().to_dict()
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
     if any(adapter.is_prompt_learning for adapter in adapters):
@@ -50,15 +51,11 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | Non
     return None if attention in ("sdpa", "eager") else f"its attention is {attention}"
 
 
-def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-
-
 class BlockAttention:
     """A model's attention, replaced for a while by one that follows a row's blocks."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self._base = _base(model)
+        self._base = base_of(model)
         self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
 
     @contextmanager

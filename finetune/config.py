@@ -30,6 +30,7 @@ class ModelConfig:
     dtype: str = "auto"  # base weights and compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 where installed
     trust_remote_code: bool = False  # run Python code that a hub model brings along
+    adapter: str | None = None  # folder of a saved adapter to evaluate; only with training=none
     dimensions: dict[str, Any] = field(default_factory=dict)  # of its config, for finetune.memory
 
 
@@ -37,14 +38,19 @@ class ModelConfig:
 class PeftConfig:
     """The way of fine-tuning."""
 
-    method: str = "lora"  # lora
+    method: str = "lora"  # lora, adalora, ia3, prefix_tuning, prompt_tuning, or full (no adapter)
+    num_virtual_tokens: int = 20  # learned before each sequence; only prefix_ and prompt_tuning
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return self.method in ("prefix_tuning", "prompt_tuning")
 
 
 @dataclass
 class LoraConfig:
-    """The adapter of `peft=lora`."""
+    """The adapter of `peft=lora`; adalora takes r, alpha, dropout and target_modules."""
 
-    r: int = 16  # rank of the update; at least 1
+    r: int = 16  # rank of the update, at least 1; with adalora the mean over the layers at the end
     alpha: int = 16  # the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)
     dropout: float = 0.0  # on the adapter's input while training; 0 up to below 1
     target_modules: list[str] = field(  # names of linear layers, or [all-linear]
@@ -54,7 +60,8 @@ class LoraConfig:
     )  # fmt: skip
     use_rslora: bool = False  # scale by alpha / sqrt(r): large ranks learn as fast as small ones
     use_dora: bool = False  # learn the weights' magnitude apart from their direction; slower
-    init: str = "default"  # default (Kaiming A, zero B), gaussian, orthogonal, pissa, olora
+    init: str = "default"  # default (Kaiming A, zero B), gaussian, orthogonal, olora, pissa,
+    # pissa_niter_16 (its fast approximation)
 
 
 @dataclass
@@ -116,7 +123,7 @@ class TrainingConfig:
     """The length, batch and bookkeeping of training."""
 
     epochs: float = 1.0  # passes over the rows; no effect with max_steps
-    max_steps: int | None = None  # optimizer steps, instead of epochs
+    max_steps: int | None = None  # optimizer steps, instead of epochs; 0 (training=none): none
     batch_size: int = 8  # sequences in one forward pass
     gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
     max_length: int = 512  # tokens; longer rows are cut, and counted
@@ -127,6 +134,11 @@ class TrainingConfig:
     keep_checkpoints: int = 1  # newest checkpoints that are kept
     seed: int = 42  # adapter initialisation, dropout
     data_seed: int | None = None  # choice and order of rows; null takes training.seed
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether what there is already is only evaluated."""
+        return self.max_steps == 0
 
 
 @dataclass

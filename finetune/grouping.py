@@ -35,7 +35,7 @@ def find_obstacle(config: Config) -> str | None:
         return f"peft.method={config.peft.method} is no matrix pair on a layer's output"
     if config.lora.use_dora:
         return "lora.use_dora=true takes the norm of the base's own weights"
-    if config.lora.init in CHANGE_THE_BASE:
+    if config.lora.init.startswith(CHANGE_THE_BASE):
         return f"lora.init={config.lora.init} changes the base's own weights"
     if config.model.quantization == "int8":
         return "model.quantization=int8 rounds by all tokens that share a step"

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from finetune import data, models, prompts, training
+from finetune import adapters, data, models, prompts, training
 from finetune.config import Config, DataConfig
 from finetune.models import Source
+from finetune.ranges import METHODS
 from finetune.rows import DataSource
 from finetune.run_folder import RunFolder, digest, slug
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
+# Settings of the model that say nothing of the base, or are in its digest.
+ELSEWHERE = ("dimensions", "adapter")
 # Settings that leave a trained adapter's numbers as they are.
 NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
 
@@ -40,12 +43,13 @@ def find_inputs(config: Config) -> Inputs:
     source = models.find_model(config.model)
     found = data.find_sources(config.data)
     precision = find_precision(config)
-    neutral = dict.fromkeys(NEUTRAL)
+    neutral, adapter = dict.fromkeys(NEUTRAL), config.model.adapter
     seed = config.training.seed
     data_seed = seed if config.training.data_seed is None else config.training.data_seed
     identity = digest(
         {
             "model": model_identity(config, source, precision.device),
+            "adapter": adapter and adapters.saved_digest(Path(adapter)),
             "peft": asdict(config.peft),
             "lora": asdict(config.lora),
             "optimizer": asdict(config.optimizer),
@@ -68,7 +72,7 @@ def find_precision(config: Config) -> training.Precision:
 
 def model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
     return {
-        **{name: value for name, value in asdict(config.model).items() if name != "dimensions"},
+        **{name: value for name, value in asdict(config.model).items() if name not in ELSEWHERE},
         "path": None,
         "revision": None,
         "digest": source.digest,
@@ -104,9 +108,18 @@ def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def run_folder(config: Config, inputs: Inputs) -> RunFolder:
-    name = Path(config.model.path).name.partition(".")[0]
-    described = slug(f"{name}-{config.peft.method}-r{config.lora.r}-lr{config.optimizer.lr}")
-    return RunFolder(Path(config.output_dir).absolute() / f"{described}-{inputs.identity[:12]}")
+    return RunFolder(
+        Path(config.output_dir).absolute() / f"{slug(_describe(config))}-{inputs.identity[:12]}"
+    )
+
+
+def _describe(config: Config) -> str:
+    """Say in a word or three what a run is about; its identity says the rest."""
+    name, method = Path(config.model.path).name.partition(".")[0], config.peft.method
+    if config.training.is_skipped:
+        return f"{name}-{Path(config.model.adapter).name if config.model.adapter else 'as-it-is'}"
+    rank = f"-r{config.lora.r}" if "r" in METHODS[method] else ""
+    return f"{name}-{method}{rank}-lr{config.optimizer.lr}"
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune import models
+from finetune.adapters import first_rank
 from finetune.config import (
     ALL_LINEAR,
     Config,
@@ -170,27 +171,40 @@ def estimate(
     training = config.training
     most = training.batch_size * training.max_length
     tokens = (most if tokens is None else tokens) * adapters
-    trained = adapters * num_adapter_parameters(config, shape)
+    method = config.peft.method
+    trained = 0 if training.is_skipped else adapters * num_trained(config, shape)
     state = next(each for part, each in STATE_BYTES.items() if part in config.optimizer.name)
     head = CHUNK * shape.vocabulary * (8 + place.size)  # logits as computed, in fp32, their slope
     scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + head
     return Estimate(
         process=PROCESS[place.kind],
-        weights=_weight_bytes(config.model, shape, place.size),
-        adapter=4.0 * trained,
+        weights=_weight_bytes(config.model, shape, 4 if method == "full" else place.size),
+        adapter=4.0 * trained if method != "full" else 0.0,
         gradients=4.0 * trained,
         optimizer=trained * state,
-        activations=_activation_bytes(config, shape, tokens, place),
+        activations=0.0 if training.is_skipped else _activation_bytes(config, shape, tokens, place),
         logits=float(head + 2 * tokens * shape.hidden * place.size),
         evaluation=float(scored) if config.evaluation.tasks else 0.0,
     )
 
 
-def num_adapter_parameters(config: Config, shape: Shape) -> int:
-    """Return how many parameters a LoRA adapter has."""
-    names = config.lora.target_modules
+def num_trained(config: Config, shape: Shape) -> int:
+    """Return how many parameters a method trains."""
+    match config.peft.method:
+        case "full":
+            return shape.num_linear + shape.num_other
+        case "prefix_tuning":  # keys and values of every layer
+            return config.peft.num_virtual_tokens * shape.layers * 2 * shape.keys
+        case "prompt_tuning":
+            return config.peft.num_virtual_tokens * shape.hidden
+        case "ia3":  # a factor for each key and value, and each input of the MLP's last layer
+            return shape.layers * (2 * shape.keys + shape.inner)
+    names, rank = config.lora.target_modules, config.lora.r
     chosen = shape.targets if names == [ALL_LINEAR] else {n: shape.targets[n] for n in names}
-    return sum(count * config.lora.r * (a + b) for count, a, b in chosen.values())
+    if config.peft.method == "adalora":  # as it begins, with a singular value for each rank
+        first = first_rank(rank)
+        return sum(count * first * (a + b + 1) for count, a, b in chosen.values())
+    return sum(count * rank * (a + b) for count, a, b in chosen.values())
 
 
 def _weight_bytes(model: ModelConfig, shape: Shape, size: int) -> float:

@@ -7,14 +7,11 @@ model is loaded in one way. Adapters and memory live elsewhere.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
@@ -41,7 +38,7 @@ from transformers import (
 )
 
 from finetune.config import ModelConfig, local_path
-from finetune.run_folder import cache_dir, digest, file_digest, slug, write_atomic
+from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_TIMEOUT_SECONDS = 10.0
@@ -182,6 +179,16 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
     return base
 
 
+def save_tuned(
+    base: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Save a model whose own weights were trained, whole or not at all."""
+    cast(torch.nn.Module, base).to(dtype)
+    with replaced(folder) as temporary:
+        base.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+
+
 def _let_go_of_the_file(base: PreTrainedModel) -> None:
     """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
     for parameter in base.parameters():
@@ -261,15 +268,10 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not _is_intact(folder):
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            try:
+            with replaced(folder) as temporary:
                 write(temporary)
                 manifest = {p.name: file_digest(p) for p in temporary.iterdir()}
                 write_atomic(temporary / "manifest.json", json.dumps(manifest))
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     return Source(str(folder), content)
 
 

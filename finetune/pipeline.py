@@ -12,10 +12,10 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -23,11 +23,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models, multi_adapter, prompts, training
-from finetune.adapter_training import AdapterSpec
+from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
-from finetune.grouping import CHANGE_THE_BASE, find_obstacle
+from finetune.grouping import find_obstacle
 from finetune.identity import (
     Inputs,
     describe_environment,
@@ -65,7 +65,8 @@ class ActiveRun:
 
     @property
     def is_trained(self) -> bool:
-        return self.folder.read_json("training.json") is not None
+        training = self.config.training
+        return training.is_skipped or self.folder.read_json("training.json") is not None
 
     def begin(self, job: Job) -> None:
         _describe(job, self.inputs, self.folder, self.events)
@@ -229,11 +230,25 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
 
 def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:
     """Train any method by TRL's Trainer."""
-    with _restored(run, adapters.attach(_base(run), run.config.lora, run.config.training.seed)) as (
-        adapted
-    ):
-        result = training.train(adapted, _tokenizer(run), spec.examples, spec.arguments, run.events)
-        _keep(run, adapted, result)
+    with _trainable(run, spec) as model:
+        result = training.train(model, _tokenizer(run), spec.examples, spec.arguments, run.events)
+        _keep(run, model, result)
+
+
+@contextmanager
+def _trainable(run: ActiveRun, spec: AdapterSpec) -> Iterator[PreTrainedModel | PeftModel]:
+    """Give the base with what is to be trained; at the end it is what it was, or let go of."""
+    base, config = _base(run), run.config
+    if config.peft.method == "full":
+        try:
+            yield base.requires_grad_(True)
+        finally:
+            _release_memory()
+        return
+    steps = num_steps(len(spec.examples.train), spec.arguments)
+    settings = adapters.build_settings(config.peft, config.lora, steps)
+    with _restored(adapters.attach(base, settings, config.training.seed)) as adapted:
+        yield adapted
 
 
 def _spec(run: ActiveRun) -> AdapterSpec:
@@ -249,36 +264,60 @@ def _spec(run: ActiveRun) -> AdapterSpec:
     return AdapterSpec(config.lora, arguments, examples, run.events)
 
 
-def _keep(run: ActiveRun, adapter: PeftModel | LoraWeights, result: TrainResult) -> None:
+def _keep(
+    run: ActiveRun, trained: PreTrainedModel | PeftModel | LoraWeights, result: TrainResult
+) -> None:
     """Save what training came to; the checkpoints have done their work."""
-    adapters.save(adapter, run.folder.adapter)
+    if isinstance(trained, PreTrainedModel):
+        dtype = models.compute_dtype(run.config.model, run.inputs.device)
+        models.save_tuned(trained, dtype, _tokenizer(run), run.folder.model)
+    else:
+        adapters.save(trained, run.folder.adapter)
     run.folder.write_json("training.json", asdict(result))
     shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
 
 
 @contextmanager
-def _restored(run: ActiveRun, adapted: PeftModel) -> Iterator[PeftModel]:
+def _restored(adapted: PeftModel) -> Iterator[PeftModel]:
     """Take the adapter off at the end, so that the base is what it was for the next run."""
     try:
         yield adapted
     finally:
-        adapted.unload()
-        if run.config.lora.init in CHANGE_THE_BASE:
+        adapters.take_off(adapted)
+        if adapters.changes_base(adapted):
             _release_memory()
 
 
+@contextmanager
+def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
+    """Give the model that the run came to; at the end the base is what it was, or let go of."""
+    config, folder = run.config, run.folder.adapter
+    if config.training.is_skipped:
+        if config.model.adapter is None:
+            yield _base(run)
+            return
+        folder = Path(config.model.adapter)
+    elif config.peft.method == "full":
+        _release_memory()
+        own = replace(config.model, path=str(run.folder.model), revision=None)
+        yield models.load_base(own, Source(own.path, run.inputs.identity), run.inputs.device)
+        return
+    with _restored(adapters.load(_base(run), folder)) as adapted:
+        yield adapted
+
+
 def _score_tuned(run: ActiveRun) -> None:
-    tasks, base, tokenizer = load_tasks(run.config), _base(run), _tokenizer(run)
+    tasks, tokenizer = load_tasks(run.config), _tokenizer(run)
     tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
     asked: list[Prompt] = []
     if tasks and beside:
         rows = data.read_sources(run.inputs.data)
         settings = run.config.data, run.config.training
         asked = data.last_prompts(rows, *settings, tokenizer, NUM_SAMPLES)
-    before = answer(base, tokenizer, asked)
-    with _restored(run, adapters.load(base, run.folder.adapter)) as adapted:
-        tuned.score(tasks, cast(PreTrainedModel, adapted.get_base_model()), tokenizer)
-        after = answer(adapted, tokenizer, asked)
+    before = answer(_base(run), tokenizer, asked) if asked else []
+    with _tuned(run) as model:
+        tuned.score(tasks, model, tokenizer)
+        after = answer(model, tokenizer, asked)
     texts = [prompt.text for prompt in asked]
     said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
     if said:
@@ -305,7 +344,7 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
     events.params(dict(_flat({name: settings[name] for name in sections})))
-    for source, rows in data.read_sources(inputs.data):
+    for source, rows in [] if job.config.training.is_skipped else data.read_sources(inputs.data):
         events.dataset(
             slug(Path(source.location).stem),
             digest=source.digest,

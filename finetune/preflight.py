@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
@@ -42,7 +43,7 @@ def prepare(config: Config) -> Plan:
     inputs = find_inputs(config)
     folder = run_folder(config, inputs)
     most = 1
-    if not (finished := is_done(config, inputs, folder)) and config.peft.method == "lora":
+    if not (finished := is_done(config, inputs, folder)):
         shape, place, tokens = _memory(config, inputs)
         problem = memory.find_problem(config, shape, place, tokens)
         if problem is not None:
@@ -82,9 +83,10 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
 def _find_model_problems(config: Config) -> list[str]:
     source = models.find_model(config.model)
     model_config = models.load_config(config.model, source)
-    problems = adapters.find_target_problems(
-        models.load_meta_model(config.model, model_config), config.lora
-    )
+    meta = models.load_meta_model(config.model, model_config)
+    problems = adapters.find_problems(meta, config.peft, config.lora)
+    if config.model.adapter is not None:
+        adapters.saved_digest(Path(config.model.adapter))
     longest = models.max_positions(model_config)
     if longest and config.training.max_length > longest:
         problems.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from finetune.config import (
@@ -13,6 +14,7 @@ from finetune.config import (
     EvaluationConfig,
     LoraConfig,
     OptimizerConfig,
+    PeftConfig,
     SweepConfig,
     TrainingConfig,
     nearest,
@@ -21,8 +23,16 @@ from finetune.config import (
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cuda", "cpu")
-METHODS = ("lora",)
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+# Each method with the settings of `lora` that it has a use for.
+METHODS = {
+    "lora": tuple(field.name for field in fields(LoraConfig)),
+    "adalora": ("r", "alpha", "dropout", "target_modules"),
+    "ia3": (),
+    "prefix_tuning": (),
+    "prompt_tuning": (),
+    "full": (),
+}
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
 SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
@@ -34,7 +44,7 @@ def find_problems(config: Config) -> list[str]:
     return [
         *_one_of("model.quantization", config.model.quantization, QUANTIZATIONS),
         *_one_of("model.dtype", config.model.dtype, DTYPES),
-        *_one_of("peft.method", config.peft.method, METHODS),
+        *_method_problems(config),
         *_lora_problems(config.lora),
         *_optimizer_problems(config.optimizer),
         *_data_problems(config.data),
@@ -42,6 +52,34 @@ def find_problems(config: Config) -> list[str]:
         *_evaluation_problems(config.evaluation),
         *_sweep_problems(config.sweep),
     ]
+
+
+def _method_problems(config: Config) -> Iterator[str]:
+    """Yield what a method cannot do, and settings that would do nothing with it."""
+    method, tokens = config.peft.method, config.peft.num_virtual_tokens
+    yield from _one_of("peft.method", method, tuple(METHODS))
+    yield from _at_least("peft.num_virtual_tokens", tokens, 1)
+    for setting in fields(LoraConfig):
+        value, default = (getattr(lora, setting.name) for lora in (config.lora, LoraConfig()))
+        if value != default and setting.name not in METHODS.get(method, (setting.name,)):
+            yield f"lora.{setting.name} is {value}, which peft.method={method} has no use for"
+    if tokens != PeftConfig().num_virtual_tokens and not config.peft.is_prompt_learning:
+        yield f"peft.num_virtual_tokens is {tokens}, which peft.method={method} has no use for"
+    if method == "full" and config.model.quantization != "none":
+        yield (
+            f"model.quantization is {config.model.quantization}; its weights cannot be trained "
+            "themselves: set model.quantization=none, or an adapter such as peft=lora"
+        )
+    if method == "prefix_tuning" and config.training.gradient_checkpointing:
+        yield (
+            "training.gradient_checkpointing is true; recomputing loses the prefix: set it to "
+            "false, or use peft=prompt_tuning"
+        )
+    if config.model.adapter is not None and not config.training.is_skipped:
+        yield (
+            f"model.adapter is {config.model.adapter}; a saved adapter is evaluated as it is: set "
+            "training=none"
+        )
 
 
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:
@@ -86,7 +124,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def _training_problems(training: TrainingConfig) -> Iterator[str]:
     if not training.epochs > 0:
         yield f"training.epochs is {training.epochs}; it must be above 0"
-    yield from _at_least("training.max_steps", training.max_steps, 1)
+    yield from _at_least("training.max_steps", training.max_steps, 0)
     yield from _at_least("training.max_length", training.max_length, 2)
     for name in (
         "batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints",

@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +83,19 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Status:
     """What `status.json` says of a run; times are seconds since the epoch."""
@@ -124,6 +139,11 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The whole tuned model, where all its weights were trained."""
+        return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import evaluation, models
@@ -47,6 +48,8 @@ def build_scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Sco
     """
     tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
     base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
+    if config.training.is_skipped and config.model.adapter is None:
+        return [base]  # it stands alone
     return [tuned, base] if config.evaluation.base else [tuned]
 
 
@@ -90,7 +93,7 @@ class Scorer:
     def score(
         self,
         tasks: list[LoadedTask],
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Compute the scores that are not stored yet."""
@@ -145,9 +148,9 @@ def tell_scores(
             told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
         prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
         events.metrics({f"{prefix}{key}": value for key, value in told.items()}, 0)
-    for path, into in (("adapter", "adapter"), ("evaluation", "evaluation")):
+    for path in ("adapter", "model", "evaluation"):
         if (folder.path / path).exists():
-            events.artifact(path, into)
+            events.artifact(path, path)
 
 
 def is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from finetune.adapters import base_of
 from finetune.block_attention import find_obstacle
 
 NAME = "finetune_sequences"
@@ -83,16 +85,18 @@ def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(bounds)])[None]
 
 
-def find_layout_problem(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str | None:
+def find_layout_problem(
+    model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]]
+) -> str | None:
     """Return why sequences cannot be laid end to end; None where the model answers as it should.
 
     Its logits for the longest row behind the shortest are compared with those for it alone.
 
     Args:
-        base: the model, in evaluation mode.
+        model: the model, in evaluation mode.
         rows: the tokens of all sequences that it will see; at least one.
     """
-    obstacle = find_obstacle(base, max(map(len, rows)))
+    obstacle, base = find_obstacle(model, max(map(len, rows))), base_of(model)
     if obstacle is not None:
         return obstacle
     ordered = sorted(rows, key=len)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 ALIAS = "champion"
 
 
-def register_champion(client: MlflowClient, name: str, run_id: str) -> None:
-    """Register a run's adapter as the sweep's model and call it champion, once."""
+def register_champion(client: MlflowClient, name: str, run_id: str, artifact: str) -> None:
+    """Register a run's adapter, or whole model, as the sweep's and call it champion, once."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -30,7 +30,8 @@ def register_champion(client: MlflowClient, name: str, run_id: str) -> None:
             raise
     versions = client.search_model_versions(f"name = '{name}'")
     known = next((v.version for v in versions if v.run_id == run_id), None)
-    version = known or client.create_model_version(name, f"runs:/{run_id}/adapter", run_id).version
+    source = f"runs:/{run_id}/{artifact}"
+    version = known or client.create_model_version(name, source, run_id).version
     client.set_registered_model_alias(name, ALIAS, str(version))
 
 

@@ -318,6 +318,8 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
         return Point(job, run, "diverged, left as it is", left="diverged")
     if status is not None and status.state == "failed" and not job.config.sweep.retry_failed:
         return Point(job, run, "failed, left as it is", left="failed")
+    if job.config.training.is_skipped:
+        return Point(job, run, "to be evaluated")
     if run.read_json("training.json") is not None:
         return Point(job, run, "trained, to be evaluated")
     step = newest_step(run.checkpoints)

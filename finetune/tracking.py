@@ -236,7 +236,9 @@ def send(mirror: Mirror, path: Path, names: Sequence[str]) -> int:
         mirror.view = save_view(client, mirror.run_id, mirror.name, mirror.swept, mirror.metrics)
     champion = mirror.children.get(mirror.champion or "")
     if champion is not None and champion.run_id is not None:
-        register_champion(client, mirror.name, champion.run_id)
+        for artifact in ("adapter", "model"):
+            if (Path(champion.path) / artifact).exists():
+                register_champion(client, mirror.name, champion.run_id, artifact)
     mirror.save(path)
     return num_events
 

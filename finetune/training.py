@@ -1,4 +1,4 @@
-"""Train one adapter: TRL's SFTTrainer on our own rows, with the head only where there is a label.
+"""Train one model: TRL's SFTTrainer on our own rows, with the head only where there is a label.
 
 Sequences of a micro-batch lie end to end without padding (axes: batch 1, token, vocabulary).
 """
@@ -17,13 +17,30 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from peft import AdaLoraModel, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune.adapters import num_trainable
+from finetune.adapters import (
+    base_of,
+    load_rank_state,
+    num_prepended,
+    num_trainable,
+    orthogonality,
+    rank_state,
+    ranks,
+)
 from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import IGNORED, Example, Examples
@@ -40,6 +57,8 @@ from finetune.steps import (
 )
 
 log = logging.getLogger("finetune")
+
+TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 
 
 @dataclass(frozen=True)
@@ -83,13 +102,13 @@ def find_precision_problems(precision: Precision) -> list[str]:
 
 
 def train(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     arguments: SFTConfig,
     events: EventLog,
 ) -> TrainResult:
-    """Train the adapter in place and leave the model as it was but for it.
+    """Train in place all that wants a gradient, and leave the model as it was but for that.
 
     Goes on from the newest whole checkpoint in `arguments.output_dir`, if there is one.
 
@@ -100,9 +119,7 @@ def train(
     checkpoint = find_newest(Path(str(arguments.output_dir)))
     signals = StopSignals()
     watch = StepWatch(events, signals, sum(len(e["input_ids"]) for e in examples.train))
-    base = cast(PreTrainedModel, model.get_base_model())
-    rows = [example["input_ids"] for example in (*examples.train, *examples.validation)]
-    problem = find_layout_problem(base, rows)
+    problem = find_layout_problem(model, [example["input_ids"] for example in examples.all])
     if problem is not None:
         log.info("batches are padded: %s", problem)
     arguments.padding_free = problem is None
@@ -118,9 +135,6 @@ def train(
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # TRL makes them bf16 on a quantised base
-                parameter.data = parameter.data.float()
         if checkpoint is not None:
             log_resume(checkpoint)
             trainer.seconds_before = checkpoint.seconds
@@ -195,9 +209,15 @@ class LabelTrainer(SFTTrainer):
         super().__init__(*args, **given)
         self.seconds_before = 0.0  # that an interrupted training took already
         self._started = time.monotonic()
-        base = cast(PreTrainedModel, cast(PeftModel, self.model).get_base_model())
-        self._attention = SequenceAttention(base)
-        self._losses = LabelLoss(base)
+        trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
+        self.trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+        for parameter in self.trained.values():  # TRL makes them bf16 on a quantised base
+            parameter.data = parameter.data.float()
+        self._ranks = ranks(trainee)
+        if self._ranks is not None:
+            self.add_callback(RankSchedule(self._ranks))
+        self._attention = SequenceAttention(base_of(trainee))
+        self._losses = LabelLoss(base_of(trainee))
 
     @contextmanager
     def laid_out(self) -> Iterator[None]:
@@ -216,7 +236,10 @@ class LabelTrainer(SFTTrainer):
         """Write what a resume needs, whole or not at all, in place of the Trainer's own way."""
 
         def fill(folder: Path) -> None:
-            self.accelerator.unwrap_model(model).save_pretrained(str(folder))
+            tensors = {name: p.detach().contiguous() for name, p in self.trained.items()}
+            save_file(tensors, folder / TRAINED)
+            if self._ranks is not None:
+                torch.save(rank_state(self._ranks), folder / RANKS)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
@@ -225,6 +248,18 @@ class LabelTrainer(SFTTrainer):
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         keep = self.args.save_total_limit or 1
         write_checkpoint(folder, step, self.seconds(), fill, keep=keep)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Put back what `_save_checkpoint` wrote; PEFT would cut off AdaLoRA's idle ranks."""
+        folder = Path(resume_from_checkpoint)
+        saved = load_file(folder / TRAINED)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(saved[name])
+        if self._ranks is not None:
+            load_rank_state(self._ranks, torch.load(folder / RANKS, weights_only=True))
 
     def compute_loss(
         self,
@@ -238,8 +273,9 @@ class LabelTrainer(SFTTrainer):
         if self.padding_free:
             starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
             self._attention.lay_out([*starts, inputs["input_ids"].shape[1]])
-        # What each place predicts; the last one of a row predicts nothing.
-        predicted = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+        # What each place predicts, learned tokens included; the last one of a row predicts nothing.
+        labels = F.pad(inputs["labels"], (num_prepended(self._trainee), 1), value=IGNORED)
+        predicted = labels[:, 1:].flatten()
         rows = (predicted != IGNORED).nonzero()[:, 0]
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         weights = torch.ones(len(rows), device=rows.device) / count
@@ -257,13 +293,29 @@ class LabelTrainer(SFTTrainer):
         if self.aux_loss_enabled:  # a mixture of experts' own, a mean over its micro-batches
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs[0].aux_loss / steps
+        if self._ranks is not None and model.training:
+            # It steers the matrices and is no part of the loss that runs are compared by.
+            steer = orthogonality(self._ranks) / self.current_gradient_accumulation_steps
+            loss = loss + steer - steer.detach()
         return loss
 
 
+class RankSchedule(TrainerCallback):
+    """Let AdaLoRA shift its ranks after every step, while the gradients are still there."""
+
+    def __init__(self, tuner: AdaLoraModel) -> None:
+        self._tuner = tuner
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._tuner.update_and_allocate(state.global_step)
+
+
 @contextmanager
-def _base_restored(model: PeftModel) -> Iterator[None]:
+def _base_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Take off the base, at the end, what TRL and the Trainer put onto it."""
-    base = cast(PreTrainedModel, model.get_base_model())
+    base = base_of(model)
     config = base.config.get_text_config()
     before = {
         name: value

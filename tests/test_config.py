@@ -51,7 +51,7 @@ def test_the_defaults_have_no_problem() -> None:
         ("data.validation_fraction", 1.0),
         ("data.prompt_template", "alpacca"),
         ("training.epochs", 0.0),
-        ("training.max_steps", 0),
+        ("training.max_steps", -1),
         ("training.batch_size", 0),
         ("evaluation.batch_tokens", 0),
         ("evaluation.dtype", "fp8"),

@@ -37,7 +37,7 @@ def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
     config = mistral("none")
     shape = find_shape(config.model)
     assert shape.num_linear + shape.num_other == 7_241_732_096
-    assert memory.num_adapter_parameters(config, shape) == 41_943_040
+    assert memory.num_trained(config, shape) == 41_943_040
     assert estimate(config, shape, CARD).weights == 2 * 7_241_732_096
     four_bit = estimate(mistral("nf4"), shape, CARD).weights / GIB
     assert 3.6 < four_bit < 4.1

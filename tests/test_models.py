@@ -112,7 +112,9 @@ def test_targets_are_checked_one_by_one_against_the_model() -> None:
 def test_4bit_training_gradients_survive_an_evaluation() -> None:
     """Bitsandbytes repacks weights at an eval-mode forward on some CPUs; here it must not."""
     nf4 = ModelConfig(path="random://tiny", quantization="nf4")
-    model = adapters.attach(load_base(nf4, find_model(nf4), CPU), LoraConfig(r=4), seed=0)
+    model = adapters.attach(
+        load_base(nf4, find_model(nf4), CPU), adapters.lora_settings(LoraConfig(r=4)), 0
+    )
     ids = torch.arange(20)[None]
 
     def gradient() -> torch.Tensor:

@@ -100,7 +100,7 @@ def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, to
     """Train one run on the path of the other methods."""
     run, base = RunFolder(folder), load()
     one = spec(run, setting)
-    adapted = adapters.attach(base, one.lora, one.arguments.seed)
+    adapted = adapters.attach(base, adapters.lora_settings(one.lora), one.arguments.seed)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     one.events.close()

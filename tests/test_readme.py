@@ -12,6 +12,7 @@ import pytest
 
 from finetune.config import Config, conf_dir, register
 from finetune.overrides import find_override_problems
+from tests.test_methods import render_matrix
 
 register()
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,11 @@ def test_the_table_names_every_option_and_setting() -> None:
         for key in fields(getattr(Config(), section.name)):
             if key.name != "trust_remote_code":
                 assert key.name in rows[0], f"{section.name}.{key.name}"
+
+
+def test_the_table_of_methods_is_that_of_the_tests() -> None:
+    """What runs where is what is tested."""
+    assert render_matrix() in README
 
 
 def test_it_is_short() -> None:

@@ -38,9 +38,10 @@ def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list
     settings = TrainingConfig(
         batch_size=4, gradient_accumulation_steps=2, **changes.pop("training", {})
     )
+    lora = LoraConfig(r=4, **changes.pop("lora", {}))
     optimizer = OptimizerConfig(weight_decay=0.01, **changes.pop("optimizer", {}))
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
-    adapted = adapters.attach(model, LoraConfig(r=4, **changes.pop("lora", {})), settings.seed)
+    adapted = adapters.attach(model, adapters.lora_settings(lora), settings.seed)
     run = RunFolder(folder)
     examples = Examples(random_examples(40), changes.pop("validation", []), RowCounts())
     arguments = training.build_arguments(
@@ -64,7 +65,7 @@ def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
     """Twenty steps with accumulation, clipping and weight decay: within 1e-4 of stock TRL."""
     ours, result, losses = train(tmp_path / "ours", training={"epochs": 4})
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
-    theirs = adapters.attach(model, LoraConfig(r=4), 42)
+    theirs = adapters.attach(model, adapters.lora_settings(LoraConfig(r=4)), 42)
     stock = SFTTrainer(
         model=theirs,
         args=SFTConfig(

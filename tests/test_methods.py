@@ -1,0 +1,328 @@
+"""Every way of fine-tuning, on every kind of base: trained, resumed, saved, scored on one path."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune import adapters, memory, models, pipeline, training
+from finetune.adapter_training import num_steps
+from finetune.config import (
+    Config,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PeftConfig,
+    TrainingConfig,
+)
+from finetune.data import Examples, RowCounts
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.ranges import METHODS, find_problems
+from finetune.run_folder import EventLog, Job, RunFolder, read_events
+from tests.test_training import random_examples
+
+TINY = ModelConfig(path="random://tiny")
+CPU = training.Precision(torch.device("cpu"), torch.float32)
+LORA = LoraConfig(r=4, alpha=8)
+TRAINED_BY_TRL = [name for name in METHODS if name != "lora"]
+IDS = torch.arange(3, 33)[None]
+# The README's table is made of this: a method, a quantisation, and where it runs.
+ON_QUANTISED = [name for name in METHODS if name != "full"]
+MATRIX = [
+    *((method, "none", "CPU, CUDA") for method in METHODS),
+    *((m, q, "CPU, CUDA") for q in ("nf4", "fp4", "int8") for m in ON_QUANTISED),
+]
+
+
+def render_matrix() -> str:
+    """Return the README's table of what runs where."""
+    quantisations = list(dict.fromkeys(quantization for _, quantization, _ in MATRIX))
+    places = {(method, quantization): where for method, quantization, where in MATRIX}
+    rows = [
+        f"| {' | '.join([method, *(places.get((method, q), '') for q in quantisations)])} |"
+        for method in METHODS
+    ]
+    first, *others = quantisations
+    head = f"| `peft.method` | `model.quantization` {first} | {' | '.join(others)} |"
+    rule = "|---" * (len(quantisations) + 1) + "|"
+    return "\n".join([head, rule, *(row.replace("|  |", "| |") for row in rows)]).replace(
+        "|  |", "| |"
+    )
+
+
+def fresh(method: str, steps: int = 1) -> PreTrainedModel | PeftModel:
+    """Return the tiny model with what the method trains, as the pipeline makes it."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    if method == "full":
+        return base.requires_grad_(True)
+    settings = adapters.build_settings(PeftConfig(method, 5), LORA, steps)
+    return adapters.attach(base, settings, 42)
+
+
+def spec(folder: Path, **changes: Any) -> tuple[Examples, Any, EventLog]:
+    """Return rows, arguments and events of a short training."""
+    given = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 3.0, **changes}
+    examples = Examples(random_examples(40), [], RowCounts())
+    run = RunFolder(folder)
+    arguments = training.build_arguments(
+        run, OptimizerConfig(lr=3e-2), TrainingConfig(**given), CPU, validate=False
+    )
+    return examples, arguments, EventLog(run.events)
+
+
+def train(method: str, folder: Path, **changes: Any) -> tuple[Any, list[float]]:
+    """Train the tiny model; return it and the loss of each step."""
+    examples, arguments, events = spec(folder, **changes)
+    model = fresh(method, num_steps(len(examples.train), arguments))
+    try:
+        training.train(model, load_tokenizer(TINY, find_model(TINY)), examples, arguments, events)
+    finally:
+        events.close()
+    log = read_events(folder / "events.jsonl")
+    return model, [event["value"] for event in log if event.get("key") == "train/loss"]
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", ["ia3", "prefix_tuning", "prompt_tuning", "full"])
+def test_losses_and_weights_equal_stock_sfttrainer(tmp_path: Path, method: str) -> None:
+    """Fifteen steps, with accumulation and clipping: within 1e-4 of stock TRL."""
+    ours, losses = train(method, tmp_path / "ours")
+    examples, arguments, events = spec(tmp_path / "stock")
+    events.close()
+    arguments.save_strategy = "no"
+    theirs = fresh(method)
+    stock = SFTTrainer(
+        model=theirs,
+        args=arguments,
+        train_dataset=Dataset.from_list([dict(example) for example in examples.train]),
+        processing_class=load_tokenizer(TINY, find_model(TINY)),
+    )
+    stock.train()
+    expected = [entry["loss"] for entry in stock.state.log_history if "loss" in entry]
+    assert len(losses) == 15
+    assert losses == pytest.approx(expected, abs=1e-4)
+    mine, other = trained(ours), trained(theirs)
+    assert max((mine[name] - other[name]).abs().max() for name in mine) < 1e-4
+
+
+@pytest.mark.parametrize("method", TRAINED_BY_TRL)
+def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: str) -> None:
+    """The loss falls; what is saved answers as what was trained; the base is bit for bit itself."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    expected = base(input_ids=IDS).logits
+    model, losses = train(method, tmp_path)
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.01
+    learned = model(input_ids=IDS).logits
+    if method == "full":
+        tokenizer = load_tokenizer(TINY, find_model(TINY))
+        models.save_tuned(model, torch.float32, tokenizer, tmp_path / "saved")
+        again: Any = load_base(
+            replace(TINY, path=str(tmp_path / "saved")),
+            models.Source(str(tmp_path / "saved"), ""),
+            torch.device("cpu"),
+        )
+    else:
+        adapters.save(model, tmp_path / "saved")
+        adapters.take_off(model)
+        plain = adapters.base_of(model)
+        assert torch.equal(plain(input_ids=IDS).logits, expected)
+        again = adapters.load(plain, tmp_path / "saved")
+    torch.testing.assert_close(again(input_ids=IDS).logits, learned, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", TRAINED_BY_TRL)
+def test_a_resumed_training_is_the_uninterrupted_one(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 7 with a checkpoint of step 6: the same bits, AdaLoRA's ranks included."""
+    whole, losses = train(method, tmp_path / "whole")
+    record = EventLog.metrics
+
+    def stop_at_eight(self: EventLog, values: Any, step: int) -> None:
+        if step == 8:
+            raise RuntimeError("the test says so")
+        record(self, values, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EventLog, "metrics", stop_at_eight)
+        with pytest.raises(RuntimeError, match="the test says so"):
+            train(method, tmp_path / "other", checkpoint_every=3)
+    resumed, rest = train(method, tmp_path / "other", checkpoint_every=3)
+    assert rest == losses
+    mine, other = trained(whole), trained(resumed)
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_adalora_ends_with_the_ranks_that_were_asked_for(tmp_path: Path) -> None:
+    """It begins with half as many again, and hands out `lora.r` a layer on average."""
+    model, _ = train("adalora", tmp_path)
+    pattern = model.peft_config["default"].rank_pattern
+    kept = [sum(ranks) for ranks in pattern.values()]
+    assert sum(kept) / len(kept) == pytest.approx(LORA.r, abs=0.5)
+    assert len(set(kept)) > 1  # and not the same everywhere
+    adapters.save(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert (saved["init_r"], saved["target_r"], saved["total_step"]) == (6, 4, 15)
+
+
+def test_the_regulariser_of_adalora_is_pefts() -> None:
+    """Our loss is computed behind the model, so that PEFT's own addition is not there."""
+    model = fresh("adalora")
+    tuner = adapters.ranks(model)
+    assert tuner is not None
+    with torch.no_grad():
+        with_it = model(input_ids=IDS, labels=IDS).loss
+        without = tuner.model(input_ids=IDS, labels=IDS).loss
+        added = adapters.orthogonality(tuner)
+    assert float(added) == pytest.approx(float(with_it - without), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_parameters_are_counted_before_the_start(method: str) -> None:
+    """The estimate's count is that of what training changes."""
+    config = Config(model=TINY, peft=PeftConfig(method, 5), lora=LORA)
+    expected = adapters.num_trainable(fresh(method))
+    assert memory.num_trained(config, memory.find_shape(TINY)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peft": PeftConfig("ia3"), "lora": LoraConfig(r=8)},
+            "lora.r is 8, which peft.method=ia3",
+        ),
+        (
+            {"peft": PeftConfig("adalora"), "lora": LoraConfig(use_dora=True)},
+            "lora.use_dora is True",
+        ),
+        ({"peft": PeftConfig("lora", 30)}, "peft.num_virtual_tokens is 30"),
+        ({"peft": PeftConfig("prompt_tuning", 0)}, "peft.num_virtual_tokens is 0"),
+        ({"peft": PeftConfig("full"), "model": ModelConfig(quantization="nf4")}, "peft=lora"),
+        (
+            {
+                "peft": PeftConfig("prefix_tuning"),
+                "training": TrainingConfig(gradient_checkpointing=True),
+            },
+            "use peft=prompt_tuning",
+        ),
+        ({"peft": PeftConfig("lorra")}, "did you mean 'lora'?"),
+        ({"model": ModelConfig(adapter="somewhere")}, "set training=none"),
+    ],
+)
+def test_a_setting_without_use_is_refused(changes: dict[str, Any], message: str) -> None:
+    """One line says which method has no use for it."""
+    config = replace(Config(), **changes)
+    config.data.path = "rows.jsonl"
+    (problem,) = find_problems(config)
+    assert message in problem
+
+
+def test_ia3_names_the_models_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT knows its layers by the model's type only."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    assert adapters.find_problems(base, PeftConfig("ia3"), LORA) == []
+    monkeypatch.setattr(base.config, "model_type", "unheard_of")
+    (problem,) = adapters.find_problems(base, PeftConfig("ia3"), LORA)
+    assert "not known for a unheard_of model" in problem
+
+
+def run_all(tmp_path: Path, config: Config) -> RunFolder:
+    """Run a config whole, in this process, and return its folder."""
+    config.output_dir = str(tmp_path)
+    config.data.path = "package://finetune/demo/rows.jsonl"
+    config.data.num_examples, config.training.max_length = 8, 400
+    config.evaluation.limit = 8
+    job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
+    assert pipeline.run([job]) == ["finished"]
+    (status,) = tmp_path.glob("*/status.json")
+    return RunFolder(status.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("method", "quantization", "where"), MATRIX)
+def test_a_method_runs_on_a_base(
+    tmp_path: Path, method: str, quantization: str, where: str
+) -> None:
+    """From the config to scores of base and tuned model, on the CPU."""
+    assert "CPU" in where
+    model = ModelConfig(path="random://tiny", quantization=quantization)
+    run = run_all(tmp_path, Config(model=model, peft=PeftConfig(method, 5)))
+    scores = run.read_json("evaluation/demo_science.json")
+    assert scores["tuned"]["num_questions"] == scores["base"]["num_questions"] == 8
+    assert run.read_json("training.json")["num_trainable_parameters"] > 0
+    by = "plain" if PeftConfig(method).is_prompt_learning else "shared"
+    assert scores["tuned"]["scoring"]["path"] == by
+    assert (run.model if method == "full" else run.adapter).is_dir()
+    pipeline._loaded_base.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("method", "quantization", "where"), MATRIX)
+def test_a_method_runs_on_a_base_on_cuda(
+    tmp_path: Path, method: str, quantization: str, where: str
+) -> None:
+    """The same on a CUDA device."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    assert "CUDA" in where
+    model = ModelConfig(path="random://tiny", quantization=quantization)
+    config = Config(model=model, peft=PeftConfig(method, 5))
+    config.training.device = "cuda"
+    assert run_all(tmp_path, config).read_json("training.json")["steps"] > 0
+    pipeline._loaded_base.cache_clear()
+
+
+def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
+    """training=none scores the adapter that it is given exactly as the run that trained it did."""
+    first = run_all(tmp_path / "first", Config(model=replace(TINY)))
+    config = Config(model=replace(TINY, adapter=str(first.adapter)))
+    config.training.max_steps = 0
+    second = run_all(tmp_path / "second", config)
+    assert second.name.startswith("tiny-adapter-")
+    assert second.read_json("training.json") is None
+    for side in ("base", "tuned"):
+        one, other = (
+            run.read_json("evaluation/demo_science.json")[side]["metrics"]
+            for run in (first, second)
+        )
+        assert one == other
+    items = [(r.evaluation / "demo_science.items.jsonl").read_text() for r in (first, second)]
+    assert items[0] == items[1]
+    pipeline._loaded_base.cache_clear()
+
+
+def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    """Without an adapter there is nothing beside the model: its scores are the base's."""
+    config = Config(model=replace(TINY))
+    config.training.max_steps = 0
+    scores = run_all(tmp_path, config).read_json("evaluation/demo_science.json")
+    assert list(scores) == ["tuned"]
+    pipeline._loaded_base.cache_clear()
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+    """What was looked for, and where."""
+    with pytest.raises(FileNotFoundError, match=r"there is no .*adapter_config\.json"):
+        adapters.saved_digest(tmp_path)
+
+
+def test_a_prefix_needs_no_place_in_the_row() -> None:
+    """Only prompt tuning's tokens stand in front of the others where logits are counted."""
+    settings = {name: fresh(name) for name in ("prefix_tuning", "prompt_tuning", "lora")}
+    prepended = {name: adapters.num_prepended(model) for name, model in settings.items()}
+    assert prepended == {"prefix_tuning": 0, "prompt_tuning": 5, "lora": 0}
