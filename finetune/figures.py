@@ -38,10 +38,11 @@ def draw_figures(results: Results) -> dict[str, Path]:
             _save(drawn, folder / "grid.png", name, 3.6, draw)
     if any(run.events.exists() for run in results.runs):
         _save(drawn, folder / "loss.png", "Training loss", 3.6, lambda a: _losses(a, results))
-    if metric and len(scored) > 1:
+    trained = [row for row in scored if row["train_seconds"] is not None]
+    if metric and len(trained) > 1:
         _save(
             drawn, folder / "cost.png", f"Training time against {metric}",
-            3.6, lambda axes: _cost(axes, results, metric, scored),
+            3.6, lambda axes: _cost(axes, results, metric, trained),
         )  # fmt: skip
     return drawn
 

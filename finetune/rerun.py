@@ -101,15 +101,14 @@ def compare_runs(before: RunFolder, after: RunFolder) -> tuple[str, str | None]:
         return "different", f"{len(losses[0])} steps became {len(losses[1])}"
     apart = [step for step in losses[0] if losses[0][step] != losses[1][step]]
     flips, questions = _flips(before, after)
-    adapters = [run.adapter / "adapter_model.safetensors" for run in (before, after)]
-    same_adapter = file_digest(adapters[0]) == file_digest(adapters[1])
-    if not apart and not flips and same_adapter:
+    weights = [[file_digest(path) for path in run.weights()] for run in (before, after)]
+    if not apart and not flips and weights[0] == weights[1]:
         return "identical", None
     if apart:
         step = apart[0]
         first = f"the loss of step {step} was {losses[0][step]:.6g}, is {losses[1][step]:.6g}"
     else:
-        first = f"{flips} of {questions} answers" if flips else "the adapter's last bits"
+        first = f"{flips} of {questions} answers" if flips else "the weights' last bits"
     close = all(
         abs(losses[0][step] - losses[1][step]) <= LOSS_TOLERANCE * max(1.0, abs(losses[0][step]))
         for step in apart

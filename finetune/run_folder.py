@@ -145,6 +145,10 @@ class RunFolder:
         """The whole tuned model, where all its weights were trained."""
         return self.path / "model"
 
+    def weights(self) -> list[Path]:
+        """Return the files of what was trained, adapter or model, in order."""
+        return sorted(p for f in (self.adapter, self.model) for p in f.glob("*.safetensors"))
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
