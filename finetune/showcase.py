@@ -100,6 +100,7 @@ def _state(sweep: str, swept: Sequence[str], metrics: Sequence[str]) -> dict[str
             {**chart, **common, "uuid": f"chart-{number}"} for number, chart in enumerate(charts)
         ],
         "compareRunSections": sections,
+        "isAccordionReordered": True,  # else the sections that the UI adds come first
     }
 
 
