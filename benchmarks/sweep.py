@@ -1,11 +1,12 @@
 """Measure a whole sweep against stock scripts: three ranks times three learning rates.
 
-    python benchmarks/sweep.py [--quick] [--data FOLDER]
+    python benchmarks/sweep.py [--quick] [--data FOLDER] [--device cuda]
 
 Stock is one process a point, as a script would do it: SFTTrainer, then lm-eval's HFLM on the base
 and on the tuned model. Ours is one command. Same rows, same questions, one thread each; prints
 both times and scores, and at the end one JSON object; a ratio above 1 means that ours is faster.
-FOLDER holds alpaca_999.jsonl and arc_easy_test.jsonl; without it the demo's are used.
+FOLDER holds alpaca_999.jsonl and arc_easy_test.jsonl; without it the demo's are used. On CUDA the
+model has random weights and the shape of Mistral-7B, in 4-bit.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
     from finetune import data, training
     from finetune.config import build_config, conf_dir, register
     from finetune.evaluation import load_task, score
+    from finetune.identity import find_precision
     from finetune.models import find_model, load_base, load_tokenizer
     from finetune.run_folder import RunFolder
     from finetune.scoring import PLAIN_BATCH_SIZE, Scoring
@@ -62,8 +64,8 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = build_config(compose("config", overrides))
-    source = find_model(config.model)
-    base = load_base(config.model, source, torch.device("cpu"))
+    source, precision = find_model(config.model), find_precision(config)
+    base = load_base(config.model, source, precision.device)
     tokenizer = load_tokenizer(config.model, source)
     sources = data.read_sources(data.find_sources(config.data))
     examples = data.build_examples(sources, config.data, config.training, tokenizer)
@@ -84,7 +86,6 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
             task_type="CAUSAL_LM",
         ),
     )
-    precision = training.Precision(torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         given = training.build_arguments(
             RunFolder(Path(folder)), config.optimizer, config.training, precision, validate=False
@@ -101,6 +102,20 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
     return {"base_acc": before["acc"], "acc": after["acc"], "acc_norm": after["acc_norm"]}
 
 
+def write_cuda_model(folder: Path) -> list[str]:
+    """Write the model that a CUDA card is measured on, with the default's tokenizer."""
+    import torch
+
+    from benchmarks.mistral_shaped import write_mistral_shaped
+    from finetune.config import ModelConfig
+    from finetune.models import find_model, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
+    write_mistral_shaped(folder, torch.device("cuda", 0), vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return [f"model.path={folder}", "model.quantization=nf4", "training.device=cuda"]
+
+
 def main() -> None:
     """Run nine scripts and one sweep; or, for a process of the former, one script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,15 +123,22 @@ def main() -> None:
         "--quick", action="store_true", help="two ranks only, fewer rows: two minutes"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of rows and questions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--script", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.script:
         print(json.dumps(run_stock(json.loads(given.script))))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_cuda_model(Path(folder)) if given.device == "cuda" else []
+        measure([*settings(given.data.resolve(), given.quick), *model], given.quick)
+
+
+def measure(common: list[str], quick: bool) -> None:
+    """Run both sides and print what they took and came to."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ranks = ["4", "8"] if given.quick else ["4", "8", "16"]
-    rates = ["1e-4"] if given.quick else ["1e-4", "3e-4", "1e-3"]
-    common = settings(given.data.resolve(), given.quick)
+    ranks = ["4", "8"] if quick else ["4", "8", "16"]
+    rates = ["1e-4"] if quick else ["1e-4", "3e-4", "1e-3"]
     started, stock = time.perf_counter(), {}
     for rank, rate in product(ranks, rates):
         point = json.dumps([*common, f"lora.r={rank}", f"optimizer.lr={rate}"])
@@ -147,6 +169,9 @@ def main() -> None:
         pairs = [(theirs[name], mine[name]) for name in theirs]
         worst = max(worst, *(abs(a - b) for a, b in pairs))
         print(f"{', '.join(place):12}", *(f"  {a:9.4f} {b:9.4f}" for a, b in pairs))
+    for row in rows.values():
+        speed, peak = float(row["tokens_per_second"]), float(row["peak_memory_gib"])
+        print(f"ours: {row['run']}: {speed:.0f} tokens/s, {peak:.2f} GiB at most")
     print(
         f"stock {stock_seconds:.0f} s, ours {seconds:.0f} s; scores differ by at most {worst:.4f}"
     )

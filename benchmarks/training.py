@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from benchmarks.mistral_shaped import write_mistral_shaped
 from finetune import adapters, steps, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
@@ -96,12 +97,8 @@ def load(kind: str, device: torch.device) -> PreTrainedModel:
 
 def _mistral_shaped(device: torch.device) -> PreTrainedModel:
     """Build a model of Mistral-7B's shape with random weights in 4-bit, layer by layer."""
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        AutoModelForCausalLM.from_config(MistralConfig()).save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
-        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        write_mistral_shaped(Path(folder), device)
         quantised = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -1,4 +1,4 @@
-"""The training benchmark on a CUDA card, on a model of the shape of Mistral-7B."""
+"""The benchmarks on a CUDA card, on a model of the shape of Mistral-7B."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.mistral_shaped import write_mistral_shaped
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +29,26 @@ def test_the_reference_batch_is_measured_on_cuda() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert found[0]["what"] == "8 x 4 rows, nf4-bf16"
     assert all(comparison["equal"] for comparison in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+def test_a_sweep_is_measured_on_cuda() -> None:
+    """Nine stock scripts against one command, with tokens a second and peak memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    command = [sys.executable, "benchmarks/sweep.py", "--quick", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GiB at most" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["ratio"] > 0
+
+
+def test_the_model_for_cuda_has_the_shape_it_is_given(tmp_path: Path) -> None:
+    """It is written in bf16 and loads; here with sizes that a CPU takes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    write_mistral_shaped(tmp_path, torch.device("cpu"), **sizes, **heads)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.dtype, model.config.hidden_size) == (torch.bfloat16, 64)
+    assert torch.get_default_dtype() == torch.float32
