@@ -23,10 +23,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from finetune.config import EvaluationConfig, ModelConfig
-from finetune.evaluation import TaskScore, load_task, score
+from finetune.evaluation import TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prefix_tree import count_tokens
 from finetune.scoring import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
+from finetune.tasks import load_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROUNDS = 2  # in the second, ours goes first

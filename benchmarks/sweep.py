@@ -52,11 +52,12 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
 
     from finetune import data, training
     from finetune.config import build_config, conf_dir, register
-    from finetune.evaluation import load_task, score
+    from finetune.evaluation import score
     from finetune.identity import find_precision
     from finetune.models import find_model, load_base, load_tokenizer
     from finetune.run_folder import RunFolder
     from finetune.scoring import PLAIN_BATCH_SIZE, Scoring
+    from finetune.tasks import load_task
 
     class Stock(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         scoring = Scoring("plain", "it is measured")

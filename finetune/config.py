@@ -151,7 +151,10 @@ class EvaluationConfig:
     batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
     dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
     base: bool = True  # score the base model too
-    data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file
+    chat_template: bool = False  # ask in the turns of the tokenizer's chat template
+    fewshot_as_multiturn: bool = True  # solved examples are turns of it, too; else of one turn
+    data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file,
+    # in the hub's columns; a group's rows (mmlu) name their task in the column subject
     select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
     # split then only reports; null chooses and reports on the same questions
 

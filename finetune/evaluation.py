@@ -10,32 +10,19 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import lm_eval
-import lm_eval.api.task
-import lm_eval.utils
 import numpy as np
 import torch
 from filelock import FileLock
 from lm_eval import evaluator
-from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
-from finetune.config import EvaluationConfig, nearest
-from finetune.rows import read_file
+from finetune.config import EvaluationConfig
 from finetune.run_folder import digest, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
-
-SEED = 1234  # lm-eval's own default, for few-shot sampling among others
-STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
+from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
 
 
 @dataclass(frozen=True)
@@ -58,6 +45,7 @@ class TaskScore:
     seconds: float
     scoring: Scoring
     items: list[Item]
+    members: dict[str, dict[str, float]] = field(default_factory=dict)  # a group's tasks' metrics
 
     def describe(self) -> str:
         """Return one line for the log: what was scored, how long it took, and what to know."""
@@ -75,174 +63,6 @@ class TaskScore:
         return {**fields, "num_questions": len(self.items)}
 
 
-@dataclass(frozen=True)
-class LoadedTask:
-    """A task as lm-eval builds it: one task or a group of them, and its requests' digest."""
-
-    name: str
-    loaded: dict[str, Any]  # what TaskManager.load returns
-    digest: str  # of its definition, all its requests and the questions behind them
-    selects: bool = False  # whether it asks the questions that choose the best run
-
-    @property
-    def tasks(self) -> dict[str, Task]:
-        tasks: dict[str, Task] = self.loaded["tasks"]
-        return tasks
-
-    @property
-    def key(self) -> str:
-        """The name of its files."""
-        return f"{self.name}.select" if self.selects else self.name
-
-
-def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
-    """Return the tasks that lm-eval does not have, each with the nearest one that it has."""
-    problems = []
-    for name in evaluation.tasks:
-        if name != "demo_science" and find_task_file(name) is None:
-            known = stock_index().all_tasks
-            close = nearest(name, known).partition("Known:")[0]
-            problems.append(
-                f"evaluation.tasks: lm-eval has no task {name!r}; {close}"
-                f"`lm-eval ls tasks` lists all {len(known)}"
-            )
-    return problems
-
-
-def find_task_file(name: str) -> Path | None:
-    """Return the YAML file that defines a stock task or group.
-
-    Looks at the files whose name contains a part of the task's first: indexing all of lm-eval's
-    14,683 entries takes seconds.
-    """
-    stem = name.split("_")[0]
-    for path in sorted(STOCK_TASKS.glob(f"*{stem}*/**/*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if f"task: {name}\n" in text or f"group: {name}\n" in text:
-            return path
-    entry = stock_index().task_index.get(name)
-    return Path(entry.yaml_path) if entry is not None and entry.yaml_path else None
-
-
-@lru_cache(maxsize=1)
-def stock_index() -> TaskManager:
-    """Return lm-eval's index of all its tasks; takes some six seconds."""
-    return TaskManager()
-
-
-def load_task(name: str, evaluation: EvaluationConfig, *, selects: bool = False) -> LoadedTask:
-    """Build a task with its data and its requests, as `lm_eval.simple_evaluate` would.
-
-    Args:
-        name: an lm-eval task or group, or demo_science.
-        evaluation: shots, limit and files.
-        selects: ask the questions of `evaluation.select_split` instead of the task's own.
-
-    Raises:
-        ValueError: the task does not have that split, or it would flatter.
-    """
-    files = evaluation.data_files.get(name)
-    if name == "demo_science":
-        from finetune.demo.task import task_config
-
-        loaded = TaskManager(include_defaults=False).load([task_config()])
-    elif files:
-        loaded = TaskManager(include_defaults=False).load([_local_config(name, files)])
-    else:
-        path = find_task_file(name)
-        assert path is not None, "find_task_problems comes first"
-        manager = TaskManager(include_defaults=False, include_path=str(path.parent))
-        loaded = manager.load([name])
-    with _quick_and_quiet():
-        for task in loaded["tasks"].values():
-            _set_fewshot(task, evaluation)
-            if selects:
-                _ask_split(task, evaluation.select_split or "")
-            task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
-    told = [
-        [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
-        for task in loaded["tasks"].values()
-    ]
-    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects)
-
-
-def _definition(task: Task) -> dict[str, Any]:
-    """Return what defines a task beside its questions; where they lie is no part of it."""
-    source = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
-    return {name: value for name, value in task.dump_config().items() if name not in source}
-
-
-@contextmanager
-def _quick_and_quiet() -> Iterator[None]:
-    """Let lm-eval compile each template once instead of once a question, and show no bar for it."""
-    templates, bar = lm_eval.utils.env.from_string, lm_eval.api.task.tqdm
-    with (
-        patch.object(lm_eval.utils.env, "from_string", lru_cache(maxsize=256)(templates)),
-        patch.object(lm_eval.api.task, "tqdm", partial(bar, disable=True)),
-    ):
-        yield
-
-
-def _set_fewshot(task: Task, evaluation: EvaluationConfig) -> None:
-    """Set shots and their seed like `simple_evaluate`: a task that says 0 stays at 0."""
-    own = task.get_config("num_fewshot")
-    if evaluation.num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=evaluation.num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=SEED)
-
-
-def _ask_split(task: Task, split: str) -> None:
-    """Let a task ask the questions of other splits, joined by `+`, under its own definition."""
-    import datasets
-
-    names, have = split.split("+"), list(task.dataset)
-    key = f"evaluation.select_split={split}"
-    for name in names:
-        if name not in have:
-            raise ValueError(f"{key}: {task.task_name} has no {name!r}, only {', '.join(have)}")
-    if (task.config.test_split or task.config.validation_split) in names:
-        raise ValueError(f"{key}: {task.task_name} is reported on it; choose on another split")
-    solved = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
-    if task.config.num_fewshot and solved in names:
-        raise ValueError(
-            f"{key}: {task.task_name} takes its solved examples from {solved}; leave it out"
-        )
-    joined = datasets.concatenate_datasets([task.dataset[name] for name in names])
-    task.dataset = datasets.DatasetDict({**task.dataset, split: joined})
-    task.set_config(key="test_split", value=split)
-
-
-def _local_config(name: str, files: dict[str, str]) -> dict[str, Any]:
-    """Return the stock task with only the source of its documents replaced."""
-    path = find_task_file(name)
-    assert path is not None, "find_task_problems comes first"
-    config: dict[str, Any] = load_yaml(path)
-    for key in ("dataset_path", "dataset_name"):
-        config.pop(key, None)
-    config["custom_dataset"] = read_local
-    config["dataset_kwargs"] = {"files": dict(files)}
-    for key in ("training_split", "validation_split", "test_split"):
-        if config.get(key) not in files:
-            config[key] = None
-    if config["training_split"] is None and config["validation_split"] is None:
-        # Solved examples then come from the test split, less the question being asked.
-        config["fewshot_split"] = config["test_split"]
-    return config
-
-
-def read_local(files: dict[str, str], **_: Any) -> Any:
-    """Read split -> file into what lm-eval expects of `datasets.load_dataset`."""
-    import datasets
-
-    splits = {
-        split: datasets.Dataset.from_list([dict(row) for row in read_file(Path(file), name=file)])
-        for split, file in files.items()
-    }
-    return datasets.DatasetDict(splits)
-
-
 def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -> TaskScore:
     """Let lm-eval run one task, or one group of tasks, on the model."""
     started = time.monotonic()
@@ -252,28 +72,37 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
     torch.manual_seed(SEED)
     for one in task.tasks.values():
         one.set_fewshot_seed(seed=SEED)
-    with _quick_and_quiet():
-        results = evaluator.evaluate(lm, task.loaded, limit=evaluation.limit, log_samples=True)
+    with quick_and_quiet():
+        results = evaluator.evaluate(
+            lm, task.loaded, limit=evaluation.limit, log_samples=True, **chat_settings(evaluation)
+        )
     assert results is not None
+    shots = {results["n-shot"][name] for name in task.tasks}
     items = [item for samples in results["samples"].values() for item in _items(samples)]
     return TaskScore(
         task=task.name,
         version=str(results["versions"].get(task.name)),
-        num_fewshot=next(iter(results["n-shot"].values()), None),
+        num_fewshot=shots.pop() if len(shots) == 1 else None,
         metrics=_metrics(results["results"][task.name]),
         seconds=time.monotonic() - started,
         scoring=lm.scoring,
         items=items,
+        members={
+            name: _metrics(results["results"][name]) for name in task.tasks if name != task.name
+        },
     )
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Turn lm-eval's `acc,none` into `acc`; a filter of its own stays in the name."""
-    return {
-        key.replace(",none", "").replace(",", "_"): float(value)
-        for key, value in result.items()
-        if isinstance(value, int | float) and key != "sample_len" and "," in key
-    }
+    """Turn lm-eval's `acc,none` into `acc`; a filter of its own stays in the name, stderr last."""
+    metrics = {}
+    for key, value in result.items():
+        metric, comma, kind = key.partition(",")
+        if comma and isinstance(value, int | float):
+            error = "_stderr" if metric.endswith("_stderr") else ""
+            named = "" if kind == "none" else f"_{kind}"
+            metrics[metric.removesuffix("_stderr") + named + error] = float(value)
+    return metrics
 
 
 def _items(samples: list[dict[str, Any]]) -> list[Item]:

@@ -36,12 +36,19 @@ from finetune.identity import (
     run_folder,
 )
 from finetune.models import Source
-from finetune.preflight import load_tokenizer
 from finetune.prompts import Prompt
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
 from finetune.samples import NUM_SAMPLES, Sample, answer
-from finetune.scores import build_scorers, is_done, load_tasks, tell_scores, write_scores
+from finetune.scores import (
+    build_scorers,
+    is_done,
+    load_tasks,
+    load_tokenizer,
+    tell_scores,
+    write_scores,
+)
 from finetune.steps import Diverged
+from finetune.tasks import LoadedTask
 from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
@@ -180,8 +187,12 @@ def _tokenizer(run: ActiveRun) -> PreTrainedTokenizerBase:
     return load_tokenizer(run.config, run.inputs.source)
 
 
+def _tasks(run: ActiveRun) -> list[LoadedTask]:
+    return load_tasks(run.config, run.inputs.source)
+
+
 def _score_base(run: ActiveRun) -> None:
-    tasks = load_tasks(run.config)
+    tasks = _tasks(run)
     _, *base = build_scorers(run.config, run.inputs, run.folder)
     for scorer in base:
         if not scorer.has(tasks):
@@ -307,7 +318,7 @@ def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
 
 
 def _score_tuned(run: ActiveRun) -> None:
-    tasks, tokenizer = load_tasks(run.config), _tokenizer(run)
+    tasks, tokenizer = _tasks(run), _tokenizer(run)
     tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
     asked: list[Prompt] = []
     if tasks and beside:
@@ -327,7 +338,7 @@ def _score_tuned(run: ActiveRun) -> None:
 
 def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:
     """Write the scores that were asked for now into the run's folder; return tuned and base."""
-    tasks = load_tasks(run.config)
+    tasks = _tasks(run)
     tuned, *base = build_scorers(run.config, run.inputs, run.folder)
     scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
     write_scores(run.folder, *scores)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +52,8 @@ class Tree:
     paths: list[list[int]]  # one a sequence: the row's index of each of its tokens
 
 
-def count_shared(one: Tokens, other: Tokens) -> int:
-    """Return how many tokens two sequences begin with in common."""
+def count_shared(one: Tokens | str, other: Tokens | str) -> int:
+    """Return how many tokens, or characters, two sequences begin with in common."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # bisection, because comparing slices is fast and comparing items is not
         middle = (low + high + 1) // 2
@@ -63,9 +64,9 @@ def count_shared(one: Tokens, other: Tokens) -> int:
     return low
 
 
-def count_tokens(sequences: Sequence[Tokens]) -> int:
-    """Return how many tokens a model must at least see to have seen all the sequences."""
-    ordered = sorted(sequences)
+def count_tokens(sequences: Sequence[Tokens] | Sequence[str]) -> int:
+    """Return how many tokens, or characters, must at least be seen to have seen all sequences."""
+    ordered: list[Any] = sorted(sequences)
     shared = (count_shared(one, other) for one, other in pairwise(ordered))
     return sum(map(len, ordered)) - sum(shared)
 

@@ -9,17 +9,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from omegaconf import OmegaConf
-from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, memory, models, optimizers, training
+from finetune import adapters, data, memory, models, optimizers, tasks, training
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.grouping import most_that_pay
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
+from finetune.overrides import first_line
 from finetune.ranges import find_problems
 from finetune.run_folder import Plan
-from finetune.scores import is_done, load_tasks
+from finetune.scores import (
+    forecasts,
+    is_done,
+    load_tasks,
+    load_tokenizer,
+    loaded_tokenizer,
+)
 
 
 def prepare(config: Config) -> Plan:
@@ -50,7 +57,8 @@ def prepare(config: Config) -> Plan:
             return Plan(None, [problem])
         most = config.sweep.max_concurrent_adapters or most_that_pay(config)
         most = memory.most_adapters(config, shape, place, tokens, most)
-    return Plan(folder.path, [], finished=finished, most_together=most)
+    told = [] if finished else forecasts(config, inputs)
+    return Plan(folder.path, [], finished=finished, most_together=most, forecasts=told)
 
 
 def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place, int]:
@@ -77,7 +85,7 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
     assert isinstance(given, DataConfig)
     training = TrainingConfig(batch_size=size, max_length=length)
     read = data.read_sources(data.find_sources(given))
-    return data.longest_batch(read, given, training, _loaded_tokenizer(settings, source))
+    return data.longest_batch(read, given, training, loaded_tokenizer(settings, source))
 
 
 def _find_model_problems(config: Config) -> list[str]:
@@ -108,24 +116,29 @@ def _find_data_problems(config: Config) -> list[str]:
 
 def _find_task_problems(config: Config) -> list[str]:
     """Return what keeps a task from being asked: its name, its questions, its splits."""
-    problems = evaluation.find_task_problems(config.evaluation)
+    problems = tasks.find_task_problems(config.evaluation)
     if problems:
         return problems
+    source = None
+    if config.evaluation.chat_template:
+        try:
+            source = models.find_model(config.model)
+        except (OSError, ValueError):
+            return []  # a missing model is told by its own check
+        if load_tokenizer(config, source).chat_template is None:
+            return [
+                f"evaluation.chat_template is true; the tokenizer of {config.model.path} has no "
+                "chat template: set evaluation.chat_template=false, or take a model that has one"
+            ]
     try:
-        load_tasks(config)
+        load_tasks(config, source)
     except OSError as error:
         return [
             f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
             "of reach, name local files: +evaluation.data_files.TASK.SPLIT=FILE"
         ]
+    except ImportError as error:  # of a package that some tasks want; its text says which
+        return [f"evaluation.tasks={','.join(config.evaluation.tasks)}: {first_line(error)}"]
+    except TemplateError as error:
+        return [f"evaluation.chat_template: the template of {config.model.path} fails: {error}"]
     return []
-
-
-def load_tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
-    return _loaded_tokenizer(json.dumps(asdict(config.model)), source)
-
-
-@lru_cache(maxsize=8)
-def _loaded_tokenizer(settings: str, source: Source) -> PreTrainedTokenizerBase:
-    """Load a tokenizer once for all runs of this process; `settings` is its section as JSON."""
-    return models.load_tokenizer(ModelConfig(**json.loads(settings)), source)

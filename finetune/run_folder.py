@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ class Plan:
     problems: list[str]
     finished: bool = False  # whether it has all that is asked for
     most_together: int = 1  # adapters in one step, by what pays, memory and setting
+    forecasts: Sequence[str] = ()  # one line a task that is still to be scored
 
 
 def digest(value: Any) -> str:

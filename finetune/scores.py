@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,28 +18,68 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import evaluation, models
-from finetune.config import Config, EvaluationConfig
-from finetune.evaluation import LoadedTask, ScoreStore, TaskScore
+from finetune.config import Config, EvaluationConfig, ModelConfig
+from finetune.evaluation import ScoreStore, TaskScore
+from finetune.forecast import Speeds
 from finetune.identity import EVALUATION_VERSIONS, Inputs, find_versions, model_identity
+from finetune.models import Source
 from finetune.run_folder import EventLog, RunFolder, cache_dir, digest, write_atomic
 from finetune.scoring import SharedContextLM
+from finetune.tasks import SEED, LoadedTask, load_task
 
 log = logging.getLogger("finetune")
 
 SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
 
 
-def load_tasks(config: Config) -> list[LoadedTask]:
-    """Return the tasks to report, then those that choose the best run, where that is asked."""
+def load_tasks(config: Config, source: Source | None) -> list[LoadedTask]:
+    """Return the tasks to report, then those that choose the best run, where that is asked.
+
+    Args:
+        config: names the tasks, and how they are asked.
+        source: the model's, needed where its chat template is applied.
+    """
     settings = json.dumps(asdict(config.evaluation), sort_keys=True)
     passes = (False, True) if config.evaluation.select_split else (False,)
-    return [_load_task(name, settings, p) for p in passes for name in config.evaluation.tasks]
+    tokenizer = None
+    if config.evaluation.chat_template and source is not None:
+        tokenizer = load_tokenizer(config, source)
+    return [
+        _load_task(name, settings, p, tokenizer) for p in passes for name in config.evaluation.tasks
+    ]
 
 
 @lru_cache(maxsize=16)
-def _load_task(name: str, settings: str, selects: bool) -> LoadedTask:
+def _load_task(
+    name: str, settings: str, selects: bool, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedTask:
     """Build a task once for all runs of this process; `settings` is the section as JSON."""
-    return evaluation.load_task(name, EvaluationConfig(**json.loads(settings)), selects=selects)
+    evaluation = EvaluationConfig(**json.loads(settings))
+    return load_task(name, evaluation, tokenizer, selects=selects)
+
+
+def load_tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
+    return loaded_tokenizer(json.dumps(asdict(config.model)), source)
+
+
+@lru_cache(maxsize=8)
+def loaded_tokenizer(settings: str, source: Source) -> PreTrainedTokenizerBase:
+    """Load a tokenizer once for all runs of this process; `settings` is its section as JSON."""
+    return models.load_tokenizer(ModelConfig(**json.loads(settings)), source)
+
+
+def forecasts(config: Config, inputs: Inputs) -> list[str]:
+    """Return what is asked of the models that are to be scored, and how long it will take."""
+    speeds = find_speeds(config, inputs)
+    return [speeds.forecast(task) for task in load_tasks(config, inputs.source)]
+
+
+def find_speeds(config: Config, inputs: Inputs) -> Speeds:
+    """Return how fast the model was scored before, on this machine."""
+    model = model_identity(config, inputs.source, inputs.device)
+    where = [platform.node(), str(inputs.device), config.evaluation.dtype]
+    name = digest([model, *where])[:16]
+    return Speeds(cache_dir() / "speeds" / f"{name}.json")
 
 
 def build_scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Scorer]:
@@ -70,7 +111,7 @@ class Scorer:
                 "task": task.name,
                 "digest": task.digest,
                 "dtype": self.config.evaluation.dtype,
-                "seed": evaluation.SEED,
+                "seed": SEED,
                 "scoring": SCORING,
                 "versions": find_versions(self.config, EVALUATION_VERSIONS),
             }
@@ -97,7 +138,8 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Compute the scores that are not stored yet."""
-        settings = self.config.evaluation
+        settings, side = self.config.evaluation, "tuned" if self.adapter else "base"
+        speeds = find_speeds(self.config, self.inputs)
         for task in self.asked(tasks):
             identity = self.identity(task)
             with self.store.locked(task.name, identity):
@@ -108,9 +150,11 @@ class Scorer:
                         batch_tokens=settings.batch_tokens,
                         dtype=models.TORCH_DTYPES.get(settings.dtype),
                     )
+                    log.info("scoring %s: %s", side, speeds.forecast(task))
                     score = evaluation.score(lm, task, settings)
                     self.store.write(identity, score)
-                    log.info("%s: %s", "tuned" if self.adapter else "base", score.describe())
+                    speeds.record(task, score.seconds)
+                    log.info("%s: %s", side, score.describe())
 
 
 def write_scores(
@@ -158,5 +202,5 @@ def is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
     status = folder.status()
     if status is None or status.state != "finished":
         return False
-    tasks = load_tasks(config)
+    tasks = load_tasks(config, inputs.source)
     return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))

@@ -294,6 +294,8 @@ def _plan(jobs: Sequence[Job], name: str, worker: Worker) -> Sweep:
         else:
             points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
     most = {plan.folder: plan.most_together for plan in plans}
+    for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
+        log.info("to score: %s", line)
     found = list(points.values())
     return Sweep(name, found, _grouped(found, [most[point.run.path] for point in found]))
 

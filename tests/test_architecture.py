@@ -16,7 +16,7 @@ ORDER = [
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "steps", "training", "adapter_training", "grouped_lora", "multi_adapter",
-    "scoring", "evaluation",
+    "scoring", "tasks", "evaluation", "forecast",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
     "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",

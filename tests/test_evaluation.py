@@ -13,17 +13,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from finetune.config import EvaluationConfig, ModelConfig
-from finetune.evaluation import (
-    Item,
-    ScoreStore,
-    TaskScore,
-    find_task_file,
-    find_task_problems,
-    load_task,
-    score,
-)
+from finetune.evaluation import Item, ScoreStore, TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.results import read_outcomes
+from finetune.run_folder import RunFolder
+from finetune.scores import write_scores
 from finetune.scoring import Scoring, SharedContextLM
+from finetune.tasks import load_task
 from tests.conftest import TINY, Command, write_rows
 
 ARC_ROW = {
@@ -48,23 +44,6 @@ def local_arc(tmp_path: Path, count: int) -> EvaluationConfig:
     rows: list[object] = [{**ARC_ROW, "question": f"Question {i}: a metal?"} for i in range(count)]
     file = write_rows(tmp_path / "arc.jsonl", rows)
     return EvaluationConfig(tasks=["arc_easy"], data_files={"arc_easy": {"test": str(file)}})
-
-
-@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "mmlu", "gsm8k"])
-def test_the_shipped_tasks_are_found_without_the_index(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No shipped option pays for indexing all of lm-eval."""
-    monkeypatch.setattr("finetune.evaluation.stock_index", lambda: pytest.fail("indexed"))
-    path = find_task_file(name)
-    assert path is not None
-    assert path.suffix == ".yaml"
-
-
-def test_an_unknown_task_gets_the_nearest_known_one() -> None:
-    """A misspelt task is told with the one that was meant."""
-    (problem,) = find_task_problems(EvaluationConfig(tasks=["arc_eazy", "demo_science"]))
-    assert "no task 'arc_eazy'; did you mean 'arc_easy'?" in problem
 
 
 def test_scores_equal_lm_eval_called_directly(tmp_path: Path) -> None:
@@ -106,7 +85,7 @@ def plain_arc(questions: list[dict[str, Any]]) -> dict[str, object]:
 
 def test_few_shot_prompts_are_the_same_every_time(tmp_path: Path) -> None:
     """Solved examples are drawn by a fixed seed, whatever was drawn before."""
-    settings = local_arc(tmp_path, 8)
+    settings = splits_of_arc(tmp_path)
     settings.num_fewshot = 2
     lm = tiny_lm()
     task = load_task("arc_easy", settings)
@@ -150,6 +129,23 @@ def test_a_stored_score_is_used_only_if_it_is_whole(tmp_path: Path, harm: str) -
     assert store.read("t", "b" * 64) is None
 
 
+def test_equal_questions_of_a_group_stay_apart(tmp_path: Path) -> None:
+    """Two tasks of a group may ask the same rows; each outcome is paired with its own."""
+
+    def scored(*outcomes: float) -> dict[str, TaskScore]:
+        items = [
+            Item("same", prompt, {"acc": value})
+            for prompt, value in zip(("first", "second", "second"), outcomes, strict=True)
+        ]
+        return {"g": TaskScore("g", "1", 0, {"acc": 0.5}, 1.0, Scoring(), items)}
+
+    run = RunFolder(tmp_path)
+    write_scores(run, scored(1.0, 0.0, 1.0), scored(0.0, 1.0, 0.0))
+    pair = read_outcomes(run, "g", "acc")
+    assert pair is not None
+    assert [list(outcomes.values()) for outcomes in pair] == [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
+
+
 @pytest.mark.slow
 def test_base_accuracy_on_real_arc_easy_equals_lm_eval(shared_data: Path) -> None:
     """The real model on real questions: our score is lm-eval's on the same file."""
@@ -189,7 +185,8 @@ def test_a_task_of_generations_is_lm_evals_own(tmp_path: Path) -> None:
     theirs = score(plain, task, settings)
     assert ours.scoring == Scoring()
     assert ours.items == theirs.items
-    assert "exact_match_strict-match" in ours.metrics
+    matches = ("exact_match_strict-match", "exact_match_flexible-extract")
+    assert set(ours.metrics) == {*matches, *(f"{match}_stderr" for match in matches)}
     assert ours.metrics == theirs.metrics
 
 

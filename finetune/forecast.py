@@ -1,0 +1,74 @@
+"""What scoring a task takes, told before it begins: its size, and time once a speed is known.
+
+A model's speed is what its last scores took on this machine. Choices are measured by characters,
+shared ones counted once as the scorer forwards them, so that one task tells another's time;
+generations by question and task, since each has answers of its own length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from finetune.run_folder import write_atomic
+from finetune.tasks import LoadedTask
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """One model's speeds, kept in a file: amounts a second, by what is measured."""
+
+    file: Path
+
+    def forecast(self, task: LoadedTask) -> str:
+        """Return one line: how many questions and choices a task has, and how long they take."""
+        num_questions = len({(one.task_name, one.doc_id) for one in task.requests})
+        line = f"{task.key}: {num_questions:,} questions"
+        if _generates(task):
+            line += f", answers of up to {_most_tokens(task)} tokens"
+        elif len(task.requests) > num_questions:
+            line += f", {len(task.requests):,} choices"
+        measure, amount = _measure(task)
+        speed = self._read().get(measure)
+        return line if speed is None else f"{line}, about {_render_seconds(amount() / speed)}"
+
+    def record(self, task: LoadedTask, seconds: float) -> None:
+        """Keep what a task took, for the forecasts to come."""
+        measure, amount = _measure(task)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        told = {**self._read(), measure: amount() / max(seconds, 1e-3)}
+        write_atomic(self.file, json.dumps(told))
+
+    def _read(self) -> dict[str, float]:
+        try:
+            speeds: dict[str, float] = json.loads(self.file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return speeds
+
+
+def _generates(task: LoadedTask) -> bool:
+    return any(request.request_type == "generate_until" for request in task.requests)
+
+
+def _measure(task: LoadedTask) -> tuple[str, Callable[[], float]]:
+    """Return what a task's speed goes by, and how much of it there is, counted if needed."""
+    if _generates(task):
+        return task.name, lambda: len(task.requests)
+    return "characters", lambda: task.num_characters
+
+
+def _most_tokens(task: LoadedTask) -> int:
+    """Return the longest answer that a task allows, which bounds its time."""
+    settings = [one.args[1] for one in task.requests if one.request_type == "generate_until"]
+    limits = [normalize_gen_kwargs(one, DEFAULT_MAX_GEN_TOKS)["max_gen_toks"] for one in settings]
+    return int(max(limits))
+
+
+def _render_seconds(seconds: float) -> str:
+    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
