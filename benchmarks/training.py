@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from benchmarks.mistral_shaped import write_mistral_shaped
@@ -112,7 +111,7 @@ def _mistral_shaped(device: torch.device) -> PreTrainedModel:
     return base
 
 
-def arguments(case: Case, folder: Path, device: torch.device) -> SFTConfig:
+def arguments(case: Case, folder: Path, device: torch.device) -> training.Arguments:
     precision = training.Precision(device, _autocast(case))
     return training.build_arguments(
         RunFolder(folder),

@@ -21,8 +21,18 @@ from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import LoraConfig
 from finetune.data import IGNORED, Example, Examples
 from finetune.run_folder import EventLog, write_atomic
-from finetune.steps import log_resume, peak_memory_gib, record_step
-from finetune.training import TrainResult
+from finetune.steps import (
+    find_kept,
+    log_resume,
+    peak_memory_gib,
+    record_step,
+    record_validation,
+    rows_a_step,
+    steps_an_epoch,
+    steps_between_validations,
+)
+from finetune.training import Arguments, TrainResult
+from finetune.validation import Validations
 
 STATE = "state.json"
 
@@ -32,7 +42,7 @@ class AdapterSpec:
     """What one run wants trained."""
 
     lora: LoraConfig
-    arguments: SFTConfig
+    arguments: Arguments
     examples: Examples
     events: EventLog
 
@@ -58,7 +68,7 @@ class AdapterTraining:
         self.last_loss = math.nan
         self.seconds = 0.0
         self.num_tokens = 0
-        self.validation_loss: float | None = None
+        self.validations = Validations(self.arguments.early_stopping)
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
@@ -77,7 +87,15 @@ class AdapterTraining:
 
     @property
     def is_done(self) -> bool:
-        return self.step == self.num_steps
+        return self.step == self.num_steps or self.validations.stops
+
+    @property
+    def is_to_be_validated(self) -> bool:
+        """Return whether the step just taken is one to validate at."""
+        examples = self.spec.examples
+        every = steps_between_validations(len(examples.train), self.arguments)
+        is_due = self.step % every == 0 or self.step == self.num_steps
+        return is_due and bool(examples.validation)
 
     @property
     def is_between_steps(self) -> bool:
@@ -100,7 +118,6 @@ class AdapterTraining:
 
         Raises:
             Diverged: the loss or the gradient's norm is not finite.
-            OSError: a checkpoint cannot be written.
         """
         self._loss += loss
         self.seconds += seconds
@@ -117,19 +134,40 @@ class AdapterTraining:
         self.optimizer.zero_grad()
         self.total_loss += self._loss
         self.last_loss, self._loss = self._loss, 0.0
-        if self.step % self.arguments.save_steps == 0 and not self.is_done:
+
+    def end_step(self, validation_loss: float | None) -> None:
+        """Record the validation loss, if there is one; write the checkpoint that is due.
+
+        A step with the lowest loss so far has one, which stays until there is a lower one.
+
+        Raises:
+            Diverged: the validation loss is not finite.
+            OSError: the checkpoint cannot be written.
+        """
+        if validation_loss is not None:
+            record_validation(self.spec.events, self.validations, validation_loss, self.step)
+        is_due = self.step % self.arguments.save_steps == 0
+        if not self.is_done and (is_due or self.step == self.validations.best_step):
             self.save_checkpoint()
+
+    def keep_best(self) -> None:
+        """Take back the weights of the lowest validation loss, with early stopping."""
+        folder = Path(str(self.arguments.output_dir))
+        kept = find_kept(folder, self.validations, self.step, self.num_steps)
+        if kept is not None:
+            adapters.load_weights(self.weights, kept)
 
     def result(self, device: torch.device) -> TrainResult:
         return TrainResult(
             steps=self.step,
             loss=self.total_loss / self.step,
-            validation_loss=self.validation_loss,
+            validation_loss=self.validations.kept_loss,
             train_seconds=self.seconds,
             tokens_per_second=self.num_tokens / self.seconds,
             peak_memory_gib=peak_memory_gib(device),
             num_trainable_parameters=sum(p.numel() for p in self.parameters),
             layout="end to end",
+            best_step=self.validations.best_step,
         )
 
     def save_checkpoint(self) -> None:
@@ -142,12 +180,13 @@ class AdapterTraining:
             kept = {
                 "total_loss": self.total_loss,
                 "num_tokens": self.num_tokens,
-                "validation_loss": self.validation_loss,
+                "validations": list(self.validations.losses.items()),
             }
             write_atomic(folder / STATE, json.dumps(kept) + "\n")
 
         folder, keep = Path(str(self.arguments.output_dir)), self.arguments.save_total_limit or 1
-        write_checkpoint(folder, self.step, self.seconds, fill, keep=keep)
+        best = self.validations.best_step
+        write_checkpoint(folder, self.step, self.seconds, fill, keep=keep, best=best)
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -163,23 +202,19 @@ class AdapterTraining:
         kept = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.total_loss, self.num_tokens = kept["total_loss"], kept["num_tokens"]
-        self.validation_loss = kept["validation_loss"]
-
-
-def rows_a_step(arguments: SFTConfig) -> int:
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        self.validations.losses = dict(kept["validations"])
 
 
 def num_steps(num_rows: int, arguments: SFTConfig) -> int:
     """Return the optimizer steps of a training, counted as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * math.ceil(num_rows / rows_a_step(arguments)))
+    return math.ceil(arguments.num_train_epochs * steps_an_epoch(num_rows, arguments))
 
 
 def rows_of_step(step: int, num_rows: int, arguments: SFTConfig) -> list[list[int]]:
     """Return the rows of a step's micro-batches: an epoch's order is the Trainer's own."""
-    epoch, place = divmod(step, math.ceil(num_rows / rows_a_step(arguments)))
+    epoch, place = divmod(step, steps_an_epoch(num_rows, arguments))
     draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
     order = torch.randperm(num_rows, generator=draw).tolist()
     size = rows_a_step(arguments)

@@ -42,9 +42,15 @@ class FileEntry:
 
 
 def write_checkpoint(
-    folder: Path, step: int, seconds: float, fill: Callable[[Path], None], *, keep: int
+    folder: Path,
+    step: int,
+    seconds: float,
+    fill: Callable[[Path], None],
+    *,
+    keep: int,
+    best: int | None = None,
 ) -> None:
-    """Write one checkpoint, and drop all but the newest `keep`.
+    """Write one checkpoint, and drop all but the newest `keep` and the best one.
 
     Args:
         folder: the run's checkpoints.
@@ -52,11 +58,12 @@ def write_checkpoint(
         seconds: training time so far.
         fill: writes the state's files into the folder it is given.
         keep: how many checkpoints to keep.
+        best: the step whose checkpoint holds the best adapter so far, this one's or an earlier's.
 
     Raises:
         OSError: it cannot be written (disk full, say); the message has path and bytes.
     """
-    final, temporary = folder / f"step-{step:07d}", folder / f".step-{step:07d}.tmp"
+    final, temporary = _path(folder, step), folder / f".step-{step:07d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -64,6 +71,7 @@ def write_checkpoint(
         manifest = {
             "step": step,
             "seconds": seconds,
+            "best": best,
             "files": {name: asdict(entry) for name, entry in _entries(temporary).items()},
         }
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -82,7 +90,8 @@ def write_checkpoint(
             f"{free} bytes are free there"
         ) from None
     for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != _path(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def find_newest(folder: Path) -> Checkpoint | None:
@@ -96,14 +105,33 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def find_step(folder: Path, step: int) -> Path:
+    """Return a step's checkpoint.
+
+    Raises:
+        OSError: it is not whole.
+    """
+    path = _path(folder, step)
+    problem = find_problem(path)
+    if problem is not None:
+        raise OSError(
+            f"the adapter of step {step} is lost, since in its checkpoint {path} {problem}; start "
+            "again, and training goes on from what is whole"
+        )
+    return path
+
+
 def find_problem(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None where every byte is as it was written."""
+    """Return what is wrong with a checkpoint; None where every byte is as it was written.
+
+    Without the checkpoint of the best adapter so far it is not whole either.
+    """
     try:
         marked = (path / MARKER).read_text(encoding="utf-8").strip()
         if file_digest(path / MANIFEST) != marked:
             return f"{MANIFEST} is not the one that was marked complete"
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in files.items():
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
             file = path / name
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes of {entry['size']}"
@@ -111,7 +139,11 @@ def find_problem(path: Path) -> str | None:
                 return f"{name} was altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    return None
+    best = manifest["best"]
+    if best is None or best == manifest["step"]:
+        return None
+    problem = find_problem(_path(path.parent, best))
+    return f"that of its best step {best}: {problem}" if problem else None
 
 
 def newest_step(folder: Path) -> int | None:
@@ -122,6 +154,10 @@ def newest_step(folder: Path) -> int | None:
         if (path / MARKER).exists()
     ]
     return steps[0] if steps else None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:07d}"
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -127,11 +127,16 @@ class TrainingConfig:
     batch_size: int = 8  # sequences in one forward pass
     gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
     max_length: int = 512  # tokens; longer rows are cut, and counted
+    sequence_packing: bool = False  # join rows to sequences of up to max_length, attended apart
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     device: str = "auto"  # auto (a GPU where there is one), cuda, cpu
     precision: str = "auto"  # autocast: auto (the base's compute type), fp32, bf16, fp16
     checkpoint_every: int = 50  # optimizer steps between checkpoints
     keep_checkpoints: int = 1  # newest checkpoints that are kept
+    validate_every: int | None = None  # optimizer steps; null: an epoch. The last step always is;
+    # no effect without data.validation_fraction
+    early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
+    # the adapter of the lowest loss is kept. null: never, and the last one is kept
     seed: int = 42  # adapter initialisation, dropout
     data_seed: int | None = None  # choice and order of rows; null takes training.seed
 
@@ -139,6 +144,10 @@ class TrainingConfig:
     def is_skipped(self) -> bool:
         """Whether what there is already is only evaluated."""
         return self.max_steps == 0
+
+    def most_tokens(self) -> int:
+        """Return the tokens of a full micro-batch."""
+        return self.batch_size * self.max_length
 
 
 @dataclass

@@ -50,7 +50,8 @@ def most_that_pay(config: Config) -> int:
     Measured by benchmarks/training.py: small micro-batches leave a pass over the base short of
     work, large ones do not.
     """
-    return MOST_TOGETHER if config.training.batch_size == 1 else 1
+    is_small = config.training.batch_size == 1 and not config.training.sequence_packing
+    return MOST_TOGETHER if is_small else 1
 
 
 def find_groups(configs: Sequence[Config], most: Sequence[int]) -> list[Group]:

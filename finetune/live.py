@@ -56,7 +56,7 @@ def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
         status = run.status()
         state: str = status.state if status else "waiting"
         now = read_progress(run)
-        if state == "running" and now.step == now.max_steps:
+        if state == "running" and run.read_json("training.json") is not None:
             state = "scoring"
         table.add_row(
             label,

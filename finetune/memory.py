@@ -169,8 +169,7 @@ def estimate(
         adapters: trained in one step.
     """
     training = config.training
-    most = training.batch_size * training.max_length
-    tokens = (most if tokens is None else tokens) * adapters
+    tokens = (training.most_tokens() if tokens is None else tokens) * adapters
     method = config.peft.method
     trained = 0 if training.is_skipped else adapters * num_trained(config, shape)
     state = next(each for part, each in STATE_BYTES.items() if part in config.optimizer.name)
@@ -359,7 +358,7 @@ def main() -> None:
     except (FileNotFoundError, ValueError, HydraException) as error:
         print(first_line(error), file=sys.stderr)
         sys.exit(2)
-    tokens = config.training.batch_size * config.training.max_length
+    tokens = config.training.most_tokens()
     print_table(render(estimate(config, shape, place), place))
     problem = find_problem(config, shape, place, tokens)
     print(f"\n{problem}" if problem else "\nit fits")

@@ -7,7 +7,6 @@ checkpoints and end. From seven tokens a part on, a run gets the bits that it ge
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels, rows_a_step
+from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
 from finetune.adapters import LoraWeights
-from finetune.data import IGNORED, Example
+from finetune.data import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
@@ -138,7 +137,8 @@ class SharedBase:
             for example in examples:
                 tokens += example["input_ids"]
                 labels += [*example["labels"][1:], IGNORED]  # what each place predicts
-                bounds.append(len(tokens))
+                for length in row_lengths(example):
+                    bounds.append(bounds[-1] + length)
             counts.append(sum(num_labels(example) for example in examples))
             weights += [weight] * counts[-1]
             self._present.append((one, slice(start, len(tokens)), seed))
@@ -217,26 +217,16 @@ def _advance(
             before = one.step
             one.learn(loss, share)
             bar.update(one.step - before)
-            _validate_at_epochs(shared, one, before)
+            if one.step > before:
+                one.end_step(shared.validate(one) if one.is_to_be_validated else None)
             if one.is_done:
+                one.keep_best()
                 ended.append((number, one.result(shared.device)))
         except (ArithmeticError, OSError) as error:
             ended.append((number, error))
     newest = " ".join(f"{one.last_loss:.3f}" for one in live.values())
     bar.set_postfix_str(f"loss {newest}", refresh=False)
     return ended
-
-
-def _validate_at_epochs(shared: SharedBase, one: AdapterTraining, before: int) -> None:
-    """Measure the validation loss where a step has ended an epoch, or the training."""
-    rows = len(one.spec.examples.train)
-    ends_epoch = one.step % math.ceil(rows / rows_a_step(one.arguments)) == 0
-    if one.step == before or not one.spec.examples.validation:
-        return
-    if ends_epoch or one.is_done:
-        one.validation_loss = shared.validate(one)
-        loss = {"validation/loss": one.validation_loss}
-        one.spec.events.metrics(loss, one.step)
 
 
 def _save_and_leave(live: dict[int, AdapterTraining]) -> None:

@@ -64,9 +64,11 @@ def prepare(config: Config) -> Plan:
 def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place, int]:
     """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
     settings = json.dumps(asdict(config.model))
-    rows = json.dumps([asdict(config.data), config.training.batch_size, config.training.max_length])
-    source = inputs.source
-    tokens = _longest_batch(rows, settings, source, tuple(one.digest for one in inputs.data))
+    training, source = config.training, inputs.source
+    tokens = training.most_tokens()  # packed sequences are as good as full
+    if not training.sequence_packing:
+        rows = json.dumps([asdict(config.data), training.batch_size, training.max_length])
+        tokens = _longest_batch(rows, settings, source, tuple(one.digest for one in inputs.data))
     return _shape(settings, source), memory.Place.find(config), tokens
 
 

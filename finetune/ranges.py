@@ -49,6 +49,7 @@ def find_problems(config: Config) -> list[str]:
         *_optimizer_problems(config.optimizer),
         *_data_problems(config.data),
         *_training_problems(config.training),
+        *_early_stopping_problems(config),
         *_evaluation_problems(config.evaluation),
         *_sweep_problems(config.sweep),
     ]
@@ -130,10 +131,20 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
         "batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         yield from _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("validate_every", "early_stopping"):
+        yield from _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("seed", "data_seed"):
         yield from _at_least(f"training.{name}", getattr(training, name), 0)
     yield from _one_of("training.device", training.device, DEVICES)
     yield from _one_of("training.precision", training.precision, DTYPES)
+
+
+def _early_stopping_problems(config: Config) -> Iterator[str]:
+    if config.training.early_stopping is not None and config.data.validation_fraction == 0:
+        yield (
+            f"training.early_stopping is {config.training.early_stopping}, but no row is held out "
+            "to validate on; set data.validation_fraction, to 0.1 say"
+        )
 
 
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:

@@ -15,10 +15,17 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from finetune.checkpoints import Checkpoint
+from finetune.checkpoints import Checkpoint, find_step
 from finetune.run_folder import EventLog
+from finetune.validation import Validations
 
 log = logging.getLogger("finetune")
 
@@ -30,9 +37,11 @@ class Diverged(ArithmeticError):
 class StepWatch(TrainerCallback):
     """Record every step, show the progress, and stop a training that has diverged."""
 
-    def __init__(self, events: EventLog, signals: StopSignals, num_tokens: int) -> None:
+    def __init__(
+        self, events: EventLog, signals: StopSignals, validations: Validations, num_tokens: int
+    ) -> None:
         self.num_tokens = num_tokens  # of one epoch
-        self.validation_loss: float | None = None
+        self._validations = validations
         self._signals = signals
         self._events = events
         self._bar: tqdm[Any] | None = None
@@ -41,6 +50,9 @@ class StepWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         done, total = state.global_step, state.max_steps
+        for entry in state.log_history:  # of a training that is resumed
+            if "eval_loss" in entry:
+                self._validations.losses[int(entry["step"])] = entry["eval_loss"]
         self._events.tag("train.max_steps", str(total))
         self._events.tag("train.num_tokens", str(round(self.num_tokens * args.num_train_epochs)))
         self._bar = tqdm(desc="train", initial=done, total=total, unit="step")
@@ -57,15 +69,22 @@ class StepWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         logs: dict[str, float] = given["logs"]
-        step = state.global_step
-        if "eval_loss" in logs:
-            self.validation_loss = logs["eval_loss"]
-            self._events.metrics({"validation/loss": logs["eval_loss"]}, step)
         if "loss" not in logs:
             return
-        record_step(self._events, logs, step, state.max_steps)
+        record_step(self._events, logs, state.global_step, state.max_steps)
         assert self._bar is not None
         self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        found, step = self._validations, state.global_step
+        record_validation(self._events, found, given["metrics"]["eval_loss"], step)
+        state.best_global_step = found.best_step
+        if found.stops:  # a checkpoint of now would be gone on from
+            control.should_training_stop, control.should_save = True, False
+        elif found.best_step == step:
+            control.should_save = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -85,6 +104,51 @@ def record_step(events: EventLog, logs: Mapping[str, float], step: int, max_step
             raise Diverged(f"{name} became {logs[name]} at step {step} of {max_steps}")
     names = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
     events.metrics({ours: logs[theirs] for theirs, ours in names.items()}, step)
+
+
+def record_validation(events: EventLog, found: Validations, loss: float, step: int) -> None:
+    """Record a validation loss.
+
+    Raises:
+        Diverged: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise Diverged(f"validation loss became {loss} at step {step}")
+    found.losses[step] = loss
+    events.metrics({"validation/loss": loss}, step)
+
+
+def find_kept(folder: Path, found: Validations, step: int, num_steps: int) -> Path | None:
+    """Return the checkpoint of a better adapter than the last one's, if there is one; log it.
+
+    Args:
+        folder: the run's checkpoints.
+        found: the training's validation losses.
+        step: at which it has ended.
+        num_steps: that it would have taken at most.
+
+    Raises:
+        OSError: the checkpoint is not whole.
+    """
+    if found.best_step is None or found.best_step == step:
+        return None
+    log.info("%s: %s", folder.parent.name, found.verdict(step, num_steps))
+    return find_step(folder, found.best_step)
+
+
+def rows_a_step(arguments: TrainingArguments) -> int:
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+
+def steps_an_epoch(num_rows: int, arguments: TrainingArguments) -> int:
+    return math.ceil(num_rows / rows_a_step(arguments))
+
+
+def steps_between_validations(num_rows: int, arguments: TrainingArguments) -> int:
+    """Return them as `training.validate_every` says, or those of an epoch."""
+    if arguments.eval_strategy == IntervalStrategy.STEPS and arguments.eval_steps is not None:
+        return int(arguments.eval_steps)
+    return steps_an_epoch(num_rows, arguments)
 
 
 def log_resume(checkpoint: Checkpoint) -> None:

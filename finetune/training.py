@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft import AdaLoraModel, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -51,10 +52,13 @@ from finetune.sequence_attention import SequenceAttention, find_layout_problem
 from finetune.steps import (
     StepWatch,
     StopSignals,
+    find_kept,
     log_resume,
     peak_memory_gib,
     return_freed_memory,
+    steps_between_validations,
 )
+from finetune.validation import Validations
 
 log = logging.getLogger("finetune")
 
@@ -67,12 +71,20 @@ class TrainResult:
 
     steps: int
     loss: float
-    validation_loss: float | None
+    validation_loss: float | None  # of the adapter that is kept
     train_seconds: float
-    tokens_per_second: float  # real tokens, each counted once an epoch
+    tokens_per_second: float  # real tokens, each as often as it was trained on
     peak_memory_gib: float  # of the process on a CPU, of the allocator on a GPU
     num_trainable_parameters: int
     layout: str  # of a batch's sequences: end to end, or padded and why
+    best_step: int | None = None  # whose adapter is kept; None: the last one's
+
+
+@dataclass
+class Arguments(SFTConfig):
+    """TRL's settings, and the one of ours that they have no name for."""
+
+    early_stopping: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ def train(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
-    arguments: SFTConfig,
+    arguments: Arguments,
     events: EventLog,
 ) -> TrainResult:
     """Train in place all that wants a gradient, and leave the model as it was but for that.
@@ -113,16 +125,27 @@ def train(
     Goes on from the newest whole checkpoint in `arguments.output_dir`, if there is one.
 
     Raises:
-        Diverged: the loss or the gradient's norm is not finite.
+        Diverged: a loss or the gradient's norm is not finite.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was ended and a checkpoint written.
+        ValueError: rows are joined, and this model cannot keep them apart.
     """
-    checkpoint = find_newest(Path(str(arguments.output_dir)))
-    signals = StopSignals()
-    watch = StepWatch(events, signals, sum(len(e["input_ids"]) for e in examples.train))
+    folder = Path(str(arguments.output_dir))
+    checkpoint = find_newest(folder)
+    signals, validations = StopSignals(), Validations(arguments.early_stopping)
+    num_tokens = sum(len(e["input_ids"]) for e in examples.train)
+    watch = StepWatch(events, signals, validations, num_tokens)
     problem = find_layout_problem(model, [example["input_ids"] for example in examples.all])
     if problem is not None:
+        if examples.is_packed:
+            raise ValueError(
+                f"training.sequence_packing=true cannot keep rows apart on this model: {problem}; "
+                "set training.sequence_packing=false"
+            )
         log.info("batches are padded: %s", problem)
     arguments.padding_free = problem is None
+    if examples.validation:  # by steps also at an epoch's end: before the step's checkpoint
+        arguments.eval_steps = steps_between_validations(len(examples.train), arguments)
+        arguments.eval_strategy = IntervalStrategy.STEPS
     if arguments.activation_checkpointing and arguments.device.type == "cpu":
         return_freed_memory()
     with _base_restored(model), signals.watched():
@@ -143,17 +166,22 @@ def train(
         seconds = trainer.seconds()
     if signals.stop_requested:
         raise KeyboardInterrupt
+    steps = trainer.state.global_step
+    kept = find_kept(folder, validations, steps, trainer.state.max_steps)
+    if kept is not None:
+        trainer._load_from_checkpoint(str(kept))
     tokens = watch.num_tokens * trainer.state.epoch
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainResult(
-        steps=trainer.state.global_step,
+        steps=steps,
         loss=fmean(losses),  # the Trainer's own mean forgets the steps before a resume
-        validation_loss=watch.validation_loss,
+        validation_loss=validations.kept_loss,
         train_seconds=seconds,
         tokens_per_second=tokens / seconds,
         peak_memory_gib=peak_memory_gib(arguments.device),
         num_trainable_parameters=num_trainable(model),
         layout="end to end" if problem is None else f"padded, since {problem}",
+        best_step=validations.best_step,
     )
 
 
@@ -164,9 +192,10 @@ def build_arguments(
     precision: Precision,
     *,
     validate: bool,
-) -> SFTConfig:
+) -> Arguments:
     """Translate our settings into TRL's."""
-    return SFTConfig(
+    validation = "epoch" if training.validate_every is None else "steps"
+    return Arguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
@@ -187,7 +216,9 @@ def build_arguments(
         max_grad_norm=optimizer.max_grad_norm,
         save_steps=training.checkpoint_every,
         save_total_limit=training.keep_checkpoints,
-        eval_strategy="epoch" if validate else "no",
+        eval_strategy=validation if validate else "no",
+        eval_steps=training.validate_every,
+        early_stopping=training.early_stopping,
         disable_tqdm=True,  # StepWatch shows the progress
         logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would log a NaN loss as 0.0 and go on
@@ -218,6 +249,11 @@ class LabelTrainer(SFTTrainer):
             self.add_callback(RankSchedule(self._ranks))
         self._attention = SequenceAttention(base_of(trainee))
         self._losses = LabelLoss(base_of(trainee))
+        self._labels_a_row = 0.0  # held out, on average
+        if self.eval_dataset is not None:
+            held_out = cast(Dataset, self.eval_dataset)["labels"]
+            count = sum(label != IGNORED for labels in held_out for label in labels[1:])
+            self._labels_a_row = count / len(held_out)
 
     @contextmanager
     def laid_out(self) -> Iterator[None]:
@@ -247,7 +283,8 @@ class LabelTrainer(SFTTrainer):
 
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         keep = self.args.save_total_limit or 1
-        write_checkpoint(folder, step, self.seconds(), fill, keep=keep)
+        best = self.state.best_global_step
+        write_checkpoint(folder, step, self.seconds(), fill, keep=keep, best=best)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -277,7 +314,10 @@ class LabelTrainer(SFTTrainer):
         labels = F.pad(inputs["labels"], (num_prepended(self._trainee), 1), value=IGNORED)
         predicted = labels[:, 1:].flatten()
         rows = (predicted != IGNORED).nonzero()[:, 0]
-        count = len(rows) if num_items_in_batch is None else num_items_in_batch
+        count: torch.Tensor | float | None = num_items_in_batch
+        if count is None:  # validation, whose loop takes a mean over rows: make it one over labels
+            num_rows = len(starts) if self.padding_free else len(inputs["input_ids"])
+            count = self._labels_a_row * num_rows
         weights = torch.ones(len(rows), device=rows.device) / count
         if self.aux_loss_enabled:
             forward["output_router_logits"] = True

@@ -22,6 +22,7 @@ from finetune.checkpoints import (
     MARKER,
     find_newest,
     find_problem,
+    find_step,
     newest_step,
     write_checkpoint,
 )
@@ -38,14 +39,14 @@ TRAINING = (
 )  # fmt: skip
 
 
-def write(folder: Path, step: int, keep: int = 9) -> Path:
+def write(folder: Path, step: int, keep: int = 9, best: int | None = None) -> Path:
     """Write a checkpoint of two files."""
 
     def fill(into: Path) -> None:
         (into / "weights").write_bytes(bytes([step]) * 1000)
         (into / "state").write_text(f"step {step}")
 
-    write_checkpoint(folder, step, step * 1.5, fill, keep=keep)
+    write_checkpoint(folder, step, step * 1.5, fill, keep=keep, best=best)
     return folder / f"step-{step:07d}"
 
 
@@ -85,6 +86,24 @@ def test_a_harmed_checkpoint_is_passed_over(
     assert newest.step == 5
     assert "passing over the checkpoint" in caplog.text
     assert "step-0000010" in caplog.text
+
+
+def test_the_best_one_stays_and_those_after_it_need_it(tmp_path: Path) -> None:
+    """It goes once another is the best; harmed, it takes those with it that name it."""
+    for step, best in ((5, 5), (10, 5), (15, 5)):
+        write(tmp_path, step, keep=1, best=best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000005", "step-0000015"]
+    newest = find_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 15
+    best_path = find_step(tmp_path, 5)
+    (best_path / "weights").write_bytes(b"other")
+    assert find_problem(newest.path) == "that of its best step 5: weights has 5 bytes of 1000"
+    assert find_newest(tmp_path) is None
+    with pytest.raises(OSError, match=r"the adapter of step 5 is lost.*weights has 5 bytes"):
+        find_step(tmp_path, 5)
+    write(tmp_path, 20, keep=1, best=20)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000020"]
 
 
 def test_a_failure_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:
@@ -156,6 +175,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert losses(tmp_path) == losses(whole)
     assert [step for step, _ in losses(tmp_path)] == list(range(1, 17))
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [(), ("lora.use_dora=true",)], ids=["plain", "dora"])
+def test_the_best_adapter_survives_kill_9(
+    tmp_path: Path, finetune: Command, method: tuple[str, ...]
+) -> None:
+    """Killed behind the best step, where the newest checkpoint is a later one."""
+    early = (
+        *method, "training.epochs=9", "training.keep_checkpoints=1", "data.validation_fraction=0.5",
+        "training.validate_every=1", "training.early_stopping=3", "optimizer.lr=0.3",
+    )  # fmt: skip
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    done = finetune(*TRAINING, *early, f"output_dir={whole}/outputs", f"report_dir={whole}")
+    assert done.returncode == 0, done.stderr
+    (run,) = whole.glob("outputs/*")
+    trained = json.loads((run / "training.json").read_text())
+    assert f"stopped early at step {trained['steps']} of" in done.stderr
+    best = trained["best_step"]
+    assert interrupted_at(tmp_path, best + 2, signal.SIGKILL, *early) == -signal.SIGKILL
+    (run,) = tmp_path.glob("outputs/*")
+    assert find_problem(find_step(run / "checkpoints", best)) is None
+    again = finetune(*TRAINING, *early)
+    assert again.returncode == 0, again.stderr
+    assert f"the adapter of step {best} is kept" in again.stderr
+    assert adapters(tmp_path) == adapters(whole)
+    assert losses(tmp_path) == losses(whole)
 
 
 PLAIN = (

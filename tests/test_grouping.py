@@ -51,6 +51,7 @@ def test_runs_that_differ_in_their_adapters_go_together() -> None:
         replace(BASE, training=TrainingConfig(data_seed=1, batch_size=1)),
         replace(BASE, training=TrainingConfig(data_seed=1, precision="bf16")),
         replace(BASE, training=TrainingConfig(data_seed=1, epochs=2)),
+        replace(BASE, training=TrainingConfig(data_seed=1, sequence_packing=True)),
     ],
 )
 def test_another_base_other_rows_or_batches_part_runs(other: Config) -> None:
