@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, memory, models, optimizers, training
+from finetune import (
+    adapters,
+    data,
+    evaluation,
+    fused_kernels,
+    memory,
+    models,
+    optimizers,
+    quantization,
+    training,
+)
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
-from finetune.grouping import most_that_pay
+from finetune.grouping import find_obstacle, most_that_pay
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
 from finetune.ranges import find_problems
@@ -44,11 +54,13 @@ def prepare(config: Config) -> Plan:
     most = 1
     if not (finished := is_done(config, inputs, folder)) and config.peft.method == "lora":
         shape, place, tokens = _memory(config, inputs)
-        problem = memory.find_problem(config, shape, place, tokens)
+        loaded = replace(config, model=inputs.model)
+        problem = memory.find_problem(loaded, shape, place, tokens)
         if problem is not None:
             return Plan(None, [problem])
-        most = config.sweep.max_concurrent_adapters or most_that_pay(config)
-        most = memory.most_adapters(config, shape, place, tokens, most)
+        if find_obstacle(loaded) is None:
+            most = config.sweep.max_concurrent_adapters or most_that_pay(config)
+            most = memory.most_adapters(loaded, shape, place, tokens, most)
     return Plan(folder.path, [], finished=finished, most_together=most)
 
 
@@ -82,9 +94,20 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
 def _find_model_problems(config: Config) -> list[str]:
     source = models.find_model(config.model)
     model_config = models.load_config(config.model, source)
-    problems = adapters.find_target_problems(
-        models.load_meta_model(config.model, model_config), config.lora
-    )
+    meta = models.load_meta_model(config.model, model_config)
+    problems = adapters.find_target_problems(meta, config.lora)
+    device = models.pick_device(config.training.device)
+    dtype = models.compute_dtype(config.model, device)
+    problems += quantization.find_problems(config.model, model_config, device)
+    problems += fused_kernels.find_flash_problems(config.model, meta, device, dtype)
+    if config.training.use_liger_kernel:
+        problems += fused_kernels.find_liger_problems(meta, device)
+    found = quantization.find_quantization(config.model, model_config)
+    if found == "gptq" and config.evaluation.dtype != "auto":
+        problems.append(
+            f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own; "
+            "set evaluation.dtype=auto"
+        )
     longest = models.max_positions(model_config)
     if longest and config.training.max_length > longest:
         problems.append(

@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -60,6 +60,7 @@ class Scorer:
     adapter: str | None
 
     def identity(self, task: LoadedTask) -> str:
+        loaded = replace(self.config, model=self.inputs.model)
         return digest(
             {
                 "model": model_identity(self.config, self.inputs.source, self.inputs.device),
@@ -69,7 +70,7 @@ class Scorer:
                 "dtype": self.config.evaluation.dtype,
                 "seed": evaluation.SEED,
                 "scoring": SCORING,
-                "versions": find_versions(self.config, EVALUATION_VERSIONS),
+                "versions": find_versions(loaded, EVALUATION_VERSIONS),
             }
         )
 
