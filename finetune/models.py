@@ -7,6 +7,8 @@ model is loaded in one way. Adapters and memory live elsewhere.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -37,8 +38,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from finetune import quantization
 from finetune.config import ModelConfig, local_path
+from finetune.fused_kernels import FLASH
 from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
+
+log = logging.getLogger("finetune")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_TIMEOUT_SECONDS = 10.0
@@ -159,23 +164,31 @@ def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedM
 
 
 def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTrainedModel:
-    """Load the base model onto one device, quantised as configured, with all weights frozen."""
-    dtype = compute_dtype(model, device)
+    """Load the base onto one device, quantised as it is or as set, with all weights frozen."""
+    dtype, config = compute_dtype(model, device), load_config(model, source)
+    settings = quantization.build_settings(model, config, dtype)
+    if quantization.is_quantised_already(config):
+        found = quantization.find_quantization(model, config)
+        log.info("%s is quantised as %s already, and loaded so", model.path, found)
+        quantization.fit_checkpoint(config, dtype)
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source.location,
+        config=config,  # without it, quantization_config=None would hide the checkpoint's own
         revision=source.revision,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
-        quantization_config=_quantization(model, dtype),
+        quantization_config=settings,
         device_map={"": device},
     )
     base.requires_grad_(False)
-    if model.quantization in ("nf4", "fp4"):
-        _keep_4bit_layout(base)
-    if model.quantization != "none" and device.type == "cpu":
-        _let_go_of_the_file(base)
+    quantization.keep_4bit_layout(base)
+    # Its backward pass otherwise adds up in any order, and no two trainings are the same.
+    if base.config._attn_implementation in FLASH:
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    if settings is not None and device.type == "cpu":
+        quantization.let_go_of_the_file(base)
     return base
 
 
@@ -187,41 +200,6 @@ def save_tuned(
     with replaced(folder) as temporary:
         base.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
-
-
-def _let_go_of_the_file(base: PreTrainedModel) -> None:
-    """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
-    for parameter in base.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
-def _quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if model.quantization == "none":
-        return None
-    if model.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=model.quantization,
-        bnb_4bit_use_double_quant=model.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _keep_4bit_layout(base: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking weights at the first evaluation on an AVX512-BF16 CPU.
-
-    The repacked weights make every later training gradient wrong without a word (0.50.2).
-    """
-    for module in _linears_4bit(base):
-        module.support_avx512bf16_for_cpu = False
-
-
-def _linears_4bit(model: torch.nn.Module) -> list[Any]:
-    from bitsandbytes.nn.modules import Linear4bit
-
-    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def pick_device(name: str) -> torch.device:
@@ -360,8 +338,14 @@ def head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
 @contextmanager
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let a model compute in another dtype; its own parameters come back untouched."""
-    own = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
-    compute = [(module, module.compute_dtype) for module in _linears_4bit(model)]
+    packed = quantization.linears_4bit(model)  # which a checkpoint may store as floats
+    weights = {id(module.weight) for module in packed}
+    own = [
+        (p, p.data)
+        for p in model.parameters()
+        if p.is_floating_point() and p.dtype != dtype and id(p) not in weights
+    ]
+    compute = [(module, module.compute_dtype) for module in packed]
     try:
         for parameter, data in own:
             parameter.data = data.to(dtype)

@@ -27,6 +27,7 @@ from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
+from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import (
     Inputs,
@@ -206,7 +207,8 @@ def _train(runs: Sequence[ActiveRun]) -> None:
     too_many = False
     with _guarded(runs):
         try:
-            _train_once(runs)
+            with liger_kernels(_base(runs[0]), wanted=runs[0].config.training.use_liger_kernel):
+                _train_once(runs)
         except torch.OutOfMemoryError:
             if len(runs) == 1:
                 raise
@@ -224,7 +226,8 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
     specs = [_spec(run) for run in runs]
     base, precision = _base(runs[0]), find_precision(runs[0].config)
     rows = [example["input_ids"] for example in specs[0].examples.all]
-    obstacle = find_obstacle(runs[0].config) or multi_adapter.find_obstacle(base, rows, precision)
+    loaded = replace(runs[0].config, model=runs[0].inputs.model)
+    obstacle = find_obstacle(loaded) or multi_adapter.find_obstacle(base, rows, precision)
     if obstacle is not None:
         log.debug("trained by the Trainer: %s", obstacle)
         for run, spec in zip(runs, specs, strict=True):
@@ -350,7 +353,8 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     (folder.path / "config.yaml").write_text(job.yaml, encoding="utf-8")
     overrides = OmegaConf.to_yaml(OmegaConf.create(job.overrides))
     (folder.path / "overrides.yaml").write_text(overrides, encoding="utf-8")
-    folder.write_json("environment.json", describe_environment(inputs.device))
+    environment = describe_environment(inputs.device)
+    folder.write_json("environment.json", environment | {"base": inputs.model.quantization})
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")

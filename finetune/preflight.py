@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +12,19 @@ import torch
 from jinja2 import TemplateError
 from omegaconf import OmegaConf
 
-from finetune import adapters, data, memory, models, optimizers, tasks, training
+from finetune import (
+    adapters,
+    data,
+    fused_kernels,
+    memory,
+    models,
+    optimizers,
+    quantization,
+    tasks,
+    training,
+)
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
-from finetune.grouping import most_that_pay
+from finetune.grouping import find_obstacle, most_that_pay
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
 from finetune.overrides import first_line
@@ -52,11 +62,13 @@ def prepare(config: Config) -> Plan:
     most = 1
     if not (finished := is_done(config, inputs, folder)):
         shape, place, tokens = _memory(config, inputs)
-        problem = memory.find_problem(config, shape, place, tokens)
+        loaded = replace(config, model=inputs.model)
+        problem = memory.find_problem(loaded, shape, place, tokens)
         if problem is not None:
             return Plan(None, [problem])
-        most = config.sweep.max_concurrent_adapters or most_that_pay(config)
-        most = memory.most_adapters(config, shape, place, tokens, most)
+        if find_obstacle(loaded) is None:
+            most = config.sweep.max_concurrent_adapters or most_that_pay(config)
+            most = memory.most_adapters(loaded, shape, place, tokens, most)
     told = [] if finished else forecasts(config, inputs)
     return Plan(folder.path, [], finished=finished, most_together=most, forecasts=told)
 
@@ -97,6 +109,23 @@ def _find_model_problems(config: Config) -> list[str]:
     problems = adapters.find_problems(meta, config.peft, config.lora)
     if config.model.adapter is not None:
         adapters.saved_digest(Path(config.model.adapter))
+    device = models.pick_device(config.training.device)
+    dtype = models.compute_dtype(config.model, device)
+    problems += quantization.find_problems(config.model, model_config, device)
+    problems += fused_kernels.find_flash_problems(config.model, meta, device, dtype)
+    if config.training.use_liger_kernel:
+        problems += fused_kernels.find_liger_problems(meta, device)
+    found = quantization.find_quantization(config.model, model_config)
+    if config.peft.method == "full" and found != config.model.quantization:
+        problems.append(
+            f"{config.model.path} is quantised as {found}, so its weights cannot be trained "
+            "themselves; take a checkpoint that is not, or an adapter such as peft=lora"
+        )
+    if found == "gptq" and config.evaluation.dtype != "auto":
+        problems.append(
+            f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own; "
+            "set evaluation.dtype=auto"
+        )
     longest = models.max_positions(model_config)
     if longest and config.training.max_length > longest:
         problems.append(

@@ -20,7 +20,8 @@ from finetune.config import (
     nearest,
 )
 
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cuda", "cpu")
 # Each method with the settings of `lora` that it has a use for.
@@ -44,6 +45,7 @@ def find_problems(config: Config) -> list[str]:
     return [
         *_one_of("model.quantization", config.model.quantization, QUANTIZATIONS),
         *_one_of("model.dtype", config.model.dtype, DTYPES),
+        *_one_of("model.attn_implementation", config.model.attn_implementation, ATTENTIONS),
         *_method_problems(config),
         *_lora_problems(config.lora),
         *_optimizer_problems(config.optimizer),

@@ -10,7 +10,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -104,6 +104,7 @@ class Scorer:
     adapter: str | None
 
     def identity(self, task: LoadedTask) -> str:
+        loaded = replace(self.config, model=self.inputs.model)
         return digest(
             {
                 "model": model_identity(self.config, self.inputs.source, self.inputs.device),
@@ -113,7 +114,7 @@ class Scorer:
                 "dtype": self.config.evaluation.dtype,
                 "seed": SEED,
                 "scoring": SCORING,
-                "versions": find_versions(self.config, EVALUATION_VERSIONS),
+                "versions": find_versions(loaded, EVALUATION_VERSIONS),
             }
         )
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -25,9 +26,10 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.block_attention import BlockAttention, find_obstacle
+from finetune.block_attention import BlockAttention, attention_in, find_obstacle
 from finetune.models import cast_parameters, head_on_rows
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
+from finetune.quantization import is_castable
 
 log = logging.getLogger("finetune")
 
@@ -125,7 +127,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self.scoring = replace(checked, check_seconds=time.monotonic() - started)
         if self.scoring.reason is not None:
             log.warning("scored by lm-eval's own path: %s", self.scoring.reason)
-        with cast_parameters(self.model, self._dtype):
+        with self._computing_in(self._dtype):
             if self.scoring.path == "shared":
                 answers = self._shared(keys, progress=True)
             else:
@@ -150,10 +152,10 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _compared(self, questions: list[list[Key]]) -> Scoring:
         sample = [questions[0], questions[-1]]
         seen = {self._own_dtype: self._difference(sample)}
-        if self._own_dtype != torch.float32 and not getattr(self.model, "is_loaded_in_8bit", False):
+        if self._own_dtype != torch.float32 and is_castable(self.model):
             # Its rounding alone would let a wrong layout pass.
             try:
-                with cast_parameters(self.model, torch.float32):
+                with self._computing_in(torch.float32):
                     seen[torch.float32] = self._difference(sample[1:])
             except torch.OutOfMemoryError:
                 log.warning(
@@ -166,6 +168,11 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 reason = f"a sample differs by {difference:.3g} in {dtype}"
                 return replace(scoring, path="plain", reason=reason)
         return self._with_flips(scoring, questions) if self._dtype != self._own_dtype else scoring
+
+    @contextmanager
+    def _computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        with cast_parameters(self.model, dtype), attention_in(self.model, dtype):
+            yield
 
     def _difference(self, questions: list[list[Key]]) -> float:
         """Return the largest difference between the two paths, in nats."""
@@ -182,7 +189,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         sample = choices[:: max(1, len(choices) // SAMPLED_QUESTIONS)]
         keys = [key for question in sample for key in question]
         own = self._shared(keys)
-        with cast_parameters(self.model, self._dtype):
+        with self._computing_in(self._dtype):
             lower = self._shared(keys)
 
         def picked(answers: Mapping[Key, Answer], question: list[Key]) -> Key:

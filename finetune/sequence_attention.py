@@ -1,6 +1,7 @@
 """Causal attention over sequences laid end to end, each apart, for models that let us.
 
 No padding, and no mask over the whole row: each sequence is one causal attention of its own.
+Flash attention does the same by itself, where positions begin anew.
 
 Axes: head, token = place in the row, feature.
 """
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.adapters import base_of
 from finetune.block_attention import find_obstacle
+from finetune.fused_kernels import FLASH
 
 NAME = "finetune_sequences"
 CHECKED_TOKENS = 64  # of each sequence that the layout is tried on
@@ -38,6 +40,9 @@ class SequenceAttention:
     def installed(self) -> Iterator[None]:
         """Let the model attend sequence by sequence."""
         before = self._base.config._attn_implementation
+        if before in FLASH:  # transformers finds the sequences by their positions
+            yield
+            return
         ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
         self._base.set_attn_implementation(NAME)
         try:

@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "ranges", "overrides", "grouping", "run_folder", "live", "models", "adapters",
+    "config", "ranges", "overrides", "grouping", "run_folder", "live",
+    "quantization", "fused_kernels", "models", "adapters",
     "prompts",
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",

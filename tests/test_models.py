@@ -109,29 +109,6 @@ def test_targets_are_checked_one_by_one_against_the_model() -> None:
     assert adapters.find_target_problems(model, LoraConfig(target_modules=["all-linear"])) == []
 
 
-def test_4bit_training_gradients_survive_an_evaluation() -> None:
-    """Bitsandbytes repacks weights at an eval-mode forward on some CPUs; here it must not."""
-    nf4 = ModelConfig(path="random://tiny", quantization="nf4")
-    model = adapters.attach(
-        load_base(nf4, find_model(nf4), CPU), adapters.lora_settings(LoraConfig(r=4)), 0
-    )
-    ids = torch.arange(20)[None]
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        model.train()
-        model(input_ids=ids, labels=ids).loss.backward()
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        return torch.cat(grads)
-
-    before = gradient()
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=ids)
-    assert torch.equal(before, gradient())
-    assert before.abs().sum() > 0
-
-
 @pytest.mark.slow
 def test_the_real_model_is_converted_and_speaks() -> None:
     """The package's GGUF file becomes a model that continues a sentence sensibly."""

@@ -270,3 +270,21 @@ def test_low_precision_groups_equal_their_solo_runs(
         scale = max(tensor.abs().max() for tensor in alone.values())
         difference = max((mine[name] - alone[name]).abs().max() for name in alone)
         assert difference <= tolerance * scale
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_the_8bit_optimizers_train_and_resume_on_the_cpu(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Matrices of 4,096 numbers and more have states of 8 bits, also in the checkpoint."""
+    setting = Setting({"r": 64}, {"name": name}, {"max_steps": 4, "checkpoint_every": 2})
+    (whole, _) = train(tmp_path, [setting])[0]
+    (saved,) = tmp_path.glob("0/checkpoints/*/optimizer.pt")
+    states = torch.load(saved, weights_only=True)["state"].values()
+    kept = [state["__bnb_optimizer_quant_state__"] for state in states]  # bitsandbytes' own wrap
+    assert any(state["state1"].dtype == torch.uint8 for state in kept)
+    with caplog.at_level("INFO", logger="finetune"):
+        (resumed, _) = train(tmp_path, [setting])[0]
+    assert "resuming at step 2" in caplog.text
+    assert equal(whole, resumed)

@@ -1,0 +1,149 @@
+"""How a base is quantised: by its own checkpoint, or by `model.quantization` while it loads.
+
+What the checkpoint says of itself counts before the setting, wherever the two could differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+from finetune.config import ModelConfig
+from finetune.ranges import QUANTIZATIONS
+
+FOUR_BIT = ("nf4", "fp4")
+BITSANDBYTES = (*FOUR_BIT, "int8")
+GPTQ_PACKAGES = ("gptqmodel", "optimum")  # as transformers' quantizer_gptq.py asks for them
+
+
+def as_loaded(model: ModelConfig, config: PreTrainedConfig) -> ModelConfig:
+    """Return the settings with the quantisation that the base has once it is loaded."""
+    own = _own_settings(config)
+    if not own:
+        return model
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    return replace(model, quantization=find_quantization(model, config), double_quant=double)
+
+
+def find_quantization(model: ModelConfig, config: PreTrainedConfig) -> str:
+    """Return how the loaded base is quantised, by our names or, unknown to us, by transformers'."""
+    own = _own_settings(config)
+    if not own:
+        return model.quantization
+    if own.get("load_in_4bit"):
+        return str(own.get("bnb_4bit_quant_type", "fp4"))  # transformers' own default
+    return "int8" if own.get("load_in_8bit") else str(own.get("quant_method"))
+
+
+def is_quantised_already(config: PreTrainedConfig) -> bool:
+    """Return whether the checkpoint itself is quantised."""
+    return bool(_own_settings(config))
+
+
+def _own_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    whole, text = config.to_dict(), config.get_text_config().to_dict()
+    return whole.get("quantization_config") or text.get("quantization_config") or {}
+
+
+def find_problems(model: ModelConfig, config: PreTrainedConfig, device: torch.device) -> list[str]:
+    """Return why the base cannot be loaded as it is quantised, with the remedy."""
+    found = find_quantization(model, config)
+    if found not in QUANTIZATIONS:
+        return [
+            f"{model.path} is quantised as {found}, which is not among {', '.join(QUANTIZATIONS)}; "
+            "take a checkpoint that is not, and model.quantization=nf4"
+        ]
+    if model.quantization not in ("none", found):
+        return [
+            f"model.quantization is {model.quantization}, but {model.path} is quantised as {found} "
+            "already; set model.quantization=none, or take a checkpoint that is not quantised"
+        ]
+    if found != "gptq":
+        return []
+    if not is_quantised_already(config):
+        return [
+            f"model.quantization is gptq, but {model.path} is no GPTQ checkpoint, and none is made "
+            "here; take one that is, or set model.quantization=nf4"
+        ]
+    missing = [package for package in GPTQ_PACKAGES if find_spec(package) is None]
+    if missing:
+        return [
+            f"{model.path} is a GPTQ checkpoint, which needs {' and '.join(missing)}; pip install "
+            f"{' '.join(missing)}, or take an unquantised checkpoint and model.quantization=nf4"
+        ]
+    if device.type != "cuda":
+        return [
+            f"{model.path} is a GPTQ checkpoint, which needs a CUDA device; use a machine that has "
+            "one, or an unquantised checkpoint and model.quantization=nf4"
+        ]
+    return []
+
+
+def build_settings(
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """Return how to quantise while loading; None where nothing is left to quantise."""
+    if is_quantised_already(config) or model.quantization == "none":
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def fit_checkpoint(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Let a checkpoint that is quantised already compute in our dtype, and be trained on.
+
+    It names the dtype of the card that it was made on, and, for GPTQ, a backend for inference.
+    """
+    own = _own_settings(config)
+    if own.get("load_in_4bit"):
+        name = str(dtype).removeprefix("torch.")
+        config.quantization_config = {**own, "bnb_4bit_compute_dtype": name}
+    elif own.get("quant_method") == "gptq":
+        config.quantization_config = {**own, "backend": "auto_trainable"}
+
+
+def gptq_bytes(config: PreTrainedConfig) -> float:
+    """Return the bytes of a GPTQ weight: its bits, and its part of a group's scale and zero."""
+    own = _own_settings(config)
+    weight = own.get("bits", 4) / 8
+    group = own.get("group_size", 128)
+    return float(weight + (2 + weight) / group if group > 0 else weight)
+
+
+def keep_4bit_layout(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights at the first evaluation on an AVX512-BF16 CPU.
+
+    The repacked weights make every later training gradient wrong without a word (0.50.2).
+    """
+    for module in linears_4bit(base):
+        module.support_avx512bf16_for_cpu = False
+
+
+def linears_4bit(model: torch.nn.Module) -> list[Any]:
+    """Return the layers that bitsandbytes holds in 4 bits."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def is_castable(model: torch.nn.Module) -> bool:
+    """Return whether a loaded model computes in any dtype: int8 and GPTQ layers have their own."""
+    in_8bit = getattr(model, "is_loaded_in_8bit", False)
+    return not in_8bit and getattr(model, "quantization_method", None) != "gptq"
+
+
+def let_go_of_the_file(base: PreTrainedModel) -> None:
+    """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
