@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED_DATA ?= ../shared/data
+# Two at a time, one thread each: threads of two processes on the same cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
 .PHONY: help install demo test test-slow test-gpu lint format ui clean
@@ -25,10 +27,10 @@ demo: $(INSTALLED)  ## a two-point rank sweep on the embedded model and data, mi
 	$(BIN)/python -m finetune lora.r=4,16 --multirun
 
 test: $(INSTALLED)  ## the quick tests: a tiny random model, no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(INSTALLED)  ## the tests on the real model
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
