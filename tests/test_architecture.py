@@ -19,7 +19,9 @@ ORDER = [
     "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
-    "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
+    "scores", "preflight", "pipeline", "worker", "sweep",
+    "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
+    "runs", "rerun", "__main__",
 ]  # fmt: skip
 
 
