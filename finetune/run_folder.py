@@ -19,11 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from finetune.config import Config
+from finetune.config import Config, Refused, build_config
 
 log = logging.getLogger("finetune")
 
@@ -157,6 +160,21 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    def read_config(self) -> Config:
+        """Return the settings that the run was composed of.
+
+        Raises:
+            Refused: this is no run's folder, or its settings are not this version's.
+        """
+        try:
+            composed = OmegaConf.load(self.path / "config.yaml")
+            return build_config(cast(DictConfig, composed))
+        except FileNotFoundError:
+            raise Refused([f"{self.path} is no run's folder: config.yaml is missing"]) from None
+        except (OmegaConfBaseException, OSError, YAMLError) as error:
+            fault = str(error).splitlines()[0]
+            raise Refused([f"{self.path / 'config.yaml'} cannot be read: {fault}"]) from None
 
     def status(self) -> Status | None:
         """Return the recorded status, or None for a run that never started."""

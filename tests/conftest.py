@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import ModelConfig
+from finetune.config import Config, DataConfig, ModelConfig
 from finetune.models import find_model, load_tokenizer
+from finetune.run_folder import Job
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,6 +33,30 @@ def write_rows(path: Path, rows: list[object]) -> Path:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def train_tiny(folder: Path, **changes: Any) -> Path:
+    """Train the tiny model on a few rows in this process, and return the run's folder."""
+    from finetune import pipeline
+
+    config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(folder))
+    config.data = DataConfig(path="package://finetune/demo/rows.jsonl", num_examples=8)
+    config.training.max_length, config.training.batch_size = 400, 2
+    config.optimizer.lr = 0.02
+    config.evaluation.tasks = []
+    config = replace(config, **changes)
+    job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
+    assert pipeline.run([job]) == ["finished"]
+    (status,) = folder.glob("*/status.json")
+    return status.parent
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tiny model of a module's fixtures where its quick tests look for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,9 @@ ORDER = [
     "scoring", "tasks", "evaluation", "forecast",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
-    "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
+    "scores", "preflight", "pipeline", "worker", "sweep",
+    "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
+    "runs", "rerun", "__main__",
 ]  # fmt: skip
 
 

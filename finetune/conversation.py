@@ -1,0 +1,269 @@
+"""A conversation with what runs trained: several adapters on one base, each asked as it was taught.
+
+Only `chat` remembers what was said; the other templates are single turns, as in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from finetune import models
+from finetune.config import Refused
+from finetune.prompts import Template, Turn, Unusable, encode_chat, load_template
+from finetune.trained import Trained, find_difference, write_adapter
+
+BASE = "base"
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; a temperature of 0 takes the likeliest token."""
+
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A run to talk with: its name here, PEFT's name of its adapter, and how it is asked."""
+
+    name: str
+    adapter: str
+    method: str
+    prompt: str  # as data.prompt_template names it
+    template: Template
+
+    @property
+    def fields(self) -> list[str]:
+        """Return what must be given to ask it; of one alone, it is the line that is typed."""
+        return [name for name in self.template.required if name != "output"]
+
+    def read(self, line: str, given: Fields) -> Fields | None:
+        """Return all fields once the last one is typed, those before being `given`.
+
+        Raises:
+            Unusable: the line names no field.
+        """
+        if len(self.fields) == 1:
+            return {self.fields[0]: line}
+        name, colon, text = line.partition(":")
+        if not colon or name.strip() not in self.fields:
+            raise Unusable(f"type FIELD: VALUE, a line for each of {', '.join(self.fields)}")
+        given[name.strip()] = _value(text.strip())
+        return given if given.keys() >= set(self.fields) else None
+
+
+def _value(text: str) -> Any:
+    """Return lists, objects and numbers as a template expects them from the data, else the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list | dict) or str(value) == text else text
+
+
+class Conversation:
+    """Who speaks now and what was said; `load` makes one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        voices: Sequence[Voice],
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.voices = list(voices)
+        self.voice = self.voices[0]  # whose template it is, also while the base speaks
+        self.is_base = False
+        self.turns: list[Turn] = []
+        self.given: Fields = {}
+        self._switch(self.voice)
+
+    def use(self, name: str) -> None:
+        """Let another run speak, by its name or a part of it that no other has, or the base.
+
+        Raises:
+            ValueError: there is none of that name, or several.
+        """
+        if name == BASE:
+            if not isinstance(self.model, PeftModel):
+                raise ValueError("this run tuned every weight of its base, which is not loaded")
+            self.is_base = True
+            return
+        same = [voice for voice in self.voices if voice.name == name]
+        found = same or [voice for voice in self.voices if name in voice.name]
+        if len(found) != 1:
+            fault = "several runs have" if found else "no run has"
+            raise ValueError(f"{fault} {name!r} in their name; /list shows them")
+        self._switch(found[0])
+
+    def _switch(self, voice: Voice) -> None:
+        self.is_base = False
+        self.given = {}
+        self.voice = voice
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(voice.adapter, inference_mode=True)
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.turns, self.given = [], {}
+
+    def answer(self, line: str, sampling: Sampling, write: Callable[[str], object]) -> str | None:
+        """Answer a typed line, piece by piece to `write`; None where more fields are needed.
+
+        Raises:
+            Unusable: the line, or the conversation by now, cannot be asked.
+        """
+        fields = self.voice.read(line, self.given)
+        if fields is None:
+            return None
+        self.given = {}
+        asked = self._turns(fields)
+        tokens = self.voice.template.ask([*asked, Turn("assistant", "")], self.tokenizer).tokens
+        spoken = Spoken(self.tokenizer, write)
+        try:
+            self._generate(tokens, sampling, spoken)
+        finally:  # also of an answer that was stopped, as far as it went
+            if self.voice.template.has_turns and spoken.text.strip():
+                self.turns = [*asked, Turn("assistant", spoken.text)]
+        return spoken.text
+
+    def _turns(self, fields: Fields) -> list[Turn]:
+        template = self.voice.template
+        if template.has_turns:
+            return [*self.turns, Turn("user", fields["messages"])]
+        if self.voice.prompt == "text":
+            return [Turn("user", fields["text"])]
+        rendered = template.render({**dict.fromkeys(template.optional), **fields, "output": "-"})
+        return rendered[:-1]
+
+    def _generate(self, tokens: list[int], sampling: Sampling, spoken: Spoken) -> None:
+        room = sampling.max_new_tokens
+        longest = models.max_positions(self.model.config)
+        if longest is not None:
+            room = min(room, longest - len(tokens))
+        if room < 1:
+            raise Unusable(f"that fills the model's {longest} tokens; /reset forgets what was said")
+        alone = cast(PeftModel, self.model).disable_adapter() if self.is_base else nullcontext()
+        drawn = {"temperature": sampling.temperature} if sampling.temperature else {}
+        with torch.inference_mode(), alone:
+            cast(Any, self.model).generate(
+                input_ids=torch.tensor([tokens], device=self.model.device),
+                attention_mask=torch.ones(
+                    1, len(tokens), dtype=torch.long, device=self.model.device
+                ),
+                max_new_tokens=room,
+                do_sample=bool(drawn),
+                eos_token_id=self._ends(),
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=spoken,
+                **drawn,
+            )
+
+    def _ends(self) -> list[int]:
+        """Return the tokens that end an answer: the model's own, and the one that was learned."""
+        own: Any = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        if self.voice.template.has_turns:
+            ends.add(_end_of_turn(self.tokenizer))
+        return sorted(ends - {None})
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template ends a response with.
+
+    A base model's end of sequence may be another one than its template's end of a turn.
+    """
+    encoded = encode_chat(
+        [Turn("user", "What is it?"), Turn("assistant", "It is this.")], tokenizer
+    )
+    pairs = zip(encoded.tokens, encoded.is_response, strict=True)
+    special = [t for t, is_own in pairs if is_own and t in tokenizer.added_tokens_decoder]
+    return special[-1] if special else None
+
+
+class Spoken(TextStreamer):
+    """What a model says, passed on as soon as it is whole words, and kept."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.write(text)
+
+
+def load(runs: Sequence[Trained]) -> Conversation:
+    """Load the base that the runs share, once, and put the adapter of each onto it.
+
+    Raises:
+        Refused: they cannot stand on one base.
+    """
+    _check_together(runs)
+    voices = _build_voices(runs)
+    if runs[0].is_full:
+        return Conversation(runs[0].load_base(), runs[0].load_tokenizer(), voices)
+    with ExitStack() as stack:
+        folders = [_adapter_folder(run, stack) for run in runs]
+        model = PeftModel.from_pretrained(
+            runs[0].load_base(), str(folders[0]), voices[0].adapter, is_trainable=False
+        )
+        for voice, folder in zip(voices[1:], folders[1:], strict=True):
+            model.load_adapter(str(folder), voice.adapter, is_trainable=False)
+    return Conversation(model.eval(), runs[0].load_tokenizer(), voices)
+
+
+def _check_together(runs: Sequence[Trained]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        pair = f"{first.name} and {other.name}"
+        full = next((run.name for run in (first, other) if run.is_full), None)
+        if full is not None:
+            raise Refused(
+                [f"{full} tuned every weight and is a base of its own; talk with it alone"]
+            )
+        if difference := find_difference(first, other):
+            raise Refused([f"{pair} stand on different bases ({difference}); talk with each alone"])
+        methods = [run.config.peft.method for run in (first, other)]
+        if methods[0] != methods[1]:  # PEFT holds adapters of one kind on a base
+            raise Refused([f"{pair} are {' and '.join(methods)}; talk with each method alone"])
+
+
+def _build_voices(runs: Sequence[Trained]) -> list[Voice]:
+    """Name each run as its folder, or where two are called alike as their paths."""
+    counts = Counter(run.name for run in runs)
+    voices = []
+    for number, run in enumerate(runs):
+        name = run.name if counts[run.name] == 1 else str(run.folder.path)
+        prompt = run.config.data.prompt_template
+        try:
+            template = load_template(prompt)
+        except (FileNotFoundError, ValueError) as error:
+            raise Refused([f"{run.name}: {error}"]) from None
+        # PEFT's names take no dots.
+        voices.append(Voice(name, f"run{number}", run.config.peft.method, prompt, template))
+    return voices
+
+
+def _adapter_folder(run: Trained, stack: ExitStack) -> Path:
+    """Return where an adapter is that leaves the base alone, so that others can stand beside it."""
+    if not run.changes_the_base:
+        return run.folder.adapter
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    write_adapter(run, folder)
+    return folder

@@ -1,0 +1,199 @@
+"""`python -m finetune.export RUN`: what a run trained as a folder for others, or on the hub.
+
+The adapter, or with --merge the whole model, with tokenizer and model card; whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.config import Refused
+
+if TYPE_CHECKING:
+    from finetune.merging import Check
+    from finetune.trained import Trained
+
+
+class NotExported(Exception):
+    """What was begun did not succeed; the message says why and what to do."""
+
+
+def main() -> None:
+    """Export; exit code 0, 1 (the check or the upload failed) or 2 (refused)."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
+    parser.add_argument(
+        "--into", type=Path, metavar="FOLDER", help="a new folder (default: exports/NAME)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true",
+        help="merge the adapter into the base's weights, and check the model that comes of it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it too; the token is HF_TOKEN or hf's login"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: a private repository")
+    given = parser.parse_args()
+    if given.private and not given.push:
+        parser.error("--private says how to --push OWNER/NAME")
+    into = given.into or Path("exports") / given.run.resolve().name
+    try:
+        export(given.run, into, is_merged=given.merge, repo=given.push)
+        print(f"written: {into}")
+        if given.push:
+            print(f"pushed: {push(into, given.push, is_private=given.private)}")
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        sys.exit(2)
+    except NotExported as fault:
+        print(fault, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def export(path: Path, into: Path, *, is_merged: bool = False, repo: str | None = None) -> None:
+    """Write a run's model into a new folder, and print what its check found.
+
+    Raises:
+        Refused: the run, the folder or the hub's name cannot be used.
+        NotExported: what was written does not say what the run's model says.
+    """
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise Refused([f"{into} is there already; name another with --into, or remove it"])
+    if repo is not None:
+        refuse_push(repo)
+    # Only now, so that help and mistakes come at once.
+    from finetune.worker import quieten_libraries
+
+    quieten_libraries()
+    from finetune.merging import find_merge_problem
+    from finetune.model_card import render_card
+    from finetune.trained import find_trained
+
+    run = find_trained(path)
+    if is_merged and (problem := find_merge_problem(run)):
+        raise Refused([problem])
+    with written_whole(into) as folder:
+        check = write_model(run, folder, is_merged=is_merged)
+        if check is not None and not check.has_passed:
+            raise NotExported(f"not exported, it is not what was trained: {check.describe()}")
+        card = render_card(run, repo or str(into), is_merged=is_merged, check=check)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    if check is not None:
+        print(describe_check(run, check, is_merged=is_merged))
+
+
+def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
+    """Write weights, tokenizer and prompt; return how what was written was checked, if at all.
+
+    An adapter that is copied as it is needs no check.
+    """
+    from finetune.merging import check_adapter, write_merged
+    from finetune.trained import write_adapter
+
+    check = None
+    if is_merged:
+        check = write_merged(run, folder)
+    elif run.is_full:
+        shutil.copytree(run.folder.model, folder, dirs_exist_ok=True)
+    else:
+        write_adapter(run, folder)
+        if run.changes_the_base:
+            check = check_adapter(run, folder)
+    run.load_tokenizer().save_pretrained(folder)
+    if run.folder.prompt_template.is_file():
+        shutil.copy(run.folder.prompt_template, folder)
+    return check
+
+
+def describe_check(run: Trained, check: Check, *, is_merged: bool) -> str:
+    """Say in one line how close what was written is, and to what."""
+    if not is_merged:
+        return f"made to fit the base as published; {check.describe()}"
+    if run.model.quantization == "none":
+        return f"merged; {check.describe()}"
+    quantised = f"the base was quantised ({run.model.quantization})"
+    return f"{quantised}: merged into its dequantised weights; {check.describe()}"
+
+
+@contextmanager
+def written_whole(into: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `into` at the end, unless that fails."""
+    into.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=into.parent, prefix=f".{into.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner only
+        os.replace(temporary, into)  # also over a folder, as long as it is empty
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_push(repo: str) -> None:
+    """Raise Refused where an upload could not even begin."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise Refused([f"--push {repo}: {error}"]) from None
+    if "/" not in repo:
+        raise Refused([f"--push {repo}: name the owner too, OWNER/NAME"])
+    if constants.is_offline_mode():
+        raise Refused([f"--push {repo}: HF_HUB_OFFLINE keeps the hub away; unset it"])
+    if get_token() is None:
+        raise Refused([f"--push {repo}: set HF_TOKEN to a token that may write"])
+
+
+def push(folder: Path, repo: str, *, is_private: bool) -> str:
+    """Upload a folder to a repository of the hub, made where it is not there; return its URL.
+
+    Raises:
+        NotExported: it did not work; the folder is left, to be uploaded again.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    again = f"{folder} stays; later: hf upload {repo} {folder}"
+    hub = HfApi()
+    try:
+        url = hub.create_repo(repo, private=is_private or None, exist_ok=True)
+        if is_private and not hub.repo_info(repo).private:
+            raise NotExported(f"not pushed: {url} is there already, and is public; {again}")
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from finetune")
+    except HfHubHTTPError as error:
+        raise NotExported(
+            f"not pushed: {_remedy(error.response.status_code, error)}; {again}"
+        ) from None
+    except (HTTPError, ConnectionError) as error:
+        fault = f"{hub.endpoint} cannot be reached ({str(error) or type(error).__name__})"
+        raise NotExported(f"not pushed: {fault}; {again}") from None
+    except (ValueError, RuntimeError) as error:  # a card that the hub refuses; its uploader's own
+        raise NotExported(f"not pushed: {' '.join(str(error).split())}; {again}") from None
+    return str(url)
+
+
+def _remedy(status: int, error: Exception) -> str:
+    if status == 401:
+        return "the hub does not know the token (401); set HF_TOKEN to a valid one that may write"
+    if status == 403:
+        return "the token may not write there (403); use one that may, or another OWNER"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

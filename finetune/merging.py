@@ -1,0 +1,137 @@
+"""An adapter merged into its base's weights, and the check that what was written says the same.
+
+Compared are the log-likelihoods, in nats, of some of the run's own prompts: under base and adapter
+as the run was scored, and under the model loaded again from what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune import adapters, data, models
+from finetune.config import Refused
+from finetune.prompts import Prompt
+from finetune.trained import Trained, load_as_published
+
+NUM_PROMPTS = 8
+# Of a prompt's log-likelihood a token. Measured for SmolLM2-135M, merged: fp32 2e-6, fp16 3e-3,
+# bf16 0.13 (it rounds much of a small update away), int8 0.02; tuning moved them by 0.2 to 1.2.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.3}
+INT8_TOLERANCE = 0.15  # bitsandbytes rounds the layers' inputs too, and merged weights do not
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far apart two models are on the same prompts, and how far they may be."""
+
+    num_prompts: int
+    num_tokens: int
+    largest: float  # difference of a prompt's log-likelihood, a token
+    tolerance: float
+    dtype: str
+
+    @property
+    def has_passed(self) -> bool:
+        return self.largest <= self.tolerance
+
+    def describe(self) -> str:
+        return (
+            f"log-likelihoods of {self.num_prompts} of the run's prompts ({self.num_tokens:,} "
+            f"tokens, {self.dtype}) differ by at most {self.largest:.1e} a token "
+            f"(bound {self.tolerance:.0e})"
+        )
+
+
+def find_merge_problem(run: Trained) -> str | None:
+    """Return why a run's method cannot be merged; None where it can."""
+    method = run.config.peft.method
+    if run.is_full:
+        return "--merge: peft.method=full needs none; its export is the whole model"
+    if run.config.peft.is_prompt_learning:
+        return f"--merge: peft.method={method} changes no weight of the base; export it without"
+    if run.model.quantization == "gptq":
+        return "--merge: a GPTQ base cannot be dequantised; export the adapter without"
+    return None
+
+
+def write_merged(run: Trained, folder: Path) -> Check:
+    """Write base and adapter as one plain model into a folder that is there; return its check.
+
+    A quantised base is merged into its dequantised weights. What PiSSA and OLoRA took out of the
+    base stays out of it, as in the run.
+    """
+    tokenizer = run.load_tokenizer()
+    prompts = find_prompts(run, tokenizer)
+    adapted = adapters.load(run.load_base(), run.folder.adapter)
+    before = log_likelihoods(adapted, prompts)
+    base = cast(PreTrainedModel, adapted.unload())
+    if run.model.quantization != "none":
+        base = base.dequantize()
+    merged = load_as_published(base, run.folder.adapter).merge_and_unload(safe_merge=True)
+    cast(PreTrainedModel, merged).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del adapted, base, merged  # before the next one is loaded
+    plain = replace(run.model, path=str(folder), revision=None, quantization="none")
+    written = models.load_base(plain, models.find_model(plain), run.device)
+    return compare(run, prompts, before, log_likelihoods(written, prompts))
+
+
+def check_adapter(run: Trained, folder: Path) -> Check:
+    """Compare an adapter that was written for the base as published with the run's own."""
+    prompts = find_prompts(run, run.load_tokenizer())
+    before, after = (
+        log_likelihoods(adapters.load(run.load_base(), adapter), prompts)
+        for adapter in (run.folder.adapter, folder)
+    )
+    return compare(run, prompts, before, after)
+
+
+def find_prompts(run: Trained, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return prompts to check with.
+
+    Raises:
+        Refused: the run's rows are not there any more, or too short to compare.
+    """
+    settings = run.config.data, run.config.training
+    try:
+        rows = data.read_sources(data.find_sources(run.config.data))
+    except (FileNotFoundError, ValueError) as error:
+        raise Refused([f"the export is checked on the run's own rows: {error}"]) from None
+    found = data.last_prompts(rows, *settings, tokenizer, NUM_PROMPTS)
+    prompts = [prompt for prompt in found if len(prompt.tokens) > 1]
+    if not prompts:
+        raise Refused(["the export is checked on the run's own prompts, and all are too short"])
+    return prompts
+
+
+def log_likelihoods(model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Return each prompt's log-likelihood from its second token on, a token."""
+    found = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            tokens = torch.tensor([prompt.tokens], device=model.device)
+            scores = cast(Any, model)(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
+            found.append(scores.gather(1, tokens[0, 1:, None]).mean().cpu())
+    return torch.stack(found)
+
+
+def compare(
+    run: Trained, prompts: Sequence[Prompt], before: torch.Tensor, after: torch.Tensor
+) -> Check:
+    """Return how far apart two models' log-likelihoods of the same prompts are."""
+    dtype = models.compute_dtype(run.model, run.device)
+    apart = (before - after).abs().nan_to_num(float("inf"))
+    return Check(
+        len(prompts),
+        sum(len(prompt.tokens) - 1 for prompt in prompts),
+        float(apart.max()),
+        max(TOLERANCES[dtype], INT8_TOLERANCE if run.model.quantization == "int8" else 0.0),
+        str(dtype).removeprefix("torch."),
+    )

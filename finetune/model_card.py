@@ -1,0 +1,158 @@
+"""The page that goes with an exported model: what was trained on what, what it scored, how to load.
+
+All of it comes from the run's own files; settings are shown as composed, so that secrets stay out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.comparison import Difference, compare
+from finetune.config import ModelConfig
+from finetune.merging import Check
+from finetune.results import read_outcomes
+from finetune.run_folder import RunFolder
+from finetune.trained import Trained
+
+SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of base and tuned model; `difference` where each question's outcome is known."""
+
+    task: str
+    metric: str
+    base: str
+    tuned: str
+    difference: Difference | None
+    num_questions: int
+
+
+def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | None) -> str:
+    """Return the card of a model that is loaded from `place`, a folder or OWNER/NAME of the hub."""
+    pages = Environment(
+        loader=PackageLoader("finetune"),
+        autoescape=False,  # noqa: S701  # markdown of our own, not a page of others' words
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    is_whole = is_merged or run.is_full
+    page = pages.get_template("model_card.md.j2").render(
+        name=run.name,
+        base=run.config.model.path,
+        commit=run.source.revision,
+        method=run.config.peft.method,
+        quantization=run.model.quantization,
+        is_whole=is_whole,
+        is_merged=is_merged,
+        check=check,
+        changes_the_base=run.changes_the_base,
+        has_own_template=run.folder.prompt_template.is_file(),
+        prompt=Path(run.config.data.prompt_template).name,
+        data=", ".join(_sources(run.folder)),
+        counts=run.folder.read_json("data.json"),
+        trained=run.folder.read_json("training.json"),
+        scores=list(_scores(run.folder)),
+        settings=_settings(run.folder),
+        code=_whole_code(place) if is_whole else _adapter_code(run, place),
+        environment=run.folder.read_json("environment.json") or {},
+    )
+    return page.rstrip() + "\n"
+
+
+def _composed(folder: RunFolder) -> DictConfig:
+    """Return the settings unresolved: what stands in the environment stays there."""
+    composed = OmegaConf.load(folder.path / "config.yaml")
+    assert isinstance(composed, DictConfig)
+    return composed
+
+
+def _sources(folder: RunFolder) -> list[str]:
+    data: Any = OmegaConf.to_container(_composed(folder).data, resolve=False)
+    return [str(source["path"]) for source in data.get("mix") or [data]]
+
+
+def _settings(folder: RunFolder) -> str:
+    composed = _composed(folder)
+    method = composed.peft.method
+    shown = [name for name in SECTIONS if name != "lora" or method == "lora"]
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(composed, shown)).rstrip()
+
+
+def _scores(folder: RunFolder) -> Iterator[Score]:
+    """Yield every reported metric; those that chose the best run are no result."""
+    for path in sorted(folder.evaluation.glob("*.json")):
+        if path.name.endswith(".select.json"):
+            continue
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for metric in stored["tuned"]["metrics"]:
+            if not metric.endswith("_stderr"):
+                yield Score(
+                    path.stem, metric, _with_stderr(stored.get("base"), metric),
+                    _with_stderr(stored["tuned"], metric),
+                    _difference(folder, path.stem, metric), stored["tuned"]["num_questions"],
+                )  # fmt: skip
+
+
+def _with_stderr(side: dict[str, Any] | None, metric: str) -> str:
+    if side is None:
+        return ""
+    value, stderr = side["metrics"][metric], side["metrics"].get(f"{metric}_stderr")
+    return f"{value:.4f}" + (f" ± {stderr:.4f}" if isinstance(stderr, float) else "")
+
+
+def _difference(folder: RunFolder, task: str, metric: str) -> Difference | None:
+    pair = read_outcomes(folder, task, metric)
+    if pair is None:
+        return None
+    try:
+        return compare({metric: pair}).differences[metric]
+    except ValueError:  # other questions on each side
+        return None
+
+
+def _whole_code(place: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({place!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})"
+    )
+
+
+def _adapter_code(run: Trained, place: str) -> str:
+    """Return what loads base and adapter; a base of a package is found by this project."""
+    imports = ["from peft import PeftModel"]
+    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    base = repr(run.source.location)
+    if run.source.revision is not None:
+        base += f", revision={run.source.revision!r}"
+    elif "://" in run.model.path or run.model.path.endswith(".gguf"):
+        imports.append("from finetune.models import ModelConfig, find_model")
+        base = f"find_model(ModelConfig({run.model.path!r})).location"
+    if run.model.quantization != "none":
+        names.append("BitsAndBytesConfig")
+        base += f", quantization_config=BitsAndBytesConfig({_quantization(run.model)})"
+    return (
+        "\n".join([*imports, f"from transformers import {', '.join(names)}"])
+        + f"\n\nbase = AutoModelForCausalLM.from_pretrained({base})\n"
+        f"model = PeftModel.from_pretrained(base, {place!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})"
+    )
+
+
+def _quantization(model: ModelConfig) -> str:
+    if model.quantization == "int8":
+        return "load_in_8bit=True"
+    return (
+        f"load_in_4bit=True, bnb_4bit_quant_type={model.quantization!r}, "
+        f"bnb_4bit_use_double_quant={model.double_quant}"
+    )

@@ -1,0 +1,174 @@
+"""What a finished run trained, loaded again for use: its base, its tokenizer and its adapter.
+
+A run that tuned every weight is a base of its own. PiSSA and OLoRA take their part out of the base
+before they learn; here their adapters become ones for the base as it is published.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune import models, quantization
+from finetune.config import Config, ModelConfig, Refused
+from finetune.grouping import CHANGE_THE_BASE
+from finetune.identity import model_identity
+from finetune.models import Source
+from finetune.run_folder import RunFolder
+
+TOKENIZER_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's settings, and where the model is that it stands on."""
+
+    folder: RunFolder
+    config: Config
+    model: ModelConfig  # the base's; of a full run, of the model that it trained
+    source: Source
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_full(self) -> bool:
+        return self.config.peft.method == "full"
+
+    @property
+    def changes_the_base(self) -> bool:
+        """Whether its adapter fits only a base that its own initialisation was taken out of."""
+        return self.config.lora.init.startswith(CHANGE_THE_BASE)
+
+    def load_base(self) -> PreTrainedModel:
+        """Load the base, frozen.
+
+        Raises:
+            Refused: the hub has the model, and this machine only a part of it.
+        """
+        try:
+            return models.load_base(self.model, self.source, self.device)
+        except OSError as error:
+            fault = str(error).splitlines()[0]
+            raise Refused([f"model.path={self.model.path} cannot be loaded: {fault}"]) from None
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the base's tokenizer; a full run's own, where it has one."""
+        if self.is_full and not (self.folder.model / TOKENIZER_FILE).is_file():
+            return models.load_tokenizer(self.config.model, models.find_model(self.config.model))
+        return models.load_tokenizer(self.model, self.source)
+
+
+def find_trained(path: Path) -> Trained:
+    """Find what a run's folder holds and the base that it needs, without loading weights.
+
+    Raises:
+        Refused: it is no run's folder, has nothing trained yet, or its base is not there.
+    """
+    folder = RunFolder(path.resolve())
+    config = folder.read_config()
+    if folder.prompt_template.is_file():  # as it was; the file that the settings name may be gone
+        template = replace(config.data, prompt_template=str(folder.prompt_template))
+        config = replace(config, data=template)
+    is_full = config.peft.method == "full"
+    if not (folder.model / "config.json" if is_full else folder.adapter / CONFIG_NAME).is_file():
+        status = folder.status()
+        raise Refused(
+            [
+                f"{path} has no {'model' if is_full else 'adapter'} yet"
+                f"{f' ({status.state})' if status else ''}; the command that began it finishes it"
+            ]
+        )
+    model = config.model
+    if is_full:
+        model = replace(model, path=str(folder.model), revision=None, quantization="none")
+    try:
+        source = models.find_model(model)
+        model = quantization.as_loaded(model, models.load_config(model, source))
+    except FileNotFoundError as error:
+        raise Refused([f"{path}: its base is missing: {error}"]) from None
+    # The device says where, not what: a run of another machine may be used on this one.
+    return Trained(folder, config, model, source, models.pick_device("auto"))
+
+
+def find_difference(one: Trained, other: Trained) -> str | None:
+    """Return in what the bases of two runs differ; None where one base serves both."""
+    bases = [
+        model_identity(replace(r.config, model=r.model), r.source, r.device) for r in (one, other)
+    ]
+    keys = [key for key in bases[0] if bases[0][key] != bases[1][key]]
+    return ", ".join("weights" if key == "digest" else key for key in keys) or None
+
+
+def load_as_published(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter onto a model whose weights stay as they are."""
+    settings = PeftConfig.from_pretrained(str(folder))
+    _initialise_nothing(settings)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=settings)
+
+
+def _initialise_nothing(settings: Any) -> None:
+    """Let PEFT draw what it then overwrites, and leave the base's weights alone."""
+    if settings.peft_type == "LORA":
+        settings.init_lora_weights = True
+
+
+def write_adapter(run: Trained, folder: Path) -> None:
+    """Write a run's adapter into a folder that is there, fit for the base as it is published.
+
+    Raises:
+        Refused: there is no such adapter.
+    """
+    tensors = load_file(run.folder.adapter / SAFETENSORS_WEIGHTS_NAME)
+    settings: Any = PeftConfig.from_pretrained(str(run.folder.adapter))
+    if run.changes_the_base:
+        if run.model.quantization != "none":
+            raise Refused(
+                [
+                    f"{run.name}: lora.init={run.config.lora.init} quantised the base anew without "
+                    "its own part, which no adapter for the base itself can say; "
+                    f"python -m finetune.export {run.folder.path} --merge can"
+                ]
+            )
+        tensors = _with_initial_part_removed(tensors, _initial_tensors(run))
+        settings.r *= 2  # alpha: such that the scaling stays
+        settings.lora_alpha *= math.sqrt(2) if settings.use_rslora else 2
+    _initialise_nothing(settings)
+    settings.base_model_name_or_path = run.source.location
+    settings.revision = run.source.revision
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    settings.save_pretrained(str(folder))
+
+
+def _initial_tensors(run: Trained) -> dict[str, torch.Tensor]:
+    """Return what the adapter was before training: a function of the base's weights alone."""
+    settings = PeftConfig.from_pretrained(str(run.folder.adapter))
+    fresh = get_peft_model(run.load_base(), settings)
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(fresh)
+    return {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+
+def _with_initial_part_removed(
+    tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the update against the published weights, W + s (B A - B0 A0), in twice the rank.
+
+    As PEFT's `subtract_mutated_init`, which forgets DoRA's magnitudes.
+    """
+    removed = dict(tensors)
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            removed[name] = torch.cat([tensor, initial[name]], dim=0)
+        elif "lora_B" in name:
+            removed[name] = torch.cat([tensor, -initial[name]], dim=1)
+    return removed
