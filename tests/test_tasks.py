@@ -136,6 +136,7 @@ def test_tasks_are_found_without_the_index(name: str, monkeypatch: pytest.Monkey
     assert path.suffix == ".yaml"
 
 
+@pytest.mark.slow  # it reads lm-eval's whole index
 def test_an_unknown_task_gets_the_nearest_known_one() -> None:
     """A misspelt task is told with the one that was meant, a tag with its tasks."""
     names = ["arc_eazy", "demo_science", "ai2_arc"]

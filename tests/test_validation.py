@@ -214,8 +214,8 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ("key", "after", "how"),
     [
         ("validation/loss", 0, "killed"),  # the best step's checkpoint is not written yet
-        ("train/loss", 1, "killed"),  # it is the newest
-        ("validation/loss", 4, "killed"),  # one without it is the newest
+        pytest.param("train/loss", 1, "killed", marks=SLOW),  # it is the newest
+        pytest.param("validation/loss", 4, "killed", marks=SLOW),  # one without it is the newest
         pytest.param("train/loss", 6, "killed", marks=SLOW),
         pytest.param("validation/loss", 6, "killed", marks=SLOW),  # the one that ends the training
         pytest.param("train/loss", 0, "stopped", marks=SLOW),
