@@ -167,7 +167,8 @@ class AdapterTraining:
 
 
 def rows_a_step(arguments: SFTConfig) -> int:
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    batches: int = arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.per_device_train_batch_size * batches
 
 
 def num_steps(num_rows: int, arguments: SFTConfig) -> int:

@@ -1,6 +1,6 @@
 """Which runs of a grid can be trained together over one base, and why the others go alone.
 
-Pure: it looks at the composed settings only.
+It looks at the composed settings, and at the number of processes, only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from finetune import distributed
 from finetune.config import Config
 
 MOST_TOGETHER = 8
@@ -31,6 +32,8 @@ class Group:
 
 def find_obstacle(config: Config) -> str | None:
     """Return why a run cannot take part in a common step; None where it can."""
+    if distributed.is_launched():
+        return f"{distributed.num_processes()} processes train it"
     if config.peft.method != "lora":
         return f"peft.method={config.peft.method} is no matrix pair on a layer's output"
     if config.lora.use_dora:

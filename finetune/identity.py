@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import adapters, data, models, prompts, training
+from finetune import adapters, data, distributed, models, prompts, training
 from finetune.config import Config, DataConfig
 from finetune.models import Source
 from finetune.ranges import METHODS
@@ -45,6 +45,7 @@ def find_inputs(config: Config) -> Inputs:
     precision = find_precision(config)
     neutral, adapter = dict.fromkeys(NEUTRAL), config.model.adapter
     seed = config.training.seed
+    processes = distributed.num_processes()  # each takes a batch of its own
     data_seed = seed if config.training.data_seed is None else config.training.data_seed
     identity = digest(
         {
@@ -57,6 +58,7 @@ def find_inputs(config: Config) -> Inputs:
             "training": {
                 **asdict(config.training), **neutral,
                 "precision": str(precision.autocast), "data_seed": data_seed,
+                **({"processes": processes} if processes > 1 else {}),
             },
             "versions": find_versions(config, TRAINING_VERSIONS),
         }
@@ -134,6 +136,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "processes": distributed.num_processes(),
         "gpu": gpu,
         "git_commit": commit.stdout.strip() or None,
     }

@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from finetune import distributed
 from finetune.config import ModelConfig, local_path
 from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
 
@@ -225,10 +226,11 @@ def _linears_4bit(model: torch.nn.Module) -> list[Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of `training.device`: auto takes the first GPU, else the CPU."""
+    """Return the device of `training.device`: auto takes the process's own GPU, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    own = distributed.local_rank()
+    return torch.device(name, own) if name == "cuda" else torch.device(name)
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -12,7 +12,16 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, data, evaluation, memory, models, optimizers, training
+from finetune import (
+    adapters,
+    data,
+    distributed,
+    evaluation,
+    memory,
+    models,
+    optimizers,
+    training,
+)
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.grouping import most_that_pay
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
@@ -33,6 +42,7 @@ def prepare(config: Config) -> Plan:
         )
     else:
         problems += training.find_precision_problems(find_precision(config))
+    problems += _find_gpu_problems(config)
     for check in (_find_model_problems, _find_data_problems, _find_task_problems):
         try:
             problems += check(config)
@@ -78,6 +88,13 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
     training = TrainingConfig(batch_size=size, max_length=length)
     read = data.read_sources(data.find_sources(given))
     return data.longest_batch(read, given, training, _loaded_tokenizer(settings, source))
+
+
+def _find_gpu_problems(config: Config) -> list[str]:
+    have, want = torch.cuda.device_count(), distributed.num_local_processes()
+    if models.pick_device(config.training.device).type == "cpu" or want <= max(have, 1):
+        return []
+    return [f"the launcher started {want} processes for {have} GPUs; set --num_processes {have}"]
 
 
 def _find_model_problems(config: Config) -> list[str]:

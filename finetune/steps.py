@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune import distributed
 from finetune.checkpoints import Checkpoint
 from finetune.run_folder import EventLog
 
@@ -50,7 +51,7 @@ class StepWatch(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.update(state.global_step - self._bar.n)
-        if self._signals.stop_requested:
+        if self._signals.is_stop_agreed():
             control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -106,6 +107,13 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def is_stop_agreed(self) -> bool:
+        """Return whether to stop, in all processes after the same step."""
+        if any(distributed.from_all(self.stop_requested)):
+            self.stop_requested = True
+            return True
+        return False
 
     def _stop(self, number: int, frame: object) -> None:
         if self.stop_requested:

@@ -11,12 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "ranges", "overrides", "grouping", "run_folder", "live", "models", "adapters",
-    "prompts",
+    "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live", "models",
+    "adapters", "prompts",
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "steps", "training", "adapter_training", "grouped_lora", "multi_adapter",
-    "scoring", "evaluation",
+    "optimizers", "steps", "row_order", "training", "adapter_training", "grouped_lora",
+    "multi_adapter", "scoring", "evaluation",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
     "scores", "preflight", "pipeline", "worker", "sweep", "sync", "runs", "rerun", "__main__",
