@@ -11,16 +11,27 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from finetune import distributed
 from finetune.config import Refused, conf_dir, register
 from finetune.overrides import find_override_problems, first_line
 
 
 def main() -> None:
-    """Run `python -m finetune`.
+    """Run `python -m finetune`; under a launcher, the first process does and the others follow.
 
     Exit codes: 0 all runs finished, 1 a run failed or diverged, 2 refused before the start,
     130 interrupted.
     """
+    if not distributed.is_main():
+        from finetune.worker import follow
+
+        sys.exit(follow())
+    with distributed.leading():
+        command()
+
+
+def command() -> None:
+    """Check what was typed and let Hydra compose and run it."""
     register()
     args = get_args_parser().parse_args()
     problems = find_override_problems(

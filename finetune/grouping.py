@@ -1,6 +1,6 @@
 """Which runs of a grid can be trained together over one base, and why the others go alone.
 
-Pure: it looks at the composed settings only.
+It looks at the composed settings, and at the number of processes, only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from finetune import distributed
 from finetune.config import Config
 
 MOST_TOGETHER = 8
@@ -34,6 +35,8 @@ def find_obstacle(config: Config) -> str | None:
 
     Its model's quantization is the setting, or, where it is known, the checkpoint's own.
     """
+    if distributed.is_launched():
+        return f"{distributed.num_processes()} processes train it"
     if config.peft.method != "lora":
         return f"peft.method={config.peft.method} is no matrix pair on a layer's output"
     if config.lora.use_dora:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import adapters, data, models, prompts, quantization, training
+from finetune import adapters, data, distributed, models, prompts, quantization, training
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.fused_kernels import FLASH
 from finetune.models import Source
@@ -49,6 +49,7 @@ def find_inputs(config: Config) -> Inputs:
     precision = find_precision(config)
     neutral, adapter = dict.fromkeys(NEUTRAL), config.model.adapter
     seed, liger = config.training.seed, config.training.use_liger_kernel
+    processes = distributed.num_processes()  # each takes a batch of its own
     data_seed = seed if config.training.data_seed is None else config.training.data_seed
     identity = digest(
         {
@@ -61,6 +62,7 @@ def find_inputs(config: Config) -> Inputs:
             "training": {
                 **asdict(config.training), **neutral,
                 "precision": str(precision.autocast), "data_seed": data_seed,
+                **({"processes": processes} if processes > 1 else {}),
             },
             "versions": find_versions(replace(config, model=model), TRAINING_VERSIONS)
             | ({"liger_kernel": version("liger_kernel")} if liger else {}),
@@ -144,6 +146,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "processes": distributed.num_processes(),
         "gpu": gpu,
         "git_commit": commit.stdout.strip() or None,
     }

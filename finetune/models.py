@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune import quantization
+from finetune import distributed, quantization
 from finetune.config import ModelConfig, local_path
 from finetune.fused_kernels import FLASH
 from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
@@ -203,10 +203,11 @@ def save_tuned(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of `training.device`: auto takes the first GPU, else the CPU."""
+    """Return the device of `training.device`: auto takes the process's own GPU, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    own = distributed.local_rank()
+    return torch.device(name, own) if name == "cuda" else torch.device(name)
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

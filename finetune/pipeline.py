@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, models, multi_adapter, prompts, training
+from finetune import adapters, data, distributed, models, multi_adapter, prompts, training
 from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
@@ -38,7 +38,7 @@ from finetune.identity import (
 )
 from finetune.models import Source
 from finetune.prompts import Prompt
-from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
+from finetune.run_folder import EventLog, Job, NullEventLog, RunFolder, State, Status, slug
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -138,8 +138,9 @@ def _run_stages(runs: Sequence[ActiveRun]) -> None:
                     _score_tuned(run)
                     run.end("finished")
     except KeyboardInterrupt:
+        by = "the user or the launcher" if distributed.is_launched() else "the user"
         for run in runs:
-            run.end("interrupted", "interrupted by the user")
+            run.end("interrupted", f"interrupted by {by}")
 
 
 @contextmanager
@@ -224,6 +225,9 @@ def _train(runs: Sequence[ActiveRun]) -> None:
 
 def _train_once(runs: Sequence[ActiveRun]) -> None:
     specs = [_spec(run) for run in runs]
+    for run, spec in zip(runs, specs, strict=True):
+        log.info("data: %s", spec.examples.counts.summary())
+        run.folder.write_json("data.json", asdict(spec.examples.counts))
     base, precision = _base(runs[0]), find_precision(runs[0].config)
     rows = [example["input_ids"] for example in specs[0].examples.all]
     loaded = replace(runs[0].config, model=runs[0].inputs.model)
@@ -243,10 +247,30 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
 
 
 def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:
-    """Train any method by TRL's Trainer."""
+    """Train any method by TRL's Trainer, in all processes."""
     with _trainable(run, spec) as model:
-        result = training.train(model, _tokenizer(run), spec.examples, spec.arguments, run.events)
+        with distributed.training_together(run.config, alike=Diverged):
+            result = _train_by_trainer(run, spec, model)
         _keep(run, model, result)
+
+
+def _train_by_trainer(
+    run: ActiveRun, spec: AdapterSpec, model: PreTrainedModel | PeftModel
+) -> TrainResult:
+    return training.train(model, _tokenizer(run), spec.examples, spec.arguments, run.events)
+
+
+def take_part(config: Config) -> None:
+    """Train beside the first process, which alone writes, scores and decides what comes next."""
+    inputs = find_inputs(config)
+    run = ActiveRun(config, inputs, run_folder(config, inputs), NullEventLog(), time.time())
+    spec = _spec(run)
+    try:
+        wanted = config.training.use_liger_kernel
+        with liger_kernels(_base(run), wanted=wanted), _trainable(run, spec) as model:
+            _train_by_trainer(run, spec, model)
+    except (Diverged, KeyboardInterrupt):  # in the first process too, which tells of it
+        _release_memory()
 
 
 @contextmanager
@@ -269,8 +293,6 @@ def _spec(run: ActiveRun) -> AdapterSpec:
     config = run.config
     rows = data.read_sources(run.inputs.data)
     examples = data.build_examples(rows, config.data, config.training, _tokenizer(run))
-    log.info("data: %s", examples.counts.summary())
-    run.folder.write_json("data.json", asdict(examples.counts))
     arguments = training.build_arguments(
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),

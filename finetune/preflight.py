@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from finetune import (
     adapters,
     data,
+    distributed,
     fused_kernels,
     memory,
     models,
@@ -50,6 +51,7 @@ def prepare(config: Config) -> Plan:
         )
     else:
         problems += training.find_precision_problems(find_precision(config))
+    problems += _find_gpu_problems(config)
     for check in (_find_model_problems, _find_data_problems, _find_task_problems):
         try:
             problems += check(config)
@@ -100,6 +102,13 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
     training = TrainingConfig(batch_size=size, max_length=length)
     read = data.read_sources(data.find_sources(given))
     return data.longest_batch(read, given, training, loaded_tokenizer(settings, source))
+
+
+def _find_gpu_problems(config: Config) -> list[str]:
+    have, want = torch.cuda.device_count(), distributed.num_local_processes()
+    if models.pick_device(config.training.device).type == "cpu" or want <= max(have, 1):
+        return []
+    return [f"the launcher started {want} processes for {have} GPUs; set --num_processes {have}"]
 
 
 def _find_model_problems(config: Config) -> list[str]:

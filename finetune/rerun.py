@@ -61,7 +61,7 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
         now = other.get("versions", {}).get(package)
         if now != number:
             yield f"{package} was {number}, is {now}"
-    for key in ("python", "platform", "threads", "gpu", "git_commit"):
+    for key in ("python", "platform", "threads", "processes", "gpu", "git_commit"):
         if one.get(key) != other.get(key):
             yield f"{key} was {one.get(key)}, is {other.get(key)}"
     yield from _other_settings(before, after)

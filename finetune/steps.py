@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from finetune import distributed
 from finetune.checkpoints import Checkpoint, find_step
 from finetune.run_folder import EventLog
 from finetune.validation import Validations
@@ -62,7 +63,7 @@ class StepWatch(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.update(state.global_step - self._bar.n)
-        if self._signals.stop_requested:
+        if self._signals.is_stop_agreed():
             control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -137,7 +138,8 @@ def find_kept(folder: Path, found: Validations, step: int, num_steps: int) -> Pa
 
 
 def rows_a_step(arguments: TrainingArguments) -> int:
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    batches: int = arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.per_device_train_batch_size * batches
 
 
 def steps_an_epoch(num_rows: int, arguments: TrainingArguments) -> int:
@@ -170,6 +172,13 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def is_stop_agreed(self) -> bool:
+        """Return whether to stop, in all processes after the same step."""
+        if any(distributed.from_all(self.stop_requested)):
+            self.stop_requested = True
+            return True
+        return False
 
     def _stop(self, number: int, frame: object) -> None:
         if self.stop_requested:

@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from jinja2 import TemplateError as JinjaError
 from omegaconf import DictConfig, OmegaConf
 
+from finetune import distributed
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
 from finetune.grouping import Group, find_groups
@@ -43,7 +44,7 @@ from finetune.results import (
 )
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, digest, slug
 from finetune.tracking import Tracker, build_tracker
-from finetune.worker import Worker, WorkerDied, quieten_libraries
+from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries
 
 log = logging.getLogger("finetune")
 
@@ -144,8 +145,9 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
         Refused: something in the grid cannot run; nothing was started.
     """
     _refuse([problem for job in jobs for problem in find_problems(job.config)])
+    _refuse(distributed.find_problems(jobs[0].config, has_launcher=launch is not None))
     _refuse(_folder_problems(jobs[0].config))
-    with Worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
+    with build_worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
         sweep = _plan(jobs, sweep_name(jobs, arguments), worker)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
@@ -168,7 +170,9 @@ def _render_groups(sweep: Sweep) -> Iterator[str]:
                 yield f"alone: {names}, since {group.reason}"
 
 
-def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Launch | None) -> int:
+def _conduct(
+    sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None
+) -> int:
     """Run what is to be run, write the results after each, and report; return the exit code."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     sweep.record(arguments).write(sweep.folder)
@@ -186,6 +190,8 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Lau
                 _write_report(sweep)
                 if sweep.config.sweep.fail_fast and state != "finished":
                     break
+                if distributed.has_parted():
+                    break
     except KeyboardInterrupt:
         log.info("interrupted: waiting for a checkpoint; once more ends at once")
         with suppress(KeyboardInterrupt):
@@ -194,7 +200,7 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: Worker, launch: Lau
     return _report(sweep, tracker, states)
 
 
-def _run_all(sweep: Sweep, tracker: Tracker, worker: Worker) -> Iterator[State]:
+def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
     """Run what is to be run, one after another, and say how each came out."""
     took: list[float] = []
     begun = 0
@@ -282,7 +288,7 @@ def _conducted_alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _plan(jobs: Sequence[Job], name: str, worker: Worker) -> Sweep:
+def _plan(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
     """Let the worker check every job, refuse all problems at once, drop repeated points."""
     plans = [worker.prepare(job) for job in jobs]
     _refuse([problem for plan in plans for problem in plan.problems])
@@ -351,7 +357,7 @@ def _folder_problems(config: Config) -> list[str]:
     return problems
 
 
-def _run_group(points: Sequence[Point], worker: Worker) -> list[State]:
+def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
     """Run jobs together; a worker's death or refusal is one run's failure and nobody else's."""
     started, timeout = time.time(), points[0].job.config.sweep.job_timeout
     try:

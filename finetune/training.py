@@ -6,6 +6,7 @@ Sequences of a micro-batch lie end to end without padding (axes: batch 1, token,
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import AdaLoraModel, PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import (
     IntervalStrategy,
     PreTrainedModel,
@@ -33,6 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from finetune import distributed
 from finetune.adapters import (
     base_of,
     load_rank_state,
@@ -47,6 +50,7 @@ from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import IGNORED, Example, Examples
 from finetune.label_loss import LabelLoss
 from finetune.models import TORCH_DTYPES, has_bf16
+from finetune.row_order import EvenOrder, with_filler
 from finetune.run_folder import EventLog, RunFolder
 from finetune.sequence_attention import SequenceAttention, find_layout_problem
 from finetune.steps import (
@@ -130,7 +134,7 @@ def train(
         ValueError: rows are joined, and this model cannot keep them apart.
     """
     folder = Path(str(arguments.output_dir))
-    checkpoint = find_newest(folder)
+    checkpoint = distributed.from_main(lambda: find_newest(folder))
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_tokens = sum(len(e["input_ids"]) for e in examples.train)
     watch = StepWatch(events, signals, validations, num_tokens)
@@ -148,16 +152,19 @@ def train(
         arguments.eval_strategy = IntervalStrategy.STEPS
     if arguments.activation_checkpointing and arguments.device.type == "cpu":
         return_freed_memory()
+    launched = distributed.is_launched()
     with _base_restored(model), signals.watched():
         trainer = LabelTrainer(
             model=model,
             args=arguments,
-            train_dataset=_as_dataset(examples.train),
+            train_dataset=_as_dataset(with_filler(examples.train) if launched else examples.train),
             eval_dataset=_as_dataset(examples.validation) if examples.validation else None,
             processing_class=tokenizer,
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
+        if launched:
+            trainer.share_rows(EvenOrder(len(examples.train), arguments))
         if checkpoint is not None:
             log_resume(checkpoint)
             trainer.seconds_before = checkpoint.seconds
@@ -240,6 +247,7 @@ class LabelTrainer(SFTTrainer):
         super().__init__(*args, **given)
         self.seconds_before = 0.0  # that an interrupted training took already
         self._started = time.monotonic()
+        self._order: EvenOrder | None = None  # the Trainer's own where one process has all rows
         trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
         self.trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
         for parameter in self.trained.values():  # TRL makes them bf16 on a quantised base
@@ -264,12 +272,27 @@ class LabelTrainer(SFTTrainer):
         else:
             yield
 
+    def share_rows(self, order: EvenOrder) -> None:
+        """Take this process's part of all rows, and drop out unlike the others."""
+        self._order = order
+        self.add_callback(order)
+        torch.manual_seed(self.args.seed + distributed.rank())
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        return self._order or super()._get_train_sampler(train_dataset)
+
     def seconds(self) -> float:
         """Return the training time so far, over all resumes."""
         return self.seconds_before + time.monotonic() - self._started
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write what a resume needs, whole or not at all, in place of the Trainer's own way."""
+        """Write what a resume needs, whole or not at all, in place of the Trainer's own way.
+
+        The first process writes for all: only their random states differ.
+        """
+        states = distributed.from_all(self._random_state())
+        if not distributed.is_main():
+            return
 
         def fill(folder: Path) -> None:
             tensors = {name: p.detach().contiguous() for name, p in self.trained.items()}
@@ -278,13 +301,21 @@ class LabelTrainer(SFTTrainer):
                 torch.save(rank_state(self._ranks), folder / RANKS)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            for name, state in states:
+                (folder / name).write_bytes(state)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         keep = self.args.save_total_limit or 1
         best = self.state.best_global_step
         write_checkpoint(folder, step, self.seconds(), fill, keep=keep, best=best)
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """Return the file that the Trainer keeps this process's random state in, and its name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.name, file.read_bytes()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

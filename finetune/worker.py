@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, cast
 
+from finetune import distributed
 from finetune.run_folder import Job, Plan, State
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
@@ -103,6 +104,73 @@ class Worker:
         return f"the worker ended with exit code {code}"
 
 
+class LaunchedWorker:
+    """The worker's twin under a launcher: jobs run in this process, and train in all of them."""
+
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
+
+    def __enter__(self) -> LaunchedWorker:
+        quieten_libraries(is_quiet=self._is_quiet)
+        distributed.join()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prepare(self, job: Job) -> Plan:
+        """Check a job and name its run."""
+        from finetune import preflight
+
+        return preflight.prepare(job.config)
+
+    def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
+        """Run jobs to their end.
+
+        Raises:
+            KeyboardInterrupt: they were interrupted, checkpoints written.
+        """
+        from finetune import pipeline
+
+        assert timeout_seconds is None, "distributed.find_problems refuses it"
+        states = pipeline.run(jobs)
+        if "interrupted" in states:
+            raise KeyboardInterrupt
+        return states
+
+    def interrupt(self, timeout_seconds: float) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+AnyWorker = Worker | LaunchedWorker
+
+
+def build_worker(*, is_quiet: bool) -> AnyWorker:
+    return (LaunchedWorker if distributed.is_launched() else Worker)(is_quiet=is_quiet)
+
+
+def follow() -> int:
+    """Take part in the trainings of the first process until it ends; return its exit code."""
+    quieten_libraries(is_quiet=True)
+    distributed.join()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the first process decides, and tells
+    from finetune import pipeline
+
+    while True:
+        try:
+            verb, given = distributed.hear()
+        except RuntimeError:  # it is gone; the launcher tells how
+            return 1
+        if verb == "end":
+            return cast(int, given)
+        assert verb == "train", verb
+        pipeline.take_part(given)
+
+
 def _serve(pipe: Connection, is_quiet: bool) -> None:
     """Answer requests until the sweep is gone."""
     if os.name == "posix":
@@ -137,6 +205,7 @@ def _end_with_the_sweep() -> None:
 
 def quieten_libraries(*, is_quiet: bool = False) -> None:
     """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

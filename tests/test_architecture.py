@@ -11,13 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
-    "config", "ranges", "overrides", "grouping", "run_folder", "live",
+    "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters",
     "prompts",
     "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "validation", "steps", "training", "adapter_training", "grouped_lora",
-    "multi_adapter",
+    "optimizers", "validation", "steps", "row_order", "training", "adapter_training",
+    "grouped_lora", "multi_adapter",
     "scoring", "tasks", "evaluation", "forecast",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
