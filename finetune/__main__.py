@@ -53,7 +53,8 @@ def command() -> None:
 
 def run(composed: DictConfig) -> None:
     """Run a single job as a sweep of one."""
-    from finetune.sweep import build_job, run_sweep
+    from finetune.planning import build_job
+    from finetune.sweep import run_sweep
 
     job = build_job(composed, swept=[])
     raise SystemExit(run_sweep([job], job.overrides))

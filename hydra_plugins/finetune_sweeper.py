@@ -41,7 +41,8 @@ class FinetuneSweeper(Sweeper):
 
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
-        from finetune.sweep import build_job, run_alone, run_sweep
+        from finetune.planning import build_job
+        from finetune.sweep import run_alone, run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None

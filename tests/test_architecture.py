@@ -12,16 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
-    "quantization", "fused_kernels", "models", "adapters",
-    "prompts",
-    "rows", "data",
+    "quantization", "fused_kernels", "models", "adapters", "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "validation", "steps", "row_order", "training", "adapter_training",
-    "grouped_lora", "multi_adapter",
+    "optimizers", "validation", "steps", "row_order", "label_trainer", "training",
+    "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "tasks", "evaluation", "forecast",
     "samples", "showcase", "tracking", "comparison", "results", "memory",
     "figures", "report", "identity",
-    "scores", "preflight", "pipeline", "worker", "sweep",
+    "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
     "runs", "rerun", "__main__",
 ]  # fmt: skip

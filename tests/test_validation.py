@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, pipeline, training
+from finetune import adapters, label_trainer, pipeline, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts, build_examples
@@ -269,12 +269,12 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(
 ) -> None:
     """It could be compared with no other."""
     one = spec(tmp_path, changed(OVERFITTING, validate_every=1))
-    record = training.LabelTrainer.evaluation_loop
+    record = label_trainer.LabelTrainer.evaluation_loop
 
     def broken(*args: Any, **given: Any) -> Any:
         return record(*args, **given)._replace(metrics={"eval_loss": float("nan")})
 
-    monkeypatch.setattr(training.LabelTrainer, "evaluation_loop", broken)
+    monkeypatch.setattr(label_trainer.LabelTrainer, "evaluation_loop", broken)
     monkeypatch.setattr("finetune.multi_adapter.SharedBase.validate", lambda *_: float("nan"))
     with pytest.raises(Diverged, match="validation loss became nan at step 1"):
         train_by(way, one)

@@ -1,0 +1,114 @@
+"""A run at work: its folder locked, its log and events open, what it is about written down."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from finetune import data, prompts
+from finetune.config import Config
+from finetune.identity import Inputs, describe_environment, find_inputs, run_folder
+from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
+
+log = logging.getLogger("finetune")
+
+
+@dataclass
+class ActiveRun:
+    """A run at work: what it is about, and how it ends once that is known."""
+
+    config: Config
+    inputs: Inputs
+    folder: RunFolder
+    events: EventLog
+    started: float
+    state: State | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        training = self.config.training
+        return training.is_skipped or self.folder.read_json("training.json") is not None
+
+    def begin(self, job: Job) -> None:
+        _describe(job, self.inputs, self.folder, self.events)
+        self.folder.write_status(Status("running", started=self.started))
+        self.events.status("running")
+
+    def end(self, state: State, reason: str | None = None) -> None:
+        """Record the end, the first one that is told."""
+        if self.state is not None:
+            return
+        self.state = state
+        lines = self.folder.last_lines() if reason else []
+        self.folder.write_status(Status(state, reason, self.started, time.time(), lines))
+        self.events.status(state, reason)
+
+
+def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
+    """Lock the runs, in the same order in every process, and open their logs."""
+    runs = []
+    for job in jobs:
+        inputs = find_inputs(job.config)
+        runs.append((job.config, inputs, run_folder(job.config, inputs)))
+    events = {}
+    for _, _, folder in sorted(runs, key=lambda run: run[2].name):
+        stack.enter_context(folder.locked())
+        events[folder.name] = stack.enter_context(_recording(folder))
+    return [ActiveRun(*run, events[run[2].name], time.time()) for run in runs]
+
+
+def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
+    """Write down, before anything runs, what is about to run and where."""
+    (folder.path / "config.yaml").write_text(job.yaml, encoding="utf-8")
+    overrides = OmegaConf.to_yaml(OmegaConf.create(job.overrides))
+    (folder.path / "overrides.yaml").write_text(overrides, encoding="utf-8")
+    environment = describe_environment(inputs.device)
+    folder.write_json("environment.json", environment | {"base": inputs.model.quantization})
+    settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
+    assert isinstance(settings, dict)
+    sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
+    events.params(dict(_flat({name: settings[name] for name in sections})))
+    for source, rows in [] if job.config.training.is_skipped else data.read_sources(inputs.data):
+        events.dataset(
+            slug(Path(source.location).stem),
+            digest=source.digest,
+            source=source.location,
+            context="training",
+            rows=len(rows),
+        )
+    events.artifact("config.yaml", "config")
+    template = prompts.load_template(job.config.data.prompt_template)
+    if template.file_text is not None:
+        folder.prompt_template.write_text(template.file_text, encoding="utf-8")
+        events.artifact(folder.prompt_template.name, "config")
+
+
+def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted names with their values as text, floats in their shortest exact form."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value) if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _recording(folder: RunFolder) -> Iterator[EventLog]:
+    """Keep the run's events, and a copy of its log lines."""
+    events = EventLog(folder.events)
+    handler = logging.FileHandler(folder.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield events
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        events.close()

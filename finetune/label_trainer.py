@@ -1,0 +1,193 @@
+"""TRL's SFTTrainer with sequences end to end, a head only for labels, and checkpoints of our own.
+
+Axes: a batch is [sequence, token]; end to end it is one sequence.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import AdaLoraModel, PeftModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune import distributed
+from finetune.adapters import (
+    base_of,
+    load_rank_state,
+    num_prepended,
+    orthogonality,
+    rank_state,
+    ranks,
+)
+from finetune.checkpoints import write_checkpoint
+from finetune.data import IGNORED
+from finetune.label_loss import LabelLoss
+from finetune.row_order import EvenOrder
+from finetune.sequence_attention import SequenceAttention
+
+TRAINED, RANKS = "trained.safetensors", "ranks.pt"
+
+
+class LabelTrainer(SFTTrainer):
+    """SFTTrainer whose head and loss see only the positions that predict a label.
+
+    The objective is the stock one: the sum of the labels' cross-entropies over the number of
+    labels in the whole optimizer step.
+    """
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.seconds_before = 0.0  # that an interrupted training took already
+        self._started = time.monotonic()
+        self._order: EvenOrder | None = None  # the Trainer's own where one process has all rows
+        trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
+        self.trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+        for parameter in self.trained.values():  # TRL makes them bf16 on a quantised base
+            parameter.data = parameter.data.float()
+        self._ranks = ranks(trainee)
+        if self._ranks is not None:
+            self.add_callback(RankSchedule(self._ranks))
+        self._attention = SequenceAttention(base_of(trainee))
+        self._losses = LabelLoss(base_of(trainee))
+        self._labels_a_row = 0.0  # held out, on average
+        if self.eval_dataset is not None:
+            held_out = cast(Dataset, self.eval_dataset)["labels"]
+            count = sum(label != IGNORED for labels in held_out for label in labels[1:])
+            self._labels_a_row = count / len(held_out)
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Keep attention inside each sequence, where they lie end to end."""
+        if self.padding_free:
+            with self._attention.installed():
+                yield
+        else:
+            yield
+
+    def share_rows(self, order: EvenOrder) -> None:
+        """Take this process's part of all rows, and drop out unlike the others."""
+        self._order = order
+        self.add_callback(order)
+        torch.manual_seed(self.args.seed + distributed.rank())
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        return self._order or super()._get_train_sampler(train_dataset)
+
+    def seconds(self) -> float:
+        """Return the training time so far, over all resumes."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write what a resume needs, whole or not at all, in place of the Trainer's own way.
+
+        The first process writes for all: only their random states differ.
+        """
+        states = distributed.from_all(self._random_state())
+        if not distributed.is_main():
+            return
+
+        def fill(folder: Path) -> None:
+            tensors = {name: p.detach().contiguous() for name, p in self.trained.items()}
+            save_file(tensors, folder / TRAINED)
+            if self._ranks is not None:
+                torch.save(rank_state(self._ranks), folder / RANKS)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            for name, state in states:
+                (folder / name).write_bytes(state)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        keep = self.args.save_total_limit or 1
+        best = self.state.best_global_step
+        write_checkpoint(folder, step, self.seconds(), fill, keep=keep, best=best)
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """Return the file that the Trainer keeps this process's random state in, and its name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.name, file.read_bytes()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Put back what `_save_checkpoint` wrote; PEFT would cut off AdaLoRA's idle ranks."""
+        folder = Path(resume_from_checkpoint)
+        saved = load_file(folder / TRAINED)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(saved[name])
+        if self._ranks is not None:
+            load_rank_state(self._ranks, torch.load(folder / RANKS, weights_only=True))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        assert not return_outputs, "nothing asks this trainer for logits"
+        forward = {key: value for key, value in inputs.items() if key != "labels"}
+        if self.padding_free:
+            starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            self._attention.lay_out([*starts, inputs["input_ids"].shape[1]])
+        # What each place predicts, learned tokens included; the last one of a row predicts nothing.
+        labels = F.pad(inputs["labels"], (num_prepended(self._trainee), 1), value=IGNORED)
+        predicted = labels[:, 1:].flatten()
+        rows = (predicted != IGNORED).nonzero()[:, 0]
+        count: torch.Tensor | float | None = num_items_in_batch
+        if count is None:  # validation, whose loop takes a mean over rows: make it one over labels
+            num_rows = len(starts) if self.padding_free else len(inputs["input_ids"])
+            count = self._labels_a_row * num_rows
+        weights = torch.ones(len(rows), device=rows.device) / count
+        if self.aux_loss_enabled:
+            forward["output_router_logits"] = True
+        outputs: list[Any] = []
+
+        def answer() -> Any:
+            outputs.append(model(**forward, use_cache=False))
+            return outputs[0]
+
+        loss = self._losses(answer, rows, predicted[rows], weights, [len(rows)]).sum()
+        if num_items_in_batch is not None:  # the labels of all processes, whose gradients are meant
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:  # a mixture of experts' own, a mean over its micro-batches
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs[0].aux_loss / steps
+        if self._ranks is not None and model.training:
+            # It steers the matrices and is no part of the loss that runs are compared by.
+            steer = orthogonality(self._ranks) / self.current_gradient_accumulation_steps
+            loss = loss + steer - steer.detach()
+        return loss
+
+
+class RankSchedule(TrainerCallback):
+    """Let AdaLoRA shift its ranks after every step, while the gradients are still there."""
+
+    def __init__(self, tuner: AdaLoraModel) -> None:
+        self._tuner = tuner
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._tuner.update_and_allocate(state.global_step)

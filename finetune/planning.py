@@ -1,0 +1,170 @@
+"""The plan of a sweep: its name, its points, what is to become of each, and which go together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.checkpoints import newest_step
+from finetune.config import Config, Refused, build_config
+from finetune.grouping import Group, find_groups
+from finetune.results import RunRecord, SweepRecord
+from finetune.run_folder import Job, RunFolder, State, digest, slug
+from finetune.worker import AnyWorker
+
+log = logging.getLogger("finetune")
+
+FINISHED = "finished already"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job of the grid, its run, and what is to be done about it."""
+
+    job: Job
+    run: RunFolder
+    prospect: str  # in words, for the plan
+    left: State | None = None  # the state in which the run is left alone; None runs it
+    trains: bool = False  # whether it has steps to take
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.job.swept.items()) or self.run.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A named set of runs, each with its place in the grid."""
+
+    name: str
+    points: list[Point]
+    groups: list[Group]  # of points that run together, by their places
+
+    @property
+    def config(self) -> Config:
+        """The settings that all jobs share: where to report, track and stop."""
+        return self.points[0].job.config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.report_dir) / self.name
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(t for p in self.points for t in p.job.config.evaluation.tasks))
+
+    @property
+    def swept(self) -> list[str]:
+        return list(self.points[0].job.swept)
+
+    def record(self, arguments: Sequence[str]) -> SweepRecord:
+        """Return what the report needs; paths hold wherever both folders are moved together."""
+        here = self.folder.resolve()
+        runs = [
+            RunRecord(os.path.relpath(p.run.path.resolve(), here), p.job.swept) for p in self.points
+        ]
+        return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs)
+
+
+def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
+    """Freeze what Hydra composed, while its own HydraConfig is the one in force."""
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    hydra: Any = HydraConfig.instance().cfg
+    assert hydra is not None, "a job is composed under its own HydraConfig"
+    # Unresolved: reading them one by one would put the value of ${oc.env:...} into files.
+    told = OmegaConf.to_container(hydra.hydra.overrides.task, resolve=False)
+    overrides = [str(override) for override in cast(list[Any], told)]
+    values = dict(override.lstrip("+").split("=", 1) for override in overrides)
+    return Job(
+        config=build_config(ours),
+        yaml=OmegaConf.to_yaml(ours),
+        overrides=overrides,
+        swept={key: values[key] for key in swept},
+    )
+
+
+def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
+    """Name a sweep by what it is about and a digest of its overrides, so that it can be continued.
+
+    What only tracks or conducts the sweep is left out of the digest.
+    """
+    if jobs[0].config.sweep.name:
+        return slug(jobs[0].config.sweep.name)
+    choices = HydraConfig.get().runtime.choices
+    about = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+    neutral = ("tracking", "sweep.", "hydra")
+    told = sorted(a for a in arguments if not a.lstrip("+").startswith(neutral))
+    return slug(f"{about}-{digest(told)[:8]}")
+
+
+def plan_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
+    """Let the worker check every job, refuse all problems at once, drop repeated points."""
+    plans = [worker.prepare(job) for job in jobs]
+    refuse([problem for plan in plans for problem in plan.problems])
+    points: dict[Path, Point] = {}
+    for job, plan in zip(jobs, plans, strict=True):
+        assert plan.folder is not None, "a plan without problems has a folder"
+        if plan.folder in points:
+            log.info("%s stands in the grid twice; it is run once", plan.folder.name)
+        else:
+            points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
+    most = {plan.folder: plan.most_together for plan in plans}
+    for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
+        log.info("to score: %s", line)
+    found = list(points.values())
+    return Sweep(name, found, _grouped(found, [most[point.run.path] for point in found]))
+
+
+def _grouped(points: Sequence[Point], most: Sequence[int]) -> list[Group]:
+    """Put the points that are still to be trained together where they can be."""
+    training = [place for place, point in enumerate(points) if point.trains]
+    found = find_groups(
+        [points[place].job.config for place in training], [most[place] for place in training]
+    )
+    groups = [Group([training[place] for place in one.places], one.reason) for one in found]
+    groups += [Group([place]) for place, point in enumerate(points) if not point.trains]
+    return sorted(groups, key=lambda group: group.places[0])
+
+
+def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
+    """Decide what becomes of a run from what an earlier sweep left of it."""
+    status = run.status()
+    if finished:
+        return Point(job, run, FINISHED)
+    if status is not None and status.state == "diverged":
+        return Point(job, run, "diverged, left as it is", left="diverged")
+    if status is not None and status.state == "failed" and not job.config.sweep.retry_failed:
+        return Point(job, run, "failed, left as it is", left="failed")
+    if job.config.training.is_skipped:
+        return Point(job, run, "to be evaluated")
+    if run.read_json("training.json") is not None:
+        return Point(job, run, "trained, to be evaluated")
+    step = newest_step(run.checkpoints)
+    if step is not None:
+        return Point(job, run, f"resumed at step {step}", trains=True)
+    if status is not None:
+        again = "failed, tried again" if status.state == "failed" else "begun again"
+        return Point(job, run, again, trains=True)
+    return Point(job, run, "new", trains=True)
+
+
+def render_groups(sweep: Sweep) -> Iterator[str]:
+    """Say which runs are trained together, and why others are not, if any are."""
+    if any(len(group.places) > 1 for group in sweep.groups):
+        for group in sweep.groups:
+            names = "; ".join(str(sweep.points[place]) for place in group.places)
+            if len(group.places) > 1:
+                yield f"in one step: {names}"
+            elif group.reason is not None:
+                yield f"alone: {names}, since {group.reason}"
+
+
+def refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise Refused(list(dict.fromkeys(problems)))
