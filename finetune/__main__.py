@@ -49,6 +49,8 @@ def command() -> None:
         refuse([first_line(error)])
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # such as `--help | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(composed: DictConfig) -> None:

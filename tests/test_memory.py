@@ -58,11 +58,15 @@ def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
     assert "set model.quantization=nf4" in too_much.stdout
 
 
-def test_a_typing_error_is_told_in_one_line(finetune: Command) -> None:
+def test_a_typing_error_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As by the main command, with exit code 2."""
-    done = finetune("lora.rr=3", module="finetune.memory")
-    assert done.returncode == 2
-    assert "did you mean 'lora.r'?" in done.stderr
+    monkeypatch.setattr("sys.argv", ["finetune.memory", "lora.rr=3"])
+    with pytest.raises(SystemExit) as ended:
+        memory.main()
+    assert ended.value.code == 2
+    assert "did you mean 'lora.r'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
