@@ -210,7 +210,10 @@ PLAIN = (
     "state.json", MANIFEST, MARKER,
 )  # fmt: skip
 # DoRA is trained by the Trainer, whose checkpoints hold its random state besides.
-DORA = (*PLAIN[:4], "rng_state.pth", "trainer_state.json", MANIFEST, MARKER)
+DORA = (
+    "trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    MANIFEST, MARKER,
+)  # fmt: skip
 HARMED = [(method, file) for method, files in (("plain", PLAIN), ("dora", DORA)) for file in files]
 
 
