@@ -191,7 +191,9 @@ class MlflowTracker:
         wait = POLL_SECONDS
         while not self._closing.wait(wait):
             wait = POLL_SECONDS if self._send() else min(2 * wait, LONGEST_WAIT_SECONDS)
-        self._send()
+        if not self._send():  # a store that others write to may be busy for a moment
+            time.sleep(POLL_SECONDS)
+            self._send()
 
     def _send(self) -> bool:
         """Send what is new; return whether the store took it."""

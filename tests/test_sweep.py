@@ -239,11 +239,11 @@ def test_the_base_is_scored_once_and_by_the_fast_path(
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     finetune(*TINY, "lora.r=2,4", "--multirun")
     logs = [log.read_text() for log in sorted(tmp_path.glob("outputs/*/finetune.log"))]
-    assert sorted(log.count("base: demo_science: 12 questions") for log in logs) == [0, 1]
+    assert sorted(log.count("base: demo_science: 12 questions in") for log in logs) == [0, 1]
     assert all("tuned: demo_science: 12 questions" in log for log in logs)
     finetune(*TINY, "lora.r=8", "output_dir=elsewhere")
     (log,) = tmp_path.glob("elsewhere/*/finetune.log")
-    assert "base:" not in log.read_text()
+    assert "base: demo_science: 12 questions in" not in log.read_text()
     for path in tmp_path.glob("*/*/evaluation/demo_science.json"):
         scores = json.loads(path.read_text())
         for side in ("base", "tuned"):

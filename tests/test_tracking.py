@@ -257,7 +257,7 @@ def test_four_processes_on_a_cold_store_lose_nothing(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from tests.test_tracking import *\n"
         "folder = Path(sys.argv[2]); run = recorded_run(folder / 'run')\n"
         "t = tracker(sys.argv[1], folder / 'sweep'); t.follow(run)\n"
-        "assert t.close(state='finished') is None"
+        "behind = t.close(state='finished'); assert behind is None, behind"
     )
     root = Path(__file__).parents[1]
     processes = [
