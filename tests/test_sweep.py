@@ -344,6 +344,7 @@ def test_every_kind_of_trouble_stays_with_its_run(
     assert states == {rank: "diverged" if rank == "8" else "finished" for rank in REASONS}
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path, finetune: Command) -> None:
     """Repeated points are dropped and said; nothing is written; then everything is new."""
     done = finetune(*TINY, "lora.r=2,4,2", "sweep.dry_run=true", "--multirun")

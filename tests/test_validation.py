@@ -43,6 +43,7 @@ from tests.test_scoring import build
 
 SLOW = pytest.mark.slow
 WAYS = ("ours", "the Trainer's")
+QUICK_WAYS = ("ours", pytest.param("the Trainer's", marks=SLOW))
 Trained = tuple[dict[str, torch.Tensor], TrainResult]
 # Three steps an epoch on rows that nothing can be generalised from: the loss soon rises elsewhere.
 OVERFITTING = Setting(
@@ -114,7 +115,7 @@ def test_the_lowest_loss_is_kept_and_patience_counts_from_it(
     assert validations.stops is stops
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", QUICK_WAYS)
 def test_training_ends_early_and_keeps_the_best_adapter(
     tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -139,7 +140,7 @@ def test_training_ends_early_and_keeps_the_best_adapter(
     assert not equal(weights, last)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", QUICK_WAYS)
 def test_the_speed_counts_the_tokens_that_were_trained_on(tmp_path: Path, way: str) -> None:
     """Whole epochs of one size: the tokens of the steps that were taken, not of those planned."""
     setting = changed(OVERFITTING, validate_every=None, early_stopping=1)
