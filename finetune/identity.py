@@ -63,6 +63,7 @@ def find_inputs(config: Config) -> Inputs:
                 **asdict(config.training), **neutral,
                 "precision": str(precision.autocast), "data_seed": data_seed,
                 **({"processes": processes} if processes > 1 else {}),
+                **({"fsdp": True} if distributed.is_sharded() else {}),
             },
             "versions": find_versions(replace(config, model=model), TRAINING_VERSIONS)
             | ({"liger_kernel": version("liger_kernel")} if liger else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import distributed
@@ -42,6 +42,13 @@ from finetune.data import IGNORED
 from finetune.label_loss import LabelLoss
 from finetune.row_order import EvenOrder
 from finetune.sequence_attention import SequenceAttention
+from finetune.sharding import (
+    put_back,
+    trained_parameters,
+    use_fsdp,
+    whole_optimizer_state,
+    whole_tensors,
+)
 
 TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 
@@ -59,8 +66,10 @@ class LabelTrainer(SFTTrainer):
         self._started = time.monotonic()
         self._order: EvenOrder | None = None  # the Trainer's own where one process has all rows
         trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
-        self.trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
-        for parameter in self.trained.values():  # TRL makes them bf16 on a quantised base
+        if self.is_fsdp_enabled:  # which puts no more than its part on each GPU
+            cast(torch.nn.Module, trainee).to("cpu")
+        # TRL makes them bf16 on a quantised base.
+        for parameter in trained_parameters(trainee).values():
             parameter.data = parameter.data.float()
         self._ranks = ranks(trainee)
         if self._ranks is not None:
@@ -73,6 +82,12 @@ class LabelTrainer(SFTTrainer):
             count = sum(label != IGNORED for labels in held_out for label in labels[1:])
             self._labels_a_row = count / len(held_out)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     @contextmanager
     def laid_out(self) -> Iterator[None]:
         """Keep attention inside each sequence, where they lie end to end."""
@@ -81,6 +96,10 @@ class LabelTrainer(SFTTrainer):
                 yield
         else:
             yield
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Autocast where accelerate, which does so in the wrapped model, leaves it to FSDP."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     def share_rows(self, order: EvenOrder) -> None:
         """Take this process's part of all rows, and drop out unlike the others."""
@@ -101,15 +120,24 @@ class LabelTrainer(SFTTrainer):
         The first process writes for all: only their random states differ.
         """
         states = distributed.from_all(self._random_state())
+        tensors = whole_tensors(trained_parameters(self._trainee))
+        optimizer = None
+        if self.is_fsdp_enabled:
+            assert self.optimizer is not None
+            optimizer = whole_optimizer_state(self._trainee, self.optimizer)
         if not distributed.is_main():
             return
 
         def fill(folder: Path) -> None:
-            tensors = {name: p.detach().contiguous() for name, p in self.trained.items()}
             save_file(tensors, folder / TRAINED)
             if self._ranks is not None:
                 torch.save(rank_state(self._ranks), folder / RANKS)
-            self._save_optimizer_and_scheduler(str(folder))
+            if optimizer is None:
+                self._save_optimizer_and_scheduler(str(folder))
+            else:  # which the Trainer would write from all processes
+                assert self.lr_scheduler is not None
+                torch.save(optimizer, folder / OPTIMIZER_NAME_BIN)
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
             for name, state in states:
                 (folder / name).write_bytes(state)
@@ -133,9 +161,8 @@ class LabelTrainer(SFTTrainer):
         """Put back what `_save_checkpoint` wrote; PEFT would cut off AdaLoRA's idle ranks."""
         folder = Path(resume_from_checkpoint)
         saved = load_file(folder / TRAINED)
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(saved[name])
+        for name, parameter in trained_parameters(self._trainee).items():
+            put_back(parameter, saved[name])
         if self._ranks is not None:
             load_rank_state(self._ranks, torch.load(folder / RANKS, weights_only=True))
 
@@ -165,7 +192,8 @@ class LabelTrainer(SFTTrainer):
         outputs: list[Any] = []
 
         def answer() -> Any:
-            outputs.append(model(**forward, use_cache=False))
+            with self._autocast():
+                outputs.append(model(**forward, use_cache=False))
             return outputs[0]
 
         loss = self._losses(answer, rows, predicted[rows], weights, [len(rows)]).sum()

@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune import models
+from finetune import distributed, models
 from finetune.adapters import first_rank
 from finetune.config import (
     ALL_LINEAR,
@@ -177,15 +177,18 @@ def estimate(
     training = config.training
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
     method, name = config.peft.method, config.optimizer.name
-    trained = 0 if training.is_skipped else adapters * num_trained(config, shape)
+    parts = distributed.num_processes() if distributed.is_sharded() and place.kind == "cuda" else 1
+    trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
     if place.kind == "cpu":
         name = name.removeprefix("paged_")  # only a GPU can move pages to the host
     state = next(each for part, each in STATE_BYTES.items() if part in name)
+    # In its own dtype the base is whole, once; in parts of fp32 it is trained.
+    size = max(4 / parts, place.size) if method == "full" else place.size
     head = CHUNK * shape.vocabulary * (8 + place.size)  # logits as computed, in fp32, their slope
     scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + head
     return Estimate(
         process=PROCESS[place.kind],
-        weights=_weight_bytes(config.model, shape, 4 if method == "full" else place.size),
+        weights=_weight_bytes(config.model, shape, size),
         adapter=4.0 * trained if method != "full" else 0.0,
         gradients=4.0 * trained,
         optimizer=trained * state,
@@ -214,7 +217,7 @@ def num_trained(config: Config, shape: Shape) -> int:
     return sum(count * rank * (a + b) for count, a, b in chosen.values())
 
 
-def _weight_bytes(model: ModelConfig, shape: Shape, size: int) -> float:
+def _weight_bytes(model: ModelConfig, shape: Shape, size: float) -> float:
     each = {"none": float(size), "int8": EIGHT_BIT, "gptq": shape.gptq}.get(
         model.quantization, FOUR_BIT[model.double_quant]
     )

@@ -68,7 +68,8 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
         Refused: something in the grid cannot run; nothing was started.
     """
     refuse([problem for job in jobs for problem in find_problems(job.config)])
-    refuse(distributed.find_problems(jobs[0].config, has_launcher=launch is not None))
+    has = launch is not None
+    refuse([p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)])
     refuse(_folder_problems(jobs[0].config))
     with build_worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
         sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker)

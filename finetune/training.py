@@ -36,6 +36,7 @@ from finetune.models import TORCH_DTYPES, has_bf16
 from finetune.row_order import EvenOrder, with_filler
 from finetune.run_folder import EventLog, RunFolder
 from finetune.sequence_attention import find_layout_problem
+from finetune.sharding import make_whole
 from finetune.steps import (
     StepWatch,
     StopSignals,
@@ -158,6 +159,8 @@ def train(
     kept = find_kept(folder, validations, steps, trainer.state.max_steps)
     if kept is not None:
         trainer._load_from_checkpoint(str(kept))
+    if distributed.is_sharded():
+        make_whole(base_of(model))
     tokens = watch.num_tokens * trainer.state.epoch
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainResult(
@@ -211,6 +214,7 @@ def build_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would log a NaN loss as 0.0 and go on
         report_to="none",
+        fsdp=distributed.is_sharded() or None,  # type: ignore[arg-type]  # a bool, by its own help
         max_length=None,  # the rows are cut and counted already
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=precision.device.type == "cuda",

@@ -14,7 +14,7 @@ ORDER = [
     "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters", "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
-    "optimizers", "validation", "steps", "row_order", "label_trainer", "training",
+    "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "tasks", "evaluation", "forecast",
     "samples", "showcase", "tracking", "comparison", "results", "memory",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune import distributed, grouping, identity, models, worker
 from finetune.adapter_training import rows_of_step
-from finetune.config import Config, DataConfig, ModelConfig, SweepConfig
+from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.data import Example
 from finetune.row_order import EvenOrder, with_filler
 from finetune.run_folder import NullEventLog
@@ -34,6 +34,8 @@ TRAINING = (
 )  # fmt: skip
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2",
               "--main_process_port=0")  # fmt: skip
+FSDP = ("accelerate.commands.accelerate_cli", "launch", "--use_fsdp", "--fsdp_version=2",
+        "--num_processes=2", "--main_process_port=0")  # fmt: skip
 TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
@@ -52,6 +54,21 @@ def run(folder: Path, launcher: tuple[str, ...], *arguments: str) -> tuple[int, 
     process = start(folder, launcher, *arguments)
     out, err = process.communicate(timeout=200)
     return process.returncode, out, err
+
+
+def run_and_kill(folder: Path, launcher: tuple[str, ...], *arguments: str, steps: int) -> Path:
+    """Kill -9 all processes of the command after some steps, and return the run's folder."""
+    process = start(folder, launcher, *arguments)
+    while process.poll() is None:
+        logs = list(folder.glob("outputs/*/events.jsonl"))
+        if logs and logs[0].read_text().count("train/loss") >= steps:
+            family = psutil.Process(process.pid)
+            for one in [family, *family.children(recursive=True)]:
+                one.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
+    process.communicate()
+    (run_folder,) = folder.glob("outputs/*")
+    return run_folder
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -127,16 +144,7 @@ def test_a_killed_launch_goes_on_bit_for_bit(
 ) -> None:
     """Kill -9 of all processes in the third epoch; the same command gives the same adapter."""
     command = (*TRAINING, "lora.dropout=0.1")
-    process = start(tmp_path, TORCHRUN, *command)
-    while process.poll() is None:
-        logs = list(tmp_path.glob("outputs/*/events.jsonl"))
-        if logs and logs[0].read_text().count("train/loss") >= 12:
-            family = psutil.Process(process.pid)
-            for one in [family, *family.children(recursive=True)]:
-                one.send_signal(signal.SIGKILL)
-        time.sleep(0.005)
-    process.communicate()
-    (run_folder,) = tmp_path.glob("outputs/*")
+    run_folder = run_and_kill(tmp_path, TORCHRUN, *command, steps=12)
     assert not (run_folder / "adapter").exists()
     (checkpoint,) = run_folder.glob("checkpoints/step-*")
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
@@ -147,6 +155,32 @@ def test_a_killed_launch_goes_on_bit_for_bit(
     assert losses(run_folder) == losses(whole)
     mine, other = adapter(run_folder), adapter(whole)
     assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+@pytest.mark.slow
+def test_weights_dealt_out_train_as_in_one_process(tmp_path: Path, finetune: Command) -> None:
+    """Two processes under FSDP, killed and resumed, give one's losses and weights within 1e-5."""
+    command = (*(given for given in TRAINING if given != "lora.r=4"), "peft=full")
+    ours = run_and_kill(tmp_path / "two", FSDP, *command, steps=6)
+    assert not (ours / "model").exists()
+    (checkpoint,) = ours.glob("checkpoints/step-*")
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    trained = load_file(checkpoint / "trained.safetensors")
+    assert {name: moments["exp_avg"].shape for name, moments in state.items()} == {
+        name: weights.shape for name, weights in trained.items()
+    }
+    code, _, err = run(tmp_path / "two", FSDP, *command)
+    assert code == 0, err
+    assert "resuming at step" in err
+    assert float(rows(tmp_path / "two")[0]["demo_science/acc"]) >= 0
+    one = finetune(*command, "training.gradient_accumulation_steps=2", "evaluation=none")
+    assert one.returncode == 0, one.stderr
+    (theirs,) = tmp_path.glob("outputs/*")
+    assert len(losses(ours)) == 15
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    mine, other = (load_file(each / "model" / "model.safetensors") for each in (ours, theirs))
+    assert mine.keys() == other.keys()
+    assert max(float((mine[name] - other[name]).abs().max()) for name in other) < 1e-5
 
 
 @pytest.mark.slow
@@ -193,8 +227,20 @@ def test_a_launched_process_knows_its_place(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     problems = distributed.find_problems(config)
-    assert len(problems) == 3
-    assert "set training.precision" in problems[1]
+    assert len(problems) == 4
+    assert "set training.precision" in problems[0]
+    assert "use --fsdp_version 2" in problems[1]
+    assert "FSDP is for peft=full only" in problems[2]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    config.sweep, config.peft = SweepConfig(), PeftConfig(method="full")
+    assert distributed.find_problems(config) == []
+    config.optimizer.name = "adafactor"
+    assert "under FSDP use adamw_torch" in distributed.find_problems(config)[0]
+    config.optimizer.name = "sgd"
+    sharded = identity.find_inputs(config).identity
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert identity.find_inputs(config).identity != sharded
 
 
 def test_the_rows_of_all_processes_are_those_of_one() -> None:

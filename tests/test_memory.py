@@ -43,6 +43,20 @@ def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
     assert 3.6 < four_bit < 4.1
 
 
+def test_gpus_under_fsdp_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four, each has a quarter of gradients and state; the base in its dtype is whole once."""
+    config, num = mistral("none"), 7_241_732_096
+    config.peft.method = "full"
+    shape = find_shape(config.model)
+    alone = estimate(config, shape, CARD)
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * num, 4 * num, 2 * num)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("ACCELERATE_USE_FSDP", "true")):
+        monkeypatch.setenv(name, value)
+    dealt_out = estimate(config, shape, CARD)
+    assert (dealt_out.weights, dealt_out.gradients) == (2 * num, num)
+    assert dealt_out.optimizer == num / 2
+
+
 @pytest.mark.slow
 def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
     """The command says so without the hub; unquantised it does not, and the remedy is named."""
