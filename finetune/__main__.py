@@ -25,7 +25,7 @@ def main() -> None:
     if not distributed.is_main():
         from finetune.worker import follow
 
-        sys.exit(follow())
+        distributed.leave(follow())
     with distributed.leading():
         command()
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from finetune.config import Config
 
@@ -202,8 +203,22 @@ def leading() -> Iterator[None]:
         code = 0
     except SystemExit as end:
         code = end.code or 0
-        raise
+        if not is_launched():
+            raise
     finally:
         if is_launched() and not has_parted():
             with suppress(RuntimeError):  # those that died hear nothing
                 _tell("end", code)
+    if is_launched():
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process of several at once.
+
+    Threads of the process group may abort a run that is over while the interpreter is taken down.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
