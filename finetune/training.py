@@ -120,14 +120,7 @@ def train(
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_tokens = sum(len(e["input_ids"]) for e in examples.train)
     watch = StepWatch(events, signals, validations, num_tokens)
-    problem = find_layout_problem(model, [example["input_ids"] for example in examples.all])
-    if problem is not None:
-        if examples.is_packed:
-            raise ValueError(
-                f"training.sequence_packing=true cannot keep rows apart on this model: {problem}; "
-                "set training.sequence_packing=false"
-            )
-        log.info("batches are padded: %s", problem)
+    problem = _find_padding_reason(model, examples)
     arguments.padding_free = problem is None
     if examples.validation:  # by steps also at an epoch's end: before the step's checkpoint
         arguments.eval_steps = steps_between_validations(len(examples.train), arguments)
@@ -174,6 +167,24 @@ def train(
         layout="end to end" if problem is None else f"padded, since {problem}",
         best_step=validations.best_step,
     )
+
+
+def _find_padding_reason(model: PreTrainedModel | PeftModel, examples: Examples) -> str | None:
+    """Return why batches are padded, said once in the log; None where rows lie end to end.
+
+    Raises:
+        ValueError: rows are joined, which padding cannot keep apart.
+    """
+    problem = find_layout_problem(model, [example["input_ids"] for example in examples.all])
+    if problem is None:
+        return None
+    if examples.is_packed:
+        raise ValueError(
+            f"training.sequence_packing=true cannot keep rows apart on this model: {problem}; "
+            "set training.sequence_packing=false"
+        )
+    log.info("batches are padded: %s", problem)
+    return problem
 
 
 def build_arguments(
