@@ -42,6 +42,7 @@ from finetune.scores import (
     is_done,
     load_tasks,
     load_tokenizer,
+    loaded_tokenizer,
     tell_scores,
     write_scores,
 )
@@ -121,8 +122,11 @@ def _fail(run: ActiveRun, error: Exception) -> None:
 
 def _base(run: ActiveRun) -> PreTrainedModel:
     """Return the base that the run shares with those before it, or a fresh one."""
-    settings = json.dumps(asdict(run.config.model))
-    return _loaded_base(settings, run.inputs.source, str(run.inputs.device))
+    return _loaded_base(*_base_key(run))
+
+
+def _base_key(run: ActiveRun) -> tuple[str, Source, str]:
+    return json.dumps(asdict(run.config.model)), run.inputs.source, str(run.inputs.device)
 
 
 @lru_cache(maxsize=1)
@@ -303,15 +307,25 @@ def _score_tuned(run: ActiveRun) -> None:
         rows = data.read_sources(run.inputs.data)
         settings = run.config.data, run.config.training
         asked = data.last_prompts(rows, *settings, tokenizer, NUM_SAMPLES)
-    before = answer(_base(run), tokenizer, asked) if asked else []
+    prompts = tuple(tuple(prompt.tokens) for prompt in asked)
+    before = _said_by_base(*_base_key(run), prompts)
     with _tuned(run) as model:
         tuned.score(tasks, model, tokenizer)
-        after = answer(model, tokenizer, asked)
+        after = answer(model, tokenizer, prompts)
     texts = [prompt.text for prompt in asked]
     said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
     tell_scores(run.folder, run.events, *_write_stored_scores(run))
+
+
+@lru_cache(maxsize=1)
+def _said_by_base(
+    settings: str, source: Source, device: str, prompts: tuple[tuple[int, ...], ...]
+) -> list[str]:
+    """Answer once for all runs of this process that ask the same of the same base."""
+    tokenizer = loaded_tokenizer(settings, source)
+    return answer(_loaded_base(settings, source, device), tokenizer, prompts)
 
 
 def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:

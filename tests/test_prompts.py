@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from finetune import preflight
-from finetune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
+from finetune import pipeline, preflight, samples
+from finetune.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from finetune.data import (
     IGNORED,
     Example,
@@ -23,10 +33,10 @@ from finetune.data import (
     last_prompts,
 )
 from finetune.identity import data_identity, find_inputs
-from finetune.models import find_model, load_tokenizer
+from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prompts import find_chat_problems
 from finetune.rows import DataSource
-from tests.conftest import TINY, Command, write_rows
+from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CONVERSATION = [
@@ -248,6 +258,33 @@ def test_samples_ask_what_the_rows_ask(
         {"alpaca": "4?\n\n### Response:\n", "chat": "Two?</s>\n<s>assistant\n", "text": "4 a b",
          "file": "4?\n"}[template]
     )  # fmt: skip
+
+
+def test_the_base_answers_once_for_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of one process that ask the same tell the same; each tuned model answers."""
+    asked: list[bool] = []
+
+    def answer(model: Any, *given: Any) -> list[str]:
+        asked.append(isinstance(model, PeftModel))
+        return samples.answer(model, *given)
+
+    monkeypatch.setattr(pipeline, "answer", answer)
+    pipeline._said_by_base.cache_clear()
+    evaluation = EvaluationConfig(["demo_science"], limit=4)
+    runs = [
+        train_tiny(tmp_path / str(rank), lora=LoraConfig(r=rank), evaluation=evaluation)
+        for rank in (2, 4)
+    ]
+    assert asked == [False, True, True]
+    one, other = (json.loads((run / "samples.json").read_text()) for run in runs)
+    assert [sample["base"] for sample in one] == [sample["base"] for sample in other]
+    model = ModelConfig(path="random://tiny")
+    base = load_base(model, find_model(model), torch.device("cpu"))
+    tokenizer = load_tokenizer(model, find_model(model))
+    ids = tokenizer(one[0]["prompt"], add_special_tokens=False)["input_ids"]
+    assert samples.answer(base, tokenizer, [ids]) == [one[0]["base"]]
 
 
 def test_a_run_is_named_by_the_templates_content_and_the_mixs_shares(tmp_path: Path) -> None:
