@@ -65,7 +65,7 @@ class AdapterTraining:
         )
         self.step = 0
         self.total_loss = 0.0  # over all steps
-        self.last_loss = math.nan
+        self.last_loss: float | None = None  # of the last step taken here
         self.seconds = 0.0
         self.num_tokens = 0
         self.validations = Validations(self.arguments.early_stopping)

@@ -211,12 +211,12 @@ def _advance(
     losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
     values = losses.tolist()
     share = (time.monotonic() - started) / len(live)
-    ended: list[tuple[int, Outcome]] = []
+    num_steps, ended = 0, list[tuple[int, Outcome]]()
     for (number, one), loss in zip(list(live.items()), values, strict=True):
         try:
             before = one.step
             one.learn(loss, share)
-            bar.update(one.step - before)
+            num_steps += one.step - before
             if one.step > before:
                 one.end_step(shared.validate(one) if one.is_to_be_validated else None)
             if one.is_done:
@@ -224,8 +224,10 @@ def _advance(
                 ended.append((number, one.result(shared.device)))
         except (ArithmeticError, OSError) as error:
             ended.append((number, error))
-    newest = " ".join(f"{one.last_loss:.3f}" for one in live.values())
-    bar.set_postfix_str(f"loss {newest}", refresh=False)
+    newest = [f"{one.last_loss:.3f}" for one in live.values() if one.last_loss is not None]
+    if newest:
+        bar.set_postfix_str(f"loss {' '.join(newest)}", refresh=False)
+    bar.update(num_steps)
     return ended
 
 
