@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from finetune import data, prompts
 from finetune.config import Config
 from finetune.identity import Inputs, describe_environment, find_inputs, run_folder
-from finetune.run_folder import EventLog, Job, RunFolder, State, Status, slug
+from finetune.run_folder import EventLog, Job, RunFolder, State, Status, flatten, slug
 
 log = logging.getLogger("finetune")
 
@@ -74,7 +73,8 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
-    events.params(dict(_flat({name: settings[name] for name in sections})))
+    chosen = flatten({name: settings[name] for name in sections})
+    events.params({key: repr(v) if isinstance(v, float) else str(v) for key, v in chosen})
     for source, rows in [] if job.config.training.is_skipped else data.read_sources(inputs.data):
         events.dataset(
             slug(Path(source.location).stem),
@@ -88,15 +88,6 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     if template.file_text is not None:
         folder.prompt_template.write_text(template.file_text, encoding="utf-8")
         events.artifact(folder.prompt_template.name, "config")
-
-
-def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield dotted names with their values as text, floats in their shortest exact form."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", repr(value) if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from finetune.results import read_outcomes
-from finetune.run_folder import RunFolder, file_digest, read_events
+from finetune.run_folder import RunFolder, file_digest, flatten, read_events
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
 FLIP_TOLERANCE = 0.01  # share of answers
@@ -78,20 +78,12 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
 
 def _other_settings(before: RunFolder, after: RunFolder) -> Iterator[str]:
     one, other = (
-        dict(_flat(yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))))
+        dict(flatten(yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))))
         for run in (before, after)
     )
     for key in sorted(one.keys() | other.keys()):
         if not f"{key}=".startswith((*CONDUCT, "tracking.")) and one.get(key) != other.get(key):
             yield f"{key} was {one.get(key)}, is {other.get(key)}"
-
-
-def _flat(settings: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def compare_runs(before: RunFolder, after: RunFolder) -> tuple[str, str | None]:

@@ -70,6 +70,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or "run"
 
 
+def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values of nested settings; a list is one value."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def cache_dir() -> Path:
     """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache."""
     if "FINETUNE_CACHE" in os.environ:

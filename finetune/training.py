@@ -122,9 +122,7 @@ def train(
     watch = StepWatch(events, signals, validations, num_tokens)
     problem = _find_padding_reason(model, examples)
     arguments.padding_free = problem is None
-    if examples.validation:  # by steps also at an epoch's end: before the step's checkpoint
-        arguments.eval_steps = steps_between_validations(len(examples.train), arguments)
-        arguments.eval_strategy = IntervalStrategy.STEPS
+    _set_validations(arguments, examples)
     if arguments.activation_checkpointing and arguments.device.type == "cpu":
         return_freed_memory()
     launched = distributed.is_launched()
@@ -148,9 +146,8 @@ def train(
         seconds = trainer.seconds()
     if signals.stop_requested:
         raise KeyboardInterrupt
-    steps = trainer.state.global_step
-    kept = find_kept(folder, validations, steps, trainer.state.max_steps)
-    if kept is not None:
+    steps, planned = trainer.state.global_step, trainer.state.max_steps
+    if (kept := find_kept(folder, validations, steps, planned)) is not None:
         trainer._load_from_checkpoint(str(kept))
     if distributed.is_sharded():
         make_whole(base_of(model))
@@ -185,6 +182,13 @@ def _find_padding_reason(model: PreTrainedModel | PeftModel, examples: Examples)
         )
     log.info("batches are padded: %s", problem)
     return problem
+
+
+def _set_validations(arguments: Arguments, examples: Examples) -> None:
+    """Validate by steps, at an epoch's end too: before the checkpoint of the same step."""
+    if examples.validation:
+        arguments.eval_steps = steps_between_validations(len(examples.train), arguments)
+        arguments.eval_strategy = IntervalStrategy.STEPS
 
 
 def build_arguments(
