@@ -23,9 +23,9 @@ from finetune.models import find_model, load_base, load_config, load_meta_model,
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from tests.test_grouping import job
-from tests.test_multi_adapter import CPU, Setting, losses, random_examples, spec, train
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions
+from tests.trainings import CPU, Setting, losses, random_examples, spec, train
 
 TINY = ModelConfig(path="random://tiny")
 FLASH = replace(TINY, attn_implementation="flash_attention_2")

@@ -19,8 +19,8 @@ from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 from finetune.sequence_attention import find_layout_problem
-from tests.test_multi_adapter import CPU, random_examples
 from tests.test_scoring import ARCHITECTURES, build
+from tests.trainings import CPU, random_examples
 
 TINY = ModelConfig(path="random://tiny")
 ALL = ["all-linear"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,88 +12,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from finetune import adapters, training
-from finetune.adapter_training import AdapterSpec
-from finetune.adapters import LoraWeights
-from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Example, Examples, RowCounts
-from finetune.models import find_model, load_base, load_tokenizer
-from finetune.multi_adapter import Outcome, train_together
-from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.config import ModelConfig
+from finetune.models import find_model, load_tokenizer
+from finetune.multi_adapter import train_together
+from finetune.run_folder import RunFolder
 from finetune.steps import Diverged
 from finetune.training import TrainResult
-
-TINY = ModelConfig(path="random://tiny")
-CPU = training.Precision(torch.device("cpu"), torch.float32)
-
-
-def random_examples(count: int, shortest: int = 8, seed: int = 3) -> list[Example]:
-    """Rows of different lengths, the first half of each masked."""
-    draw = torch.Generator().manual_seed(seed)
-    examples = []
-    for i in range(count):
-        ids = torch.randint(3, 250, (shortest + 5 * (i % 7),), generator=draw).tolist()
-        masked = len(ids) // 2
-        examples.append(Example(input_ids=ids, labels=[-100] * masked + ids[masked:]))
-    return examples
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run of these tests sets."""
-
-    lora: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    validation: int = 0
-
-
-def load(model: ModelConfig = TINY) -> PreTrainedModel:
-    return load_base(model, find_model(model), torch.device("cpu"))
-
-
-def spec(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> AdapterSpec:
-    shared = {"batch_size": 4, "gradient_accumulation_steps": 2, "data_seed": 42}
-    arguments = training.build_arguments(
-        run,
-        OptimizerConfig(**{"weight_decay": 0.01, **setting.optimizer}),
-        TrainingConfig(**{**shared, **setting.training}),
-        precision,
-        validate=bool(setting.validation),
-    )
-    lora = LoraConfig(**{"r": 4, **setting.lora})
-    examples = Examples(random_examples(38), random_examples(setting.validation), RowCounts())
-    return AdapterSpec(lora, arguments, examples, EventLog(run.events))
-
-
-def train(
-    folder: Path,
-    group: Sequence[Setting],
-    base: PreTrainedModel | None = None,
-    precision: training.Precision = CPU,
-) -> dict[int, tuple[dict[str, torch.Tensor], Outcome]]:
-    """Train a group, and return each run's adapter and outcome."""
-    runs = [RunFolder(folder / str(number)) for number in range(len(group))]
-    specs = [spec(run, setting, precision) for run, setting in zip(runs, group, strict=True)]
-    ended = train_together(base or load(), specs, precision)
-    found = {number: (copied(weights), outcome) for number, weights, outcome in ended}
-    for one in specs:
-        one.events.close()
-    return found
-
-
-def copied(weights: LoraWeights) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in weights.tensors.items()}
-
-
-def losses(folder: Path, key: str = "train/loss") -> list[float]:
-    return [e["value"] for e in read_events(folder / "events.jsonl") if e.get("key") == key]
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+from tests.trainings import (
+    CPU,
+    TINY,
+    Setting,
+    copied,
+    equal,
+    load,
+    losses,
+    spec,
+    train,
+)
 
 
 def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, torch.Tensor], Any]:
@@ -203,6 +140,15 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> No
         assert isinstance(together[number][1], TrainResult)
         (alone, _) = train(tmp_path / f"alone{number}", [setting])[0]
         assert equal(together[number][0], alone)
+
+
+def test_the_bar_shows_the_newest_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every run of the group, and nothing before there is one."""
+    train(tmp_path, list(VARIED))
+    shown = capsys.readouterr().err
+    newest = " ".join(f"{losses(tmp_path / str(number))[-1]:.3f}" for number in range(len(VARIED)))
+    assert f"loss {newest}" in shown
+    assert "nan" not in shown
 
 
 def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from finetune.multi_adapter import train_together
 from finetune.rows import DataSource
 from finetune.run_folder import RunFolder
 from tests.conftest import write_rows
-from tests.test_multi_adapter import (
+from tests.test_scoring import build
+from tests.test_validation import WAYS, Killed, broken_off, train_by
+from tests.trainings import (
     CPU,
     TINY,
     Setting,
@@ -31,8 +33,6 @@ from tests.test_multi_adapter import (
     random_examples,
     spec,
 )
-from tests.test_scoring import build
-from tests.test_validation import WAYS, Killed, broken_off, train_by
 
 
 def joined(rows: list[Example]) -> Example:

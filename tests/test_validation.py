@@ -28,7 +28,8 @@ from finetune.steps import Diverged
 from finetune.training import TrainResult
 from finetune.validation import Validations
 from tests.test_grouping import job
-from tests.test_multi_adapter import (
+from tests.test_scoring import build
+from tests.trainings import (
     CPU,
     TINY,
     Setting,
@@ -38,8 +39,7 @@ from tests.test_multi_adapter import (
     losses,
     random_examples,
 )
-from tests.test_multi_adapter import spec as whole_spec
-from tests.test_scoring import build
+from tests.trainings import spec as whole_spec
 
 SLOW = pytest.mark.slow
 WAYS = ("ours", "the Trainer's")
