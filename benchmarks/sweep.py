@@ -4,7 +4,9 @@
 
 Stock is one process a point, as a script would do it: SFTTrainer, then lm-eval's HFLM on the base
 and on the tuned model. Ours is one command. Same rows, same questions, one thread each; prints
-both times and scores, and at the end one JSON object; a ratio above 1 means that ours is faster.
+scores and the seconds of each part, and at the end one JSON object for the sweep and one for each
+part; a ratio above 1 means that ours is faster. There are 25 questions to a row, as in the whole of
+ARC-Easy after some 95 rows: the more rows, the nearer the sweep comes to the ratio of its training.
 FOLDER holds alpaca_999.jsonl and arc_easy_test.jsonl; without it the demo's are used. On CUDA the
 model has random weights and the shape of Mistral-7B, in 4-bit.
 """
@@ -19,43 +21,65 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from finetune.run_folder import cache_dir
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SCORES_MAY_DIFFER_BY = 0.02  # two trainings in fp32 drift apart in the last bits
+
+Point = tuple[str, str]  # the rank and the learning rate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one side took and came to, over all its points; starts and reports are in `seconds`."""
+
+    seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+    scores: dict[Point, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StockPoint:
+    """What one stock script prints."""
+
+    training_seconds: float
+    evaluation_seconds: float
+    scores: dict[str, float]
 
 
 def settings(data: Path, quick: bool) -> list[str]:
     """Return what both sides train and score on, as overrides."""
-    rows, questions = (8, 12) if quick else (48, 80)
+    rows, questions, shots, length = (8, 8, 0, 96) if quick else (12, 80, 5, 512)
     shared = [f"data.num_examples={rows}", f"evaluation.limit={questions}", "lora.alpha=16"]
-    batches = ["training.batch_size=4", "training.gradient_accumulation_steps=2"]
-    task = ["evaluation=demo"]
-    if (data / "alpaca_999.jsonl").is_file():
-        shared += ["data=local", f"data.path={data / 'alpaca_999.jsonl'}"]
-        file = data / "arc_easy_test.jsonl"
-        task = ["evaluation=arc_easy", f"+evaluation.data_files.arc_easy.test={file}"]
-    return [*shared, *batches, *task]
+    shared += ["training.batch_size=4", "training.epochs=1", f"training.max_length={length}"]
+    files = [data / f"{name}.jsonl" for name in ("alpaca_999", "arc_easy_test", "arc_easy_train")]
+    if not all(file.is_file() for file in files):
+        return [*shared, "evaluation=demo"]
+    trained, asked, shown = files
+    few = [f"evaluation.num_fewshot={shots}", f"+evaluation.data_files.arc_easy.train={shown}"]
+    task = ["evaluation=arc_easy", f"+evaluation.data_files.arc_easy.test={asked}", *few]
+    return [*shared, "data=local", f"data.path={trained}", *task]
 
 
-def run_stock(overrides: list[str]) -> dict[str, float]:
-    """Do what a stock script does for one point; its imports are part of its time."""
+def run_stock(overrides: list[str]) -> StockPoint:
+    """Do what a stock script does for one point."""
     import torch
-    from datasets import Dataset
     from hydra import compose, initialize_config_dir
     from lm_eval.models.huggingface import HFLM
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
-    from trl.trainer.sft_trainer import SFTTrainer
 
-    from finetune import data, training
+    from finetune import data
     from finetune.config import build_config, conf_dir, register
     from finetune.evaluation import score
     from finetune.identity import find_precision
     from finetune.models import find_model, load_base, load_tokenizer
-    from finetune.run_folder import RunFolder
     from finetune.scoring import PLAIN_BATCH_SIZE, Scoring
     from finetune.tasks import load_task
 
@@ -72,35 +96,54 @@ def run_stock(overrides: list[str]) -> dict[str, float]:
     examples = data.build_examples(sources, config.data, config.training, tokenizer)
     task = load_task(config.evaluation.tasks[0], config.evaluation)
 
-    def scored(model: Any) -> dict[str, float]:
+    def scored(model: Any) -> tuple[dict[str, float], float]:
+        started = time.perf_counter()
         lm = Stock(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
-        return score(lm, task, config.evaluation).metrics
+        metrics = score(lm, task, config.evaluation).metrics
+        return metrics, time.perf_counter() - started
 
-    before = scored(base)
+    before, base_seconds = scored(base)
     torch.manual_seed(config.training.seed)
-    adapted = get_peft_model(
-        base,
-        PeftLora(
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            target_modules=config.lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
+    lora = PeftLora(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
     )
+    adapted = get_peft_model(base, lora)
+    training_seconds = _train_stock(adapted, tokenizer, examples.train, config)
+    after, tuned_seconds = scored(adapted.eval())
+    scores = {"base_acc": before["acc"], "acc": after["acc"], "acc_norm": after["acc_norm"]}
+    return StockPoint(training_seconds, base_seconds + tuned_seconds, scores)
+
+
+def _train_stock(adapted: Any, tokenizer: Any, rows: Any, config: Any) -> float:
+    """Train by SFTTrainer as it comes; return the seconds of its steps."""
+    from datasets import Dataset
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from finetune import training
+    from finetune.identity import find_precision
+    from finetune.run_folder import RunFolder
+
     with tempfile.TemporaryDirectory() as folder:
         given = training.build_arguments(
-            RunFolder(Path(folder)), config.optimizer, config.training, precision, validate=False
+            RunFolder(Path(folder)),
+            config.optimizer,
+            config.training,
+            find_precision(config),
+            validate=False,
         )
-        given.save_strategy = "no"
-        SFTTrainer(
+        given.padding_free, given.save_strategy = False, "no"
+        trainer = SFTTrainer(
             model=adapted,
             args=given,
-            train_dataset=Dataset.from_list([dict(row) for row in examples.train]),
+            train_dataset=Dataset.from_list([dict(row) for row in rows]),
             processing_class=tokenizer,
-        ).train()
-    adapted.eval()
-    after = scored(adapted)
-    return {"base_acc": before["acc"], "acc": after["acc"], "acc_norm": after["acc_norm"]}
+        )
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
 
 
 def write_cuda_model(folder: Path) -> list[str]:
@@ -121,69 +164,116 @@ def main() -> None:
     """Run nine scripts and one sweep; or, for a process of the former, one script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="two ranks only, fewer rows: two minutes"
+        "--quick", action="store_true", help="two points, fewer and shorter rows: two minutes"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of rows and questions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--script", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.script:
-        print(json.dumps(run_stock(json.loads(given.script))))
+        print(json.dumps(asdict(run_stock(json.loads(given.script)))))
         return
+    ranks = ["4", "8"] if given.quick else ["4", "8", "16"]
+    rates = ["1e-4"] if given.quick else ["1e-4", "3e-4", "1e-3"]
     with tempfile.TemporaryDirectory() as folder:
         model = write_cuda_model(Path(folder)) if given.device == "cuda" else []
-        measure([*settings(given.data.resolve(), given.quick), *model], given.quick)
+        common = [*settings(given.data.resolve(), given.quick), *model]
+        stock = measure_stock(common, list(product(ranks, rates)))
+        ours = measure_ours(common, ranks, rates)
+    print_comparison(stock, ours)
 
 
-def measure(common: list[str], quick: bool) -> None:
-    """Run both sides and print what they took and came to."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ranks = ["4", "8"] if quick else ["4", "8", "16"]
-    rates = ["1e-4"] if quick else ["1e-4", "3e-4", "1e-3"]
-    started, stock = time.perf_counter(), {}
-    for rank, rate in product(ranks, rates):
-        point = json.dumps([*common, f"lora.r={rank}", f"optimizer.lr={rate}"])
-        script = [sys.executable, __file__, "--script", point]
-        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-        stock[rank, rate] = json.loads(done.stdout.splitlines()[-1])
-    stock_seconds = time.perf_counter() - started
-    with tempfile.TemporaryDirectory() as folder:
-        environment["FINETUNE_CACHE"] = f"{folder}/cache"  # no score of another time
-        grid = [f"lora.r={','.join(ranks)}", f"optimizer.lr={','.join(rates)}", "--multirun"]
-        # The converted model is there for both.
-        plan = [sys.executable, "-m", "finetune", *common, "tracking=none", "sweep.dry_run=true"]
-        subprocess.run(plan, cwd=folder, env=environment, capture_output=True, check=True)
-        started = time.perf_counter()
-        ours = [sys.executable, "-m", "finetune", *common, *grid]
-        subprocess.run(ours, cwd=folder, env=environment, capture_output=True, check=True)
+def measure_stock(common: list[str], points: list[Point]) -> Measured:
+    """Run one script a point, one after the other; their imports are part of their time."""
+    started, found = time.perf_counter(), {}
+    for rank, rate in points:
+        overrides = json.dumps([*common, f"lora.r={rank}", f"optimizer.lr={rate}"])
+        told = _run([sys.executable, __file__, "--script", overrides], Path.cwd())
+        found[rank, rate] = point = StockPoint(**json.loads(told.splitlines()[-1]))
         seconds = time.perf_counter() - started
-        (table,) = Path(folder).glob("multirun_reports/*/results.csv")
-        with table.open() as file:
-            rows = {(row["lora.r"], row["optimizer.lr"]): row for row in csv.DictReader(file)}
-    task = next(
-        name.rpartition("/")[0] for name in next(iter(rows.values())) if name.endswith("/acc")
+        print(
+            f"stock: {rank}, {rate}: training {point.training_seconds:.0f} s, evaluation ", end=""
+        )
+        print(f"{point.evaluation_seconds:.0f} s; after {seconds:.0f} s", flush=True)
+    return Measured(
+        time.perf_counter() - started,
+        sum(point.training_seconds for point in found.values()),
+        sum(point.evaluation_seconds for point in found.values()),
+        {place: point.scores for place, point in found.items()},
     )
-    print("rank, rate     base: stock, ours     acc: stock, ours     acc_norm: stock, ours")
-    worst = 0.0
-    for place, theirs in stock.items():
-        mine = {name: float(rows[place][f"{task}/{name}"]) for name in theirs}
-        pairs = [(theirs[name], mine[name]) for name in theirs]
-        worst = max(worst, *(abs(a - b) for a, b in pairs))
-        print(f"{', '.join(place):12}", *(f"  {a:9.4f} {b:9.4f}" for a, b in pairs))
-    for row in rows.values():
+
+
+def _run(command: list[str], folder: Path, **more: str) -> str:
+    """Return what a command prints; end with what it complains of where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def measure_ours(common: list[str], ranks: list[str], rates: list[str]) -> Measured:
+    """Run one command, with an empty store of scores."""
+    grid = [f"lora.r={','.join(ranks)}", f"optimizer.lr={','.join(rates)}", "--multirun"]
+    command = [sys.executable, "-m", "finetune", *common, *grid]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "cache").mkdir()
+        (folder / "cache" / "models").symlink_to(cache_dir() / "models")  # stock had them too
+        started = time.perf_counter()
+        _run(command, folder, FINETUNE_CACHE=f"{folder}/cache")
+        seconds = time.perf_counter() - started
+        (table,) = folder.glob("multirun_reports/*/results.csv")
+        with table.open() as file:
+            rows = list(csv.DictReader(file))
+        evaluations = [
+            json.loads(file.read_text()) for file in folder.glob("outputs/*/evaluation/*.json")
+        ]
+    for row in rows:
         speed, peak = float(row["tokens_per_second"]), float(row["peak_memory_gib"])
         print(f"ours: {row['run']}: {speed:.0f} tokens/s, {peak:.2f} GiB at most")
-    print(
-        f"stock {stock_seconds:.0f} s, ours {seconds:.0f} s; scores differ by at most {worst:.4f}"
+    task = evaluations[0]["tuned"]["task"]
+    names = ("base_acc", "acc", "acc_norm")
+    return Measured(
+        seconds,
+        sum(float(row["train_seconds"]) for row in rows),
+        # The base's questions are asked once: every run tells the same.
+        sum(one["tuned"]["seconds"] for one in evaluations) + evaluations[0]["base"]["seconds"],
+        {
+            # A setting with one value is no column.
+            (row.get("lora.r", ranks[0]), row.get("optimizer.lr", rates[0])): {
+                name: float(row[f"{task}/{name}"]) for name in names
+            }
+            for row in rows
+        },
     )
-    told = {
-        "what": f"a sweep of {len(stock)} runs with evaluation",
-        "ratio": round(stock_seconds / seconds, 2),
-        "ours": round(seconds, 1),
-        "stock": round(stock_seconds, 1),
-        "equal": worst <= SCORES_MAY_DIFFER_BY,
+
+
+def print_comparison(stock: Measured, ours: Measured) -> None:
+    """Print what both sides took and came to."""
+    print("rank, rate     base: stock, ours     acc: stock, ours     acc_norm: stock, ours")
+    worst = 0.0
+    for place, theirs in stock.scores.items():
+        pairs = [(value, ours.scores[place][name]) for name, value in theirs.items()]
+        worst = max(worst, *(abs(a - b) for a, b in pairs))
+        print(f"{', '.join(place):12}", *(f"  {a:9.4f} {b:9.4f}" for a, b in pairs))
+    print(f"scores differ by at most {worst:.4f}")
+    parts = {
+        f"a sweep of {len(stock.scores)} runs with evaluation": (ours.seconds, stock.seconds),
+        "its training": (ours.training_seconds, stock.training_seconds),
+        "its evaluation": (ours.evaluation_seconds, stock.evaluation_seconds),
     }
-    print(json.dumps(told))
+    for what, (our_seconds, stock_seconds) in parts.items():
+        told = {
+            "what": what,
+            "ratio": round(stock_seconds / our_seconds, 2),
+            "ours": round(our_seconds, 1),
+            "stock": round(stock_seconds, 1),
+            "equal": worst <= SCORES_MAY_DIFFER_BY,
+        }
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure training against stock SFTTrainer, and several adapters against one after the other.
 
-    python benchmarks/training.py [--quick] [--data FILE] [--device cuda]
+    python benchmarks/training.py [--quick] [--only TEXT] [--data FILE] [--device cuda]
 
 FILE holds Alpaca rows; without it the demo's are measured. On a CPU all run in one process on
 one core, in turns. Prints real tokens a second and peak memory (of a process of its own each),
@@ -268,7 +268,7 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
         grid = [("nf4-bf16", size, count, 160) for size in (1, 4) for count in (4, 8)]
     else:
         kinds = ("fp32",) if quick else ("fp32", "bf16")
-        batches = [Case(kind, 4, 2, 2 if quick else 6, 512) for kind in kinds]
+        batches = [Case(kind, 4, 2, 1 if quick else 6, 512) for kind in kinds]
         grid = [("fp32", 1, 4, 160)]
         if not quick:
             grid = [
@@ -305,6 +305,7 @@ def main() -> None:
     """Run all comparisons, or those that --quick leaves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: two minutes")
+    parser.add_argument("--only", default="", metavar="TEXT", help='as "8 adapters" or "nf4-bf16"')
     parser.add_argument("--data", type=Path, default=DATA, help="a file of Alpaca rows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
@@ -315,6 +316,7 @@ def main() -> None:
     told = [
         compare(what, stock, ours, given.data, device, given.quick)
         for what, stock, ours in comparisons(given.quick, device)
+        if given.only in what
     ]
     print()
     for comparison in told:
