@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from finetune import distributed
 from finetune.config import Config
@@ -28,6 +29,17 @@ class Group:
 
     places: list[int]
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many runs may share a step, and what keeps it from being more."""
+
+    most: int
+    reason: str
+
+
+NOT_TRAINED = Limit(1, "it has no step to take")
 
 
 def find_obstacle(config: Config) -> str | None:
@@ -52,22 +64,29 @@ def find_obstacle(config: Config) -> str | None:
     return None
 
 
-def most_that_pay(config: Config) -> int:
-    """Return how many adapters to train in one step where nobody says.
+def find_limit(config: Config) -> Limit:
+    """Return how many adapters to train in one step: as the sweep says, else as many as pay.
 
     Measured by benchmarks/training.py: small micro-batches leave a pass over the base short of
     work, large ones do not.
     """
-    is_small = config.training.batch_size == 1 and not config.training.sequence_packing
-    return MOST_TOGETHER if is_small else 1
+    asked, training = config.sweep.max_concurrent_adapters, config.training
+    if asked is not None:
+        return Limit(asked, f"sweep.max_concurrent_adapters={asked}")
+    if training.sequence_packing:
+        return Limit(1, "packed rows leave nothing to gain by sharing a step")
+    if training.batch_size > 1:
+        size = training.batch_size
+        return Limit(1, f"training.batch_size={size} leaves nothing to gain by sharing a step")
+    return Limit(MOST_TOGETHER, f"more than {MOST_TOGETHER} gain no more")
 
 
-def find_groups(configs: Sequence[Config], most: Sequence[int]) -> list[Group]:
+def find_groups(configs: Sequence[Config], limits: Sequence[Limit]) -> list[Group]:
     """Put runs that differ in nothing but their adapters together, in the grid's order.
 
     Args:
         configs: the composed jobs.
-        most: for each, how many may share its step (by memory, setting, or what pays).
+        limits: for each, how many may share its step.
     """
     shared: dict[str, list[int]] = {}
     groups: list[Group] = []
@@ -75,17 +94,25 @@ def find_groups(configs: Sequence[Config], most: Sequence[int]) -> list[Group]:
         obstacle = find_obstacle(config)
         if obstacle is not None:
             groups.append(Group([place], obstacle))
-        elif most[place] < 2:
-            groups.append(Group([place]))
+        elif limits[place].most < 2:
+            groups.append(Group([place], limits[place].reason))
         else:
             shared.setdefault(_shared_settings(config), []).append(place)
     for places in shared.values():
-        size = min(most[place] for place in places)
-        groups += [
-            Group(part, None if len(part) > 1 else "no other run shares its base, rows and batches")
-            for part in (places[start : start + size] for start in range(0, len(places), size))
-        ]
+        groups += _cut(places, min((limits[place] for place in places), key=lambda one: one.most))
     return sorted(groups, key=lambda group: group.places[0])
+
+
+def _cut(places: list[int], limit: Limit) -> list[Group]:
+    """Cut places into as few groups as can be, and those into sizes as even as can be."""
+    if len(places) == 1:
+        return [Group(places, "no other run shares its base, rows and batches")]
+    count = -(-len(places) // limit.most)
+    bounds = [len(places) * number // count for number in range(count + 1)]
+    return [
+        Group(places[start:end], limit.reason if end - start == 1 else None)
+        for start, end in pairwise(bounds)
+    ]
 
 
 def _shared_settings(config: Config) -> str:

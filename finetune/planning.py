@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
-from finetune.grouping import Group, find_groups
+from finetune.grouping import Group, Limit, find_groups
 from finetune.results import RunRecord, SweepRecord
 from finetune.run_folder import Job, RunFolder, State, digest, slug
 from finetune.worker import AnyWorker
@@ -22,6 +22,7 @@ from finetune.worker import AnyWorker
 log = logging.getLogger("finetune")
 
 FINISHED = "finished already"
+MOST_NAMED = 4  # runs in a line; more are counted
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,18 @@ def plan_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
             log.info("%s stands in the grid twice; it is run once", plan.folder.name)
         else:
             points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
-    most = {plan.folder: plan.most_together for plan in plans}
+    limits = {plan.folder: plan.limit for plan in plans}
     for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
         log.info("to score: %s", line)
     found = list(points.values())
-    return Sweep(name, found, _grouped(found, [most[point.run.path] for point in found]))
+    return Sweep(name, found, _grouped(found, [limits[point.run.path] for point in found]))
 
 
-def _grouped(points: Sequence[Point], most: Sequence[int]) -> list[Group]:
+def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
     """Put the points that are still to be trained together where they can be."""
     training = [place for place, point in enumerate(points) if point.trains]
     found = find_groups(
-        [points[place].job.config for place in training], [most[place] for place in training]
+        [points[place].job.config for place in training], [limits[place] for place in training]
     )
     groups = [Group([training[place] for place in one.places], one.reason) for one in found]
     groups += [Group([place]) for place, point in enumerate(points) if not point.trains]
@@ -155,14 +156,18 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
 
 
 def render_groups(sweep: Sweep) -> Iterator[str]:
-    """Say which runs are trained together, and why others are not, if any are."""
-    if any(len(group.places) > 1 for group in sweep.groups):
-        for group in sweep.groups:
-            names = "; ".join(str(sweep.points[place]) for place in group.places)
-            if len(group.places) > 1:
-                yield f"in one step: {names}"
-            elif group.reason is not None:
-                yield f"alone: {names}, since {group.reason}"
+    """Say which of several runs are trained together, and why others are not."""
+    alone: dict[str, list[str]] = {}
+    for group in sweep.groups:
+        names = [str(sweep.points[place]) for place in group.places]
+        if len(names) > 1:
+            yield f"in one step: {'; '.join(names)}"
+        elif group.reason is not None:
+            alone.setdefault(group.reason, []).extend(names)
+    if sum(point.trains for point in sweep.points) > 1:
+        for reason, names in alone.items():
+            told = "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
+            yield f"alone: {told}, since {reason}"
 
 
 def refuse(problems: Sequence[str]) -> None:

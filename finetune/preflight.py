@@ -25,9 +25,10 @@ from finetune import (
     training,
 )
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
-from finetune.grouping import find_obstacle, most_that_pay
+from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
+from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
 from finetune.ranges import find_problems
 from finetune.run_folder import Plan
@@ -61,18 +62,26 @@ def prepare(config: Config) -> Plan:
         return Plan(None, problems)
     inputs = find_inputs(config)
     folder = run_folder(config, inputs)
-    most = 1
+    limit = NOT_TRAINED
     if not (finished := is_done(config, inputs, folder)):
         shape, place, tokens = _memory(config, inputs)
         loaded = replace(config, model=inputs.model)
         problem = memory.find_problem(loaded, shape, place, tokens)
         if problem is not None:
             return Plan(None, [problem])
-        if find_obstacle(loaded) is None:
-            most = config.sweep.max_concurrent_adapters or most_that_pay(config)
-            most = memory.most_adapters(loaded, shape, place, tokens, most)
+        limit = _find_limit(loaded, shape, place, tokens)
     told = [] if finished else forecasts(config, inputs)
-    return Plan(folder.path, [], finished=finished, most_together=most, forecasts=told)
+    return Plan(folder.path, [], finished=finished, limit=limit, forecasts=told)
+
+
+def _find_limit(config: Config, shape: memory.Shape, place: memory.Place, tokens: int) -> Limit:
+    """Return how many runs may share the step of this one; its quantization is the base's own."""
+    obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
+    if obstacle is not None:
+        return Limit(1, obstacle)
+    limit = find_limit(config)
+    fit = memory.most_adapters(config, shape, place, tokens, limit.most)
+    return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
 
 
 def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place, int]:

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from finetune.config import Config, Refused, build_config
+from finetune.grouping import NOT_TRAINED, Limit
 
 log = logging.getLogger("finetune")
 
@@ -50,7 +51,7 @@ class Plan:
     folder: Path | None
     problems: list[str]
     finished: bool = False  # whether it has all that is asked for
-    most_together: int = 1  # adapters in one step, by what pays, memory and setting
+    limit: Limit = NOT_TRAINED  # of the runs that share its step
     forecasts: Sequence[str] = ()  # one line a task that is still to be scored
 
 

@@ -16,13 +16,15 @@ import torch
 from omegaconf import OmegaConf
 
 from finetune import multi_adapter, pipeline
+from finetune.adapter_training import AdapterTraining
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
 
 from finetune.config import PeftConfig, TrainingConfig  # isort: skip
-from finetune.grouping import Group, find_groups, find_obstacle
+from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from finetune.run_folder import Job, file_digest
 from tests.conftest import TINY, Command
 
+ROOM = Limit(8, "it is measured")
 BASE = Config(data=DataConfig(path="rows.jsonl"), training=TrainingConfig(data_seed=1))
 
 
@@ -35,11 +37,39 @@ def test_runs_that_differ_in_their_adapters_go_together() -> None:
         replace(BASE, optimizer=OptimizerConfig(lr=1e-5, scheduler="linear", max_grad_norm=0.0)),
         replace(BASE, training=replace(BASE.training, seed=7, checkpoint_every=3)),
     ]
-    assert find_groups(grid, [8] * 5) == [Group([0, 1, 2, 3, 4])]
-    assert find_groups(grid, [2] * 5) == [
-        Group([0, 1]), Group([2, 3]), Group([4], "no other run shares its base, rows and batches"),
+    assert find_groups(grid, [ROOM] * 5) == [Group([0, 1, 2, 3, 4])]
+    assert find_groups(grid, [Limit(1, "it is so")] * 5) == [
+        Group([place], "it is so") for place in range(5)
+    ]
+
+
+def test_groups_are_as_few_as_can_be_and_of_even_sizes() -> None:
+    """One that is left over says what kept it out; the least of the limits holds for all."""
+    two = Limit(2, "there is room for two")
+    assert find_groups([BASE] * 5, [ROOM, two, ROOM, ROOM, ROOM]) == [
+        Group([0], "there is room for two"), Group([1, 2]), Group([3, 4]),
     ]  # fmt: skip
-    assert find_groups(grid, [1] * 5) == [Group([place]) for place in range(5)]
+    assert [len(group.places) for group in find_groups([BASE] * 9, [ROOM] * 9)] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("training", "asked", "most", "reason"),
+    [
+        ({"batch_size": 1}, None, 8, "more than 8"),
+        ({"batch_size": 4}, None, 1, "training.batch_size=4"),
+        ({"batch_size": 1, "sequence_packing": True}, None, 1, "packed"),
+        ({"batch_size": 4}, 3, 3, "sweep.max_concurrent_adapters=3"),
+    ],
+)
+def test_as_many_go_together_as_pay_or_as_the_sweep_says(
+    training: dict[str, Any], asked: int | None, most: int, reason: str
+) -> None:
+    """The limit names what set it."""
+    config = replace(BASE, training=TrainingConfig(**training))
+    config.sweep = replace(BASE.sweep, max_concurrent_adapters=asked)
+    limit = find_limit(config)
+    assert limit.most == most
+    assert reason in limit.reason
 
 
 @pytest.mark.parametrize(
@@ -56,7 +86,7 @@ def test_runs_that_differ_in_their_adapters_go_together() -> None:
 )
 def test_another_base_other_rows_or_batches_part_runs(other: Config) -> None:
     """What the common step has once must be the same for all."""
-    groups = find_groups([BASE, other, BASE], [8] * 3)
+    groups = find_groups([BASE, other, BASE], [ROOM] * 3)
     assert [group.places for group in groups] == [[0, 2], [1]]
 
 
@@ -64,7 +94,7 @@ def test_a_seed_that_orders_the_rows_parts_runs() -> None:
     """Without a data_seed of its own the seed also orders the rows."""
     unordered = replace(BASE, training=TrainingConfig(data_seed=None, seed=1))
     other = replace(BASE, training=TrainingConfig(data_seed=None, seed=2))
-    assert [g.places for g in find_groups([BASE, unordered, other], [8] * 3)] == [[0, 1], [2]]
+    assert [g.places for g in find_groups([BASE, unordered, other], [ROOM] * 3)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +113,7 @@ def test_what_cannot_share_a_step_goes_alone_with_its_reason(
     """The plan can say why."""
     alone = replace(BASE, **changes)
     assert said in str(find_obstacle(alone))
-    groups = find_groups([BASE, alone, BASE], [8] * 3)
+    groups = find_groups([BASE, alone, BASE], [ROOM] * 3)
     assert [group.places for group in groups] == [[0, 2], [1]]
     assert said in str(groups[1].reason)
 
@@ -99,7 +129,8 @@ def test_a_sweep_trains_together_what_it_plans_so(tmp_path: Path, finetune: Comm
     grid = ("--multirun", *TINY, "lora=default,dora", "lora.r=2,4")
     planned = finetune(*grid, "sweep.max_concurrent_adapters=8", "sweep.dry_run=true")
     assert "in one step: lora=default lora.r=2; lora=default lora.r=4" in planned.stdout
-    assert "alone: lora=dora lora.r=2, since lora.use_dora=true" in planned.stdout
+    alone_for = "alone: lora=dora lora.r=2; lora=dora lora.r=4, since lora.use_dora=true"
+    assert alone_for in planned.stdout
     together = finetune(*grid, "sweep.max_concurrent_adapters=8")
     assert together.returncode == 0, together.stderr
     assert "train 2 adapters" in together.stderr
@@ -165,6 +196,33 @@ def test_too_many_adapters_for_the_memory_are_halved(
     jobs = [job(tmp_path, lora=LoraConfig(r=rank)) for rank in (1, 2, 3, 4)]
     assert pipeline.run(jobs) == ["finished"] * 4
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_one_failing_run_of_a_group_is_recorded_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cannot begin, one breaks at its second step; the third is what it is alone."""
+    begun, step = AdapterTraining.__init__, AdapterTraining.learn
+
+    def begin(self: AdapterTraining, base: Any, spec: Any) -> None:
+        if spec.lora.r == 1:
+            raise RuntimeError("no such thing")
+        begun(self, base, spec)
+
+    def learn(self: AdapterTraining, loss: float, seconds: float) -> None:
+        if self.spec.lora.r == 3 and self.step == 1:
+            raise RuntimeError("it broke")
+        step(self, loss, seconds)
+
+    monkeypatch.setattr(AdapterTraining, "__init__", begin)
+    monkeypatch.setattr(AdapterTraining, "learn", learn)
+    jobs = [job(tmp_path / "together", lora=LoraConfig(r=rank)) for rank in (1, 2, 3)]
+    assert pipeline.run(jobs) == ["failed", "finished", "failed"]
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("together/*/status.json")]
+    reasons = {one["reason"] for one in told if one["state"] == "failed"}
+    assert reasons == {"RuntimeError: no such thing", "RuntimeError: it broke"}
+    assert pipeline.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
+    assert adapters(tmp_path / "together") == adapters(tmp_path / "alone") != {}
 
 
 def test_one_diverging_run_of_a_group_is_recorded_alone(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_lora_is_trained_on_a_quantised_checkpoint(tmp_path: Path, kind: str) ->
     made = job(tmp_path / "made", model=quantised(kind), **rest)
     plan = preflight.prepare(found.config)
     assert plan.problems == []
-    assert plan.most_together == (8 if kind == "nf4" else 1)
+    assert plan.limit.most == (8 if kind == "nf4" else 1)
     assert pipeline.run([found]) == pipeline.run([made]) == ["finished"]
     assert adapter(tmp_path / "found") == adapter(tmp_path / "made")
     (environment,) = tmp_path.glob("found/*/environment.json")
