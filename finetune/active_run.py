@@ -73,8 +73,8 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
-    chosen = flatten({name: settings[name] for name in sections})
-    events.params({key: repr(v) if isinstance(v, float) else str(v) for key, v in chosen})
+    told = flatten({name: settings[name] for name in sections})
+    events.params({key: str(value) for key, value in told})
     for source, rows in [] if job.config.training.is_skipped else data.read_sources(inputs.data):
         events.dataset(
             slug(Path(source.location).stem),

@@ -22,7 +22,7 @@ from finetune.data import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
-from finetune.steps import StopSignals, return_freed_memory
+from finetune.steps import StopSignals, reset_peak_memory, return_freed_memory
 from finetune.training import Precision, TrainResult
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
@@ -38,8 +38,8 @@ def find_obstacle(
         rows: the tokens of all sequences that it will see.
         precision: of the training.
     """
-    if precision.autocast == torch.float16:
-        return "fp16 scales the losses of a whole step"
+    if (obstacle := find_precision_obstacle(precision)) is not None:
+        return obstacle
     settings = base.config.get_text_config().to_dict()
     if "output_router_logits" in settings and settings.get("router_aux_loss_coef"):
         return "its experts' routers have a loss over all tokens of a step"
@@ -47,6 +47,13 @@ def find_obstacle(
     if any(dropouts) or settings.get("attention_dropout") or settings.get("dropout"):
         return "the base drops out by itself, with one random stream for all"
     return find_layout_problem(base, rows) or _find_routed_layer(base)
+
+
+def find_precision_obstacle(precision: Precision) -> str | None:
+    """Return why no base can be trained here in this precision."""
+    if precision.autocast == torch.float16:
+        return "fp16 scales the losses of a whole step"
+    return None
 
 
 def _find_routed_layer(base: PreTrainedModel) -> str | None:
@@ -174,7 +181,7 @@ class SharedBase:
 
 def train_together(
     base: PreTrainedModel, specs: Sequence[AdapterSpec], precision: Precision
-) -> Iterator[tuple[int, LoraWeights, Outcome]]:
+) -> Iterator[tuple[int, LoraWeights | None, Outcome]]:
     """Train adapters, and yield each as it comes to its end: its place, weights and outcome.
 
     A run that fails leaves the group; the others go on unchanged. Runs go on from their own
@@ -184,9 +191,15 @@ def train_together(
         KeyboardInterrupt: SIGINT or SIGTERM came; all steps were ended, checkpoints written.
     """
     signals, shared = StopSignals(), SharedBase(base, precision)
+    reset_peak_memory(shared.device)
     live: dict[int, AdapterTraining] = {}
     for number, spec in enumerate(specs):
-        live[number] = AdapterTraining(base, spec)
+        try:
+            live[number] = AdapterTraining(base, spec)
+        except torch.OutOfMemoryError:
+            raise  # all of them are too many
+        except Exception as error:  # its own: the others are begun
+            yield number, None, error
     checkpointing = any(spec.arguments.activation_checkpointing for spec in specs)
     with (
         shared.opened(list(live.values()), checkpointing=checkpointing),
@@ -211,7 +224,8 @@ def _advance(
     losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
     values = losses.tolist()
     share = (time.monotonic() - started) / len(live)
-    num_steps, ended = 0, list[tuple[int, Outcome]]()
+    num_steps = 0
+    ended: list[tuple[int, Outcome]] = []
     for (number, one), loss in zip(list(live.items()), values, strict=True):
         try:
             before = one.step
@@ -222,7 +236,9 @@ def _advance(
             if one.is_done:
                 one.keep_best()
                 ended.append((number, one.result(shared.device)))
-        except (ArithmeticError, OSError) as error:
+        except torch.OutOfMemoryError:
+            raise  # all of them are too many
+        except Exception as error:  # its own: the others go on
             ended.append((number, error))
     newest = [f"{one.last_loss:.3f}" for one in live.values() if one.last_loss is not None]
     if newest:

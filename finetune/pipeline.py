@@ -190,7 +190,8 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
     loaded = replace(runs[0].config, model=runs[0].inputs.model)
     obstacle = find_obstacle(loaded) or multi_adapter.find_obstacle(base, rows, precision)
     if obstacle is not None:
-        log.debug("trained by the Trainer: %s", obstacle)
+        level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: in one step
+        log.log(level, "trained one by one, by the Trainer: %s", obstacle)
         for run, spec in zip(runs, specs, strict=True):
             with _guarded([run]):
                 _train_alone(run, spec)
@@ -199,6 +200,7 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
         if isinstance(outcome, Exception):
             _fail(runs[number], outcome)
         else:
+            assert weights is not None, "what was trained has weights"
             with _guarded([runs[number]]):
                 _keep(runs[number], weights, outcome)
 
@@ -308,7 +310,7 @@ def _score_tuned(run: ActiveRun) -> None:
         settings = run.config.data, run.config.training
         asked = data.last_prompts(rows, *settings, tokenizer, NUM_SAMPLES)
     prompts = tuple(tuple(prompt.tokens) for prompt in asked)
-    before = _said_by_base(*_base_key(run), prompts)
+    before = _said_by_base(*_base_key(run), prompts) if prompts else []
     with _tuned(run) as model:
         tuned.score(tasks, model, tokenizer)
         after = answer(model, tokenizer, prompts)

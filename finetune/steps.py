@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,6 @@ class StepWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        assert self._bar is not None
-        self._bar.update(state.global_step - self._bar.n)
         if self._signals.is_stop_agreed():
             control.should_save = control.should_training_stop = True
 
@@ -74,7 +72,8 @@ class StepWatch(TrainerCallback):
             return
         record_step(self._events, logs, state.global_step, state.max_steps)
         assert self._bar is not None
-        self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+        self._bar.update(state.global_step - self._bar.n)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -186,8 +185,17 @@ class StopSignals:
         self.stop_requested = True
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak anew, where the system lets us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (counters := Path("/proc/self/clear_refs")).exists():
+        with suppress(OSError):
+            counters.write_text("5", encoding="ascii")  # sets VmHWM to what is held now
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far: of the GPU's allocator, or of this process on a CPU."""
+    """Return the peak since the reset: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")

@@ -43,6 +43,7 @@ from finetune.steps import (
     find_kept,
     log_resume,
     peak_memory_gib,
+    reset_peak_memory,
     return_freed_memory,
     steps_between_validations,
 )
@@ -116,6 +117,7 @@ def train(
         ValueError: rows are joined, and this model cannot keep them apart.
     """
     folder = Path(str(arguments.output_dir))
+    reset_peak_memory(arguments.device)
     checkpoint = distributed.from_main(lambda: find_newest(folder))
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_tokens = sum(len(e["input_ids"]) for e in examples.train)
