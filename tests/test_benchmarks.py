@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_a_benchmark_runs_on_cuda(script: str, first: str) -> None:
-    """Tokens a second and peak memory are printed; the losses of both sides are the same."""
+    """Tokens a second and peak memory are printed; of training, the losses are the same."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     command = [sys.executable, f"benchmarks/{script}", "--quick", "--device", "cuda"]

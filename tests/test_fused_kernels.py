@@ -25,9 +25,8 @@ from finetune.sequence_attention import find_layout_problem
 from tests.test_grouping import job
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions
-from tests.trainings import CPU, Setting, losses, random_examples, spec, train
+from tests.trainings import CPU, TINY, Setting, losses, random_examples, spec, train
 
-TINY = ModelConfig(path="random://tiny")
 FLASH = replace(TINY, attn_implementation="flash_attention_2")
 GPU = torch.device("cuda", 0)
 

@@ -13,16 +13,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, multi_adapter, training
 from finetune.adapter_training import AdapterSpec
-from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 from finetune.sequence_attention import find_layout_problem
 from tests.test_scoring import ARCHITECTURES, build
-from tests.trainings import CPU, random_examples
+from tests.trainings import CPU, TINY, random_examples
 
-TINY = ModelConfig(path="random://tiny")
 ALL = ["all-linear"]
 TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others
 

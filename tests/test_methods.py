@@ -29,10 +29,8 @@ from finetune.data import Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import METHODS, find_problems
 from finetune.run_folder import EventLog, Job, RunFolder, read_events
-from tests.test_training import random_examples
+from tests.trainings import CPU, TINY, random_examples
 
-TINY = ModelConfig(path="random://tiny")
-CPU = training.Precision(torch.device("cpu"), torch.float32)
 LORA = LoraConfig(r=4, alpha=8)
 TRAINED_BY_TRL = [name for name in METHODS if name != "lora"]
 IDS = torch.arange(3, 33)[None]
@@ -124,7 +122,7 @@ def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: st
     base = load_base(TINY, find_model(TINY), torch.device("cpu"))
     expected = base(input_ids=IDS).logits
     model, losses = train(method, tmp_path)
-    assert sum(losses[-3:]) < sum(losses[:3]) - 0.01
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.01  # the rows of an epoch
     learned = model(input_ids=IDS).logits
     if method == "full":
         tokenizer = load_tokenizer(TINY, find_model(TINY))

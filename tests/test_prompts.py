@@ -20,6 +20,7 @@ from finetune.config import (
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
+    PeftConfig,
     SourceConfig,
     TrainingConfig,
 )
@@ -285,6 +286,12 @@ def test_the_base_answers_once_for_all_runs(
     tokenizer = load_tokenizer(model, find_model(model))
     ids = tokenizer(one[0]["prompt"], add_special_tokens=False)["input_ids"]
     assert samples.answer(base, tokenizer, [ids]) == [one[0]["base"]]
+
+
+def test_a_base_that_nobody_asks_is_not_loaded_again(tmp_path: Path) -> None:
+    """All weights were trained, nothing is scored: the base is let go of, and that is all."""
+    train_tiny(tmp_path, peft=PeftConfig(method="full"))
+    assert pipeline._loaded_base.cache_info().currsize == 0
 
 
 def test_a_run_is_named_by_the_templates_content_and_the_mixs_shares(tmp_path: Path) -> None:

@@ -12,25 +12,12 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, optimizers, training
-from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Example, Examples, RowCounts
+from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
+from finetune.data import Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.run_folder import EventLog, RunFolder, read_events
 from finetune.steps import Diverged
-
-TINY = ModelConfig(path="random://tiny")
-CPU = training.Precision(torch.device("cpu"), torch.float32)
-
-
-def random_examples(count: int) -> list[Example]:
-    """Rows of different lengths, the first half of each masked."""
-    draw = torch.Generator().manual_seed(3)
-    examples = []
-    for i in range(count):
-        ids = torch.randint(3, 250, (8 + 5 * (i % 7),), generator=draw).tolist()
-        masked = len(ids) // 2
-        examples.append(Example(input_ids=ids, labels=[-100] * masked + ids[masked:]))
-    return examples
+from tests.trainings import CPU, TINY, random_examples
 
 
 def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list[float]]:

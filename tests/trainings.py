@@ -23,7 +23,7 @@ TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)
 
 
-def random_examples(count: int, shortest: int = 8, seed: int = 3) -> list[Example]:
+def random_examples(count: int, shortest: int = 7, seed: int = 3) -> list[Example]:
     """Rows of different lengths, the first half of each masked."""
     draw = torch.Generator().manual_seed(seed)
     examples = []
@@ -78,7 +78,8 @@ def train(
     return found
 
 
-def copied(weights: LoraWeights) -> dict[str, torch.Tensor]:
+def copied(weights: LoraWeights | None) -> dict[str, torch.Tensor]:
+    assert weights is not None
     return {name: tensor.detach().clone() for name, tensor in weights.tensors.items()}
 
 
