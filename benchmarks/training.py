@@ -2,10 +2,12 @@
 
     python benchmarks/training.py [--quick] [--only TEXT] [--data FILE] [--device cuda]
 
-FILE holds Alpaca rows; without it the demo's are measured. On a CPU all run in one process on
-one core, in turns. Prints real tokens a second and peak memory (of a process of its own each),
-and at the end one JSON object a comparison; a ratio above 1 means that ours is faster. On CUDA the
-model has random weights and the shape of Mistral-7B, in 4-bit.
+FILE holds Alpaca rows; without it the demo's are measured. TEXT leaves those comparisons whose name
+contains it; all take more than an hour. On a CPU all run in one process on one core, in turns.
+Prints real tokens a second, seconds and peak memory (of a process of its own each), and at the end
+one JSON object a comparison, in tokens a second; a ratio above 1 means that ours is faster. Where
+several adapters are measured, "stock" is ours, one after the other. On CUDA the model has random
+weights and the shape of Mistral-7B, in 4-bit.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -57,6 +59,7 @@ from finetune.run_folder import EventLog, RunFolder, read_events
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
 TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 0.02, "nf4-bf16": 0.02}  # of each step's loss
 LORA = LoraConfig(r=8, alpha=16)
+RANKS = (LORA.r, 2 * LORA.r)  # of the adapters, in turns
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Measured:
     cpu_seconds: float
     tokens: int  # real ones
     peak_gib: float
-    losses: list[float]  # of the first adapter
+    losses: list[float]  # of one adapter after the other
 
 
 def load(kind: str, device: torch.device) -> PreTrainedModel:
@@ -133,7 +136,7 @@ def _autocast(case: Case) -> torch.dtype:
 
 
 def train_stock(
-    base: PreTrainedModel, case: Case, rows: list[Example], folder: Path
+    base: PreTrainedModel, case: Case, rows: list[Example], folder: Path, _: int
 ) -> list[float]:
     """Train by SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
     given = arguments(case, folder, base.device)
@@ -152,33 +155,39 @@ def train_stock(
     return losses
 
 
-def train_ours(base: PreTrainedModel, case: Case, rows: list[Example], folder: Path) -> list[float]:
-    """Train a group; the first adapter is stock's, the others have other ranks."""
+def train_ours(
+    base: PreTrainedModel, case: Case, rows: list[Example], folder: Path, first: int
+) -> list[float]:
+    """Train a group whose first adapter is that of number `first`."""
     given = arguments(case, folder / "0", base.device)
     precision = training.Precision(base.device, _autocast(case))
     examples = Examples(rows, [], RowCounts())
     runs = [RunFolder(folder / str(number)) for number in range(case.together)]
     specs = [
-        AdapterSpec(replace(LORA, r=rank), given, examples, EventLog(run.events))
-        for run, rank in zip(runs, cycle((LORA.r, 2 * LORA.r)))
+        AdapterSpec(
+            replace(LORA, r=RANKS[(first + number) % 2]), given, examples, EventLog(run.events)
+        )
+        for number, run in enumerate(runs)
     ]
     for _, _, outcome in train_together(base, specs, precision):
         if isinstance(outcome, Exception):
             raise outcome
     for spec in specs:
         spec.events.close()
-    return [e["value"] for e in read_events(runs[0].events) if e.get("key") == "train/loss"]
+    events = [event for run in runs for event in read_events(run.events)]
+    return [event["value"] for event in events if event.get("key") == "train/loss"]
 
 
 def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured:
     """Train as the case says, and measure it."""
     losses: list[float] = []
+    steps.reset_peak_memory(base.device)
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
-    for _ in range(case.times):
+    for number in range(case.times):
         with tempfile.TemporaryDirectory() as folder, _silence():
             train = train_stock if case.is_stock else train_ours
-            losses = train(base, case, chosen, Path(folder))
+            losses += train(base, case, chosen, Path(folder), number)
     if base.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -233,8 +242,9 @@ def compare(
     ]
     both = {"stock": stock, "ours": ours}
     rounds = 1 if quick else 2
-    for case in both.values() if not quick else ():  # one step each, to warm up
-        run_case(base, replace(case, steps=1), rows)
+    for case in both.values():  # one step each, to warm up
+        small = replace(case, batch_size=1, accumulation=1) if quick else case
+        run_case(base, replace(small, steps=1, times=1), rows)
     found: dict[str, list[Measured]] = {name: [] for name in both}
     for number in range(rounds):
         for name in list(both)[:: 1 if number % 2 == 0 else -1]:
@@ -244,8 +254,10 @@ def compare(
     worst = max(abs(a - b) for a, b in pairs)
     print(f"\n{what}: {ours.steps} steps, {found['ours'][0].tokens} tokens")
     for name, case in both.items():
-        cpu = fmean(one.cpu_seconds for one in found[name])
-        told = f"  {name:5} {speed[name]:8.0f} tokens/s  {cpu:7.1f} CPU s"
+        wall, cpu = (
+            fmean(getattr(one, kind) for one in found[name]) for kind in ("seconds", "cpu_seconds")
+        )
+        told = f"  {name:5} {speed[name]:8.0f} tokens/s  {wall:7.1f} s  {cpu:7.1f} CPU s"
         if device.type == "cuda":
             told += f"  {found[name][-1].peak_gib:5.2f} GiB at most"
         elif not quick:
@@ -271,12 +283,9 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
         batches = [Case(kind, 4, 2, 1 if quick else 6, 512) for kind in kinds]
         grid = [("fp32", 1, 4, 160)]
         if not quick:
-            grid = [
-                *(("fp32", 1, count, length) for count in (2, 4, 8) for length in (48, 160)),
-                *(("nf4-bf16", 1, count, length) for count in (2, 4, 8) for length in (48, 160)),
-                *((kind, size, 4, 160) for kind in ("fp32", "nf4") for size in (2, 4)),
-                *((kind, 1, 8, length) for kind in ("nf4", "bf16") for length in (48, 160)),
-            ]
+            all_kinds = ("fp32", "bf16", "nf4", "nf4-bf16")
+            grid = list(product(all_kinds, (1, 2, 4), (2, 4, 8), (160,)))
+            grid += product(("fp32", "nf4-bf16"), (1,), (2, 4, 8), (48,))
     found = [
         (
             f"{case.batch_size} x {case.accumulation} rows, {case.kind}",
@@ -305,7 +314,7 @@ def main() -> None:
     """Run all comparisons, or those that --quick leaves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: two minutes")
-    parser.add_argument("--only", default="", metavar="TEXT", help='as "8 adapters" or "nf4-bf16"')
+    parser.add_argument("--only", default="", metavar="TEXT", help="only what has TEXT in its name")
     parser.add_argument("--data", type=Path, default=DATA, help="a file of Alpaca rows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
@@ -313,11 +322,11 @@ def main() -> None:
         sys.exit("benchmarks/training.py: there is no CUDA device; leave out --device")
     _quieten()
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
-    told = [
-        compare(what, stock, ours, given.data, device, given.quick)
-        for what, stock, ours in comparisons(given.quick, device)
-        if given.only in what
-    ]
+    chosen = [one for one in comparisons(given.quick, device) if given.only in one[0]]
+    if not chosen:
+        names = "\n".join(what for what, *_ in comparisons(given.quick, device))
+        sys.exit(f"benchmarks/training.py: nothing is named so; there are:\n{names}")
+    told = [compare(*one, given.data, device, given.quick) for one in chosen]
     print()
     for comparison in told:
         print(json.dumps(comparison))
