@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SCORES_MAY_DIFFER_BY = 0.02  # two trainings in fp32 drift apart in the last bits
 
-Point = tuple[str, str]  # the rank and the learning rate
+Point = tuple[int, float]  # the rank and the learning rate
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,7 @@ def main() -> None:
     if given.script:
         print(json.dumps(asdict(run_stock(json.loads(given.script)))))
         return
-    ranks = ["4", "8"] if given.quick else ["4", "8", "16"]
-    rates = ["1e-4"] if given.quick else ["1e-4", "3e-4", "1e-3"]
+    ranks, rates = ([8], [1e-4, 1e-3]) if given.quick else ([4, 8, 16], [1e-4, 3e-4, 1e-3])
     with tempfile.TemporaryDirectory() as folder:
         model = write_cuda_model(Path(folder)) if given.device == "cuda" else []
         common = [*settings(given.data.resolve(), given.quick), *model]
@@ -201,7 +201,7 @@ def measure_stock(common: list[str], points: list[Point]) -> Measured:
         found[rank, rate] = point = StockPoint(**json.loads(told.splitlines()[-1]))
         seconds = time.perf_counter() - started
         parts = f"training {point.training_seconds:.0f} s, scoring {point.evaluation_seconds:.0f} s"
-        print(f"stock: {rank}, {rate}: {parts}; after {seconds:.0f} s", flush=True)
+        print(f"stock: {rank}, {rate:g}: {parts}; after {seconds:.0f} s", flush=True)
     return Measured(
         time.perf_counter() - started,
         sum(point.training_seconds for point in found.values()),
@@ -221,16 +221,17 @@ def _run(command: list[str], folder: Path, **more: str) -> str:
     return done.stdout
 
 
-def measure_ours(common: list[str], ranks: list[str], rates: list[str]) -> Measured:
+def measure_ours(common: list[str], ranks: list[int], rates: list[float]) -> Measured:
     """Run one command, with an empty store of scores."""
-    grid = [f"lora.r={','.join(ranks)}", f"optimizer.lr={','.join(rates)}", "--multirun"]
+    swept: dict[str, Sequence[float]] = {"lora.r": ranks, "optimizer.lr": rates}
+    grid = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
     command = [sys.executable, "-m", "finetune", *common, *grid]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "cache").mkdir()
         (folder / "cache" / "models").symlink_to(cache_dir() / "models")  # stock had them too
         started = time.perf_counter()
-        _run(command, folder, FINETUNE_CACHE=f"{folder}/cache")
+        _run([*command, "--multirun"], folder, FINETUNE_CACHE=f"{folder}/cache")
         seconds = time.perf_counter() - started
         (table,) = folder.glob("multirun_reports/*/results.csv")
         with table.open() as file:
@@ -250,7 +251,7 @@ def measure_ours(common: list[str], ranks: list[str], rates: list[str]) -> Measu
         sum(one["tuned"]["seconds"] for one in evaluations) + evaluations[0]["base"]["seconds"],
         {
             # A setting with one value is no column.
-            (row.get("lora.r", ranks[0]), row.get("optimizer.lr", rates[0])): {
+            (int(row.get("lora.r", ranks[0])), float(row.get("optimizer.lr", rates[0]))): {
                 name: float(row[f"{task}/{name}"]) for name in names
             }
             for row in rows
@@ -265,7 +266,7 @@ def print_comparison(stock: Measured, ours: Measured) -> None:
     for place, theirs in stock.scores.items():
         pairs = [(value, ours.scores[place][name]) for name, value in theirs.items()]
         worst = max(worst, *(abs(a - b) for a, b in pairs))
-        print(f"{', '.join(place):12}", *(f"  {a:9.4f} {b:9.4f}" for a, b in pairs))
+        print(f"{place[0]:4}, {place[1]:g}".ljust(12), *(f"  {a:9.4f} {b:9.4f}" for a, b in pairs))
     print(f"scores differ by at most {worst:.4f}")
     number = len(stock.scores)
     parts = {
