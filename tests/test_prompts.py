@@ -357,12 +357,12 @@ def test_a_sweep_over_templates_runs_to_the_end(tmp_path: Path, finetune: Comman
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("21 rows read, 16 used, 1 dropped (") == 3
     found = {
-        json.loads(path.read_text(encoding="utf-8"))[0]["prompt"]
+        json.loads(path.read_text(encoding="utf-8"))[-1]["prompt"]
         for path in tmp_path.glob("outputs/*/samples.json")
     }
     assert len(found) == 3
-    assert "Q: 17?\nA:\n" in found
-    assert "All of 17." in found
+    assert "Q: 19?\nA:\n" in found
+    assert "All of 19." in found
     (copy,) = tmp_path.glob("outputs/*/prompt.jinja")
     assert copy.read_text(encoding="utf-8") == "Q: {{ question }}\nA:\n"
 
