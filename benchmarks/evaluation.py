@@ -115,7 +115,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    few, many = (8, 40) if given.quick else (80, 400)
+    few, many = (6, 30) if given.quick else (80, 400)
     found = [compare("demo_science", EvaluationConfig(["demo_science"], limit=many))]
     files = {split: str(given.data / f"arc_easy_{split}.jsonl") for split in ("test", "train")}
     if all(Path(file).is_file() for file in files.values()):
