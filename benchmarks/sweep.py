@@ -25,16 +25,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.run_folder import cache_dir
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from finetune.config import Config
-    from finetune.data import Example
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SCORES_MAY_DIFFER_BY = 0.02  # two trainings in fp32 drift apart in the last bits
@@ -79,20 +72,19 @@ def run_stock(overrides: list[str]) -> StockPoint:
     """Do what a stock script does for one point."""
     import torch
     from hydra import compose, initialize_config_dir
-    from lm_eval.models.huggingface import HFLM
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
-    from finetune import data
+    from benchmarks.evaluation import Stock
+    from benchmarks.stock import build_stock
+    from finetune import data, training
     from finetune.config import build_config, conf_dir, register
     from finetune.evaluation import score
     from finetune.identity import find_precision
     from finetune.models import find_model, load_base, load_tokenizer
-    from finetune.scoring import PLAIN_BATCH_SIZE, Scoring
+    from finetune.run_folder import RunFolder
+    from finetune.scoring import PLAIN_BATCH_SIZE
     from finetune.tasks import load_task
-
-    class Stock(HFLM):  # type: ignore[misc]  # lm-eval is untyped
-        scoring = Scoring("plain", "it is measured")
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -119,41 +111,16 @@ def run_stock(overrides: list[str]) -> StockPoint:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(base, lora)
-    training_seconds = _train_stock(adapted, tokenizer, examples.train, config)
+    with tempfile.TemporaryDirectory() as folder:
+        run, sections = RunFolder(Path(folder)), (config.optimizer, config.training)
+        given = training.build_arguments(run, *sections, precision, validate=False)
+        trainer = build_stock(adapted, given, examples.train, tokenizer)
+        started = time.perf_counter()
+        trainer.train()
+        training_seconds = time.perf_counter() - started
     after, tuned_seconds = scored(adapted.eval())
     scores = {"base_acc": before["acc"], "acc": after["acc"], "acc_norm": after["acc_norm"]}
     return StockPoint(training_seconds, base_seconds + tuned_seconds, scores)
-
-
-def _train_stock(
-    adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Example], config: Config
-) -> float:
-    """Train by SFTTrainer as it comes; return the seconds of its steps."""
-    from datasets import Dataset
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    from finetune import training
-    from finetune.identity import find_precision
-    from finetune.run_folder import RunFolder
-
-    with tempfile.TemporaryDirectory() as folder:
-        given = training.build_arguments(
-            RunFolder(Path(folder)),
-            config.optimizer,
-            config.training,
-            find_precision(config),
-            validate=False,
-        )
-        given.padding_free, given.save_strategy = False, "no"
-        trainer = SFTTrainer(
-            model=adapted,
-            args=given,
-            train_dataset=Dataset.from_list([dict(row) for row in rows]),
-            processing_class=tokenizer,
-        )
-        started = time.perf_counter()
-        trainer.train()
-        return time.perf_counter() - started
 
 
 def write_cuda_model(folder: Path) -> list[str]:

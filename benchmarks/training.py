@@ -29,11 +29,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from trl.trainer.sft_trainer import SFTTrainer
 
 from benchmarks.mistral_shaped import write_mistral_shaped
+from benchmarks.stock import build_stock
 from finetune import adapters, steps, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
@@ -138,16 +137,11 @@ def _autocast(case: Case) -> torch.dtype:
 def train_stock(
     base: PreTrainedModel, case: Case, rows: list[Example], folder: Path, _: int
 ) -> list[float]:
-    """Train by SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
+    """Train by SFTTrainer as it comes."""
     given = arguments(case, folder, base.device)
-    given.padding_free, given.save_strategy = False, "no"
     adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
-    trainer = SFTTrainer(
-        model=adapted,
-        args=given,
-        train_dataset=Dataset.from_list([dict(row) for row in rows]),
-        processing_class=load_tokenizer(ModelConfig(), find_model(ModelConfig())),
-    )
+    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
+    trainer = build_stock(adapted, given, rows, tokenizer)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     adapted.unload()

@@ -1,0 +1,29 @@
+"""Stock SFTTrainer, as the benchmarks of training and of sweeps measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune.data import Example
+from finetune.training import Arguments
+
+
+def build_stock(
+    model: PeftModel,
+    arguments: Arguments,
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+) -> SFTTrainer:
+    """Build SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
+    arguments.padding_free, arguments.save_strategy = False, "no"
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        processing_class=tokenizer,
+    )
