@@ -200,6 +200,8 @@ def train_together(
             raise  # all of them are too many
         except Exception as error:  # its own: the others are begun
             yield number, None, error
+    if not live:
+        return
     checkpointing = any(spec.arguments.activation_checkpointing for spec in specs)
     with (
         shared.opened(list(live.values()), checkpointing=checkpointing),
