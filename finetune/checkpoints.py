@@ -52,6 +52,9 @@ def write_checkpoint(
 ) -> None:
     """Write one checkpoint, and drop all but the newest `keep` and the best one.
 
+    One of this step that is whole stays as it is. Those of later steps are dropped: they do not
+    verify, or training would have gone on from them.
+
     Args:
         folder: the run's checkpoints.
         step: optimizer steps done.
@@ -64,6 +67,8 @@ def write_checkpoint(
         OSError: it cannot be written (disk full, say); the message has path and bytes.
     """
     final, temporary = _path(folder, step), folder / f".step-{step:07d}.tmp"
+    if find_problem(final) is None:
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -89,7 +94,9 @@ def write_checkpoint(
             f"cannot write the checkpoint {final} after {written} bytes ({why}); "
             f"{free} bytes are free there"
         ) from None
-    for old in _newest_first(folder)[keep:]:
+    found = _newest_first(folder)
+    newest = found.index(final)
+    for old in (*found[:newest], *found[newest + keep :]):
         if best is None or old != _path(folder, best):
             shutil.rmtree(old, ignore_errors=True)
 

@@ -88,6 +88,28 @@ def test_a_harmed_checkpoint_is_passed_over(
     assert "step-0000010" in caplog.text
 
 
+def test_one_that_was_passed_over_does_not_push_out_what_came_after(tmp_path: Path) -> None:
+    """It is of a later step than the training that went on without it, and goes first."""
+    write(tmp_path, 5, keep=1)
+    (write(tmp_path, 10, keep=2) / MARKER).unlink()
+    write(tmp_path, 7, keep=1)
+    newest = find_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000007"]
+
+
+def test_a_whole_one_is_not_written_again(tmp_path: Path) -> None:
+    """For a moment there would be none; one that is not whole is."""
+    path = write(tmp_path, 5)
+    before = (path / MARKER).stat()
+    write(tmp_path, 5)
+    assert (path / MARKER).stat() == before
+    (path / "weights").write_bytes(b"other")
+    write(tmp_path, 5)
+    assert find_problem(path) is None
+
+
 def test_the_best_one_stays_and_those_after_it_need_it(tmp_path: Path) -> None:
     """It goes once another is the best; harmed, it takes those with it that name it."""
     for step, best in ((5, 5), (10, 5), (15, 5)):
