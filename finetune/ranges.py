@@ -90,6 +90,8 @@ def _lora_problems(lora: LoraConfig) -> Iterator[str]:
     yield from _at_least("lora.alpha", lora.alpha, 1)
     yield from _share("lora.dropout", lora.dropout)
     yield from _one_of("lora.init", lora.init, INITIALISATIONS)
+    if lora.init == "orthogonal" and lora.r % 2:
+        yield f"lora.r is {lora.r}; lora.init=orthogonal needs an even one"
     if not lora.target_modules:
         yield f"lora.target_modules is empty; name linear layers, or use [{ALL_LINEAR}]"
     if ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:

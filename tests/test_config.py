@@ -74,6 +74,14 @@ def test_a_value_out_of_range_is_one_line_that_names_its_key(key: str, value: An
     assert "\n" not in problem
 
 
+def test_an_orthogonal_start_needs_an_even_rank() -> None:
+    """PEFT would say so only once the base is loaded."""
+    config = changed("lora.init", "orthogonal")
+    assert find_problems(config) == []
+    config.lora.r = 3
+    assert find_problems(config) == ["lora.r is 3; lora.init=orthogonal needs an even one"]
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_mix_stands_alone_and_has_weights(weight: float) -> None:
     """Its sources have their own paths and revisions."""
