@@ -358,3 +358,9 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
             parameter.data = data
         for module, before in compute:
             module.compute_dtype = before
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the GPU or of the machine."""
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out or "can't allocate memory" in str(error)  # of torch's CPU allocator

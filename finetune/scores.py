@@ -137,8 +137,16 @@ class Scorer:
         tasks: list[LoadedTask],
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
+        base: Mapping[str, TaskScore] | None = None,
     ) -> None:
-        """Compute the scores that are not stored yet."""
+        """Compute the scores that are not stored yet.
+
+        Args:
+            tasks: to score the model on, where they are this model's.
+            model: base or tuned.
+            tokenizer: the model's.
+            base: the base's scores, by task; a tuned model is checked less where its base passed.
+        """
         settings, side = self.config.evaluation, "tuned" if self.adapter else "base"
         speeds = find_speeds(self.config, self.inputs)
         for task in self.asked(tasks):
@@ -150,6 +158,9 @@ class Scorer:
                         tokenizer,
                         batch_tokens=settings.batch_tokens,
                         dtype=models.TORCH_DTYPES.get(settings.dtype),
+                        base_passed=base is not None
+                        and task.key in base
+                        and base[task.key].scoring.path == "shared",
                     )
                     log.info("scoring %s: %s", side, speeds.forecast(task))
                     score = evaluation.score(lm, task, settings)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
-from finetune.models import cast_parameters, head_on_rows
+from finetune.models import cast_parameters, head_on_rows, is_out_of_memory
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.quantization import is_castable
 
@@ -52,7 +52,8 @@ class Scoring:
 
     path: str = "none"  # shared, plain (lm-eval's own), or none where no request came
     reason: str | None = None  # why it was the plain one
-    # By dtype, the largest difference between the two paths over the sample, in nats.
+    compared: int = 0  # requests that both paths answered beforehand
+    # By dtype, the largest difference between the two paths over these, in nats.
     differences: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
     flipped: int = 0  # of these, answers that changed
@@ -71,6 +72,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         *,
         batch_tokens: int | None = None,
         dtype: torch.dtype | None = None,
+        base_passed: bool = False,
     ) -> None:
         """Wrap a loaded model.
 
@@ -79,12 +81,15 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             tokenizer: its tokenizer.
             batch_tokens: tokens in one row; None takes what the free memory allows.
             dtype: to run in; None takes the model's own.
+            base_passed: whether the model's base answered the same questions by the shared path;
+                its layout is proven then, and the longest choice stands for the longest question.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
         self.scoring = Scoring()
         self._own_dtype: torch.dtype = model.dtype
         self._dtype = dtype or model.dtype
         self._batch_tokens = batch_tokens or self._free_tokens()
+        self._base_passed = base_passed
         self._attention = BlockAttention(model)
 
     def loglikelihood(
@@ -136,33 +141,39 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return answers
 
     def _check(self, questions: list[list[Key]]) -> Scoring:
-        """Compare both paths on every choice of the shortest and of the longest question."""
-        longest = len(self._tokens(max(questions[-1], key=lambda key: len(key[0] + key[1]))))
+        """Compare both paths on every choice of the shortest and of the longest question.
+
+        Of the longest, only the longest choice where the model's base has passed.
+        """
+        longest = len(self._tokens(max(questions[-1], key=_length)))
         reason = find_obstacle(self.model, longest)
         if reason is not None:
             return Scoring("plain", reason)
         try:
             return self._compared(questions)
-        except torch.OutOfMemoryError:
-            raise
         except MODEL_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             text = str(error).splitlines()[0][:200] if str(error) else ""
             return Scoring("plain", f"the model refuses the layout: {type(error).__name__}: {text}")
 
     def _compared(self, questions: list[list[Key]]) -> Scoring:
-        sample = [questions[0], questions[-1]]
+        longest = questions[-1]
+        sample = [questions[0], [max(longest, key=_length)] if self._base_passed else longest]
         seen = {self._own_dtype: self._difference(sample)}
         if self._own_dtype != torch.float32 and is_castable(self.model):
             # Its rounding alone would let a wrong layout pass.
             try:
                 with self._computing_in(torch.float32):
                     seen[torch.float32] = self._difference(sample[1:])
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 log.warning(
                     "no room to check the scores in fp32: checked in the model's dtype only"
                 )
         differences = {str(dtype).removeprefix("torch."): d for dtype, d in seen.items()}
-        scoring = Scoring("shared", differences=differences)
+        scoring = Scoring("shared", compared=len({*sample[0], *sample[1]}), differences=differences)
         for dtype, difference in seen.items():
             if not difference <= TOLERANCE[dtype]:
                 reason = f"a sample differs by {difference:.3g} in {dtype}"
@@ -237,7 +248,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         try:
             return self._forward(batch, asked)
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         self._batch_tokens = max(1, min(self._batch_tokens, sum(map(len, batch))) // 2)
         log.warning("out of memory: going on with rows of %d tokens", self._batch_tokens)
@@ -296,20 +307,16 @@ def _by_context(keys: Sequence[Key]) -> list[list[Key]]:
     questions: dict[Tokens, list[Key]] = {}
     for key in keys:
         questions.setdefault(key[0], []).append(key)
-    return sorted(
-        questions.values(),
-        key=lambda choices: max(len(context + rest) for context, rest in choices),
-    )
+    return sorted(questions.values(), key=lambda choices: max(map(_length, choices)))
+
+
+def _length(key: Key) -> int:
+    return len(key[0]) + len(key[1])
 
 
 def _longest_first(batches: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:
     """Put first what needs most memory, so that a row that does not fit shows at once."""
     return sorted(batches, key=lambda batch: -count_tokens(batch))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out or "can't allocate memory" in str(error)  # of torch's CPU allocator
 
 
 class _Progress:

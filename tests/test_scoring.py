@@ -281,10 +281,13 @@ def test_a_row_that_cannot_be_halved_ends_the_evaluation() -> None:
         lm.loglikelihood(requests(questions(2)))
 
 
-def test_a_wrong_layout_is_found_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base_passed", [False, True])
+def test_a_wrong_layout_is_found_by_the_check(
+    base_passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were the attention wrong in one block only, the plain path would take over."""
-    model = build("llama", {})
-    lm = SharedContextLM(model, load_tokenizer(TINY, find_model(TINY)))
+    model, tokenizer = build("llama", {}), load_tokenizer(TINY, find_model(TINY))
+    lm = SharedContextLM(model, tokenizer, base_passed=base_passed)
     right = lm._attention._attend
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -298,6 +301,17 @@ def test_a_wrong_layout_is_found_by_the_check(monkeypatch: pytest.MonkeyPatch) -
     assert_equal(plain.loglikelihood(asked, disable_tqdm=True), lm.loglikelihood(asked))
     assert lm.scoring.path == "plain"
     assert "differs by" in str(lm.scoring.reason)
+
+
+def test_behind_a_base_that_passed_less_is_compared(tiny: PreTrainedModel) -> None:
+    """Every choice of the shortest question, but of the longest only its longest choice."""
+    short, long = "Question: what?\nAnswer:", f"Question: {'heat ' * 20}?\nAnswer:"
+    choices = (" iron", " wood", " the water of the earth")
+    pairs = [(context, choice) for context in (short, long) for choice in choices]
+    _, _, whole = both(tiny, pairs)
+    plain, ours, less = both(tiny, pairs, base_passed=True)
+    assert_equal(plain, ours)
+    assert (whole.scoring.compared, less.scoring.compared) == (6, 4)
 
 
 def test_bf16_on_request_counts_flipped_answers(tiny: PreTrainedModel) -> None:
