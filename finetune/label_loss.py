@@ -53,15 +53,16 @@ class FrozenHeadLoss(torch.autograd.Function):
             losses[place] = (normaliser - logits.gather(1, target))[:, 0] * weights[place]
             slope = logits.sub_(normaliser).exp_()
             slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-            slope.mul_(weights[place, None])
             gradient[place] = slope.to(head.weight.dtype) @ head.weight
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, weights)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None, None
+        gradient, weights = ctx.saved_tensors
+        # In fp32: fp16 has no room for a loss scale, nor for a weight among thousands of labels.
+        weighted = gradient.float() * (weights * grads[0])[:, None]
+        return weighted.to(gradient.dtype), None, None, None, None
 
 
 def _chunks(parts: Sequence[int]) -> Iterator[slice]:

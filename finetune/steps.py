@@ -39,9 +39,16 @@ class StepWatch(TrainerCallback):
     """Record every step, show the progress, and stop a training that has diverged."""
 
     def __init__(
-        self, events: EventLog, signals: StopSignals, validations: Validations, num_tokens: int
+        self,
+        events: EventLog,
+        signals: StopSignals,
+        validations: Validations,
+        *,
+        num_rows: int,
+        num_tokens: int,
     ) -> None:
         self.num_tokens = num_tokens  # of one epoch
+        self._num_rows = num_rows
         self._validations = validations
         self._signals = signals
         self._events = events
@@ -55,7 +62,8 @@ class StepWatch(TrainerCallback):
             if "eval_loss" in entry:
                 self._validations.losses[int(entry["step"])] = entry["eval_loss"]
         self._events.tag("train.max_steps", str(total))
-        self._events.tag("train.num_tokens", str(round(self.num_tokens * args.num_train_epochs)))
+        epochs = total / steps_an_epoch(self._num_rows, args)
+        self._events.tag("train.num_tokens", str(round(self.num_tokens * epochs)))
         self._bar = tqdm(desc="train", initial=done, total=total, unit="step")
 
     def on_step_end(
@@ -70,6 +78,8 @@ class StepWatch(TrainerCallback):
         logs: dict[str, float] = given["logs"]
         if "loss" not in logs:
             return
+        if _lowers_loss_scale(given["optimizer"]):
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         record_step(self._events, logs, state.global_step, state.max_steps)
         assert self._bar is not None
         self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
@@ -93,17 +103,24 @@ class StepWatch(TrainerCallback):
         self._bar.close()
 
 
+def _lowers_loss_scale(optimizer: Any) -> bool:
+    """Return whether fp16 gradients overflowed: the step was skipped, a lower scale comes next."""
+    scaler = getattr(optimizer, "scaler", None)  # accelerate's; None outside fp16
+    return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() >= 1
+
+
 def record_step(events: EventLog, logs: Mapping[str, float], step: int, max_steps: int) -> None:
-    """Record a step's loss, gradient norm (before clipping) and learning rate.
+    """Record a step's loss, gradient norm (before clipping; if it has one) and learning rate.
 
     Raises:
         Diverged: the loss or the norm is not finite.
     """
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(logs[name]):
+        if not math.isfinite(logs.get(name, 0.0)):
             raise Diverged(f"{name} became {logs[name]} at step {step} of {max_steps}")
     names = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
-    events.metrics({ours: logs[theirs] for theirs, ours in names.items()}, step)
+    told = {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs}
+    events.metrics(told, step)
 
 
 def record_validation(events: EventLog, found: Validations, loss: float, step: int) -> None:

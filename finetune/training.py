@@ -120,26 +120,15 @@ def train(
     reset_peak_memory(arguments.device)
     checkpoint = distributed.from_main(lambda: find_newest(folder))
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
-    num_tokens = sum(len(e["input_ids"]) for e in examples.train)
-    watch = StepWatch(events, signals, validations, num_tokens)
+    num_rows, num_tokens = len(examples.train), sum(len(e["input_ids"]) for e in examples.train)
+    watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
     problem = _find_padding_reason(model, examples)
     arguments.padding_free = problem is None
     _set_validations(arguments, examples)
     if arguments.activation_checkpointing and arguments.device.type == "cpu":
         return_freed_memory()
-    launched = distributed.is_launched()
     with _base_restored(model), signals.watched():
-        trainer = LabelTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=_as_dataset(with_filler(examples.train) if launched else examples.train),
-            eval_dataset=_as_dataset(examples.validation) if examples.validation else None,
-            processing_class=tokenizer,
-            callbacks=[watch],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if launched:
-            trainer.share_rows(EvenOrder(len(examples.train), arguments))
+        trainer = _build_trainer(model, tokenizer, examples, arguments, watch)
         if checkpoint is not None:
             log_resume(checkpoint)
             trainer.seconds_before = checkpoint.seconds
@@ -166,6 +155,29 @@ def train(
         layout="end to end" if problem is None else f"padded, since {problem}",
         best_step=validations.best_step,
     )
+
+
+def _build_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    arguments: Arguments,
+    watch: StepWatch,
+) -> LabelTrainer:
+    """Build the Trainer; under a launcher each process gets its even part of the rows."""
+    launched = distributed.is_launched()
+    trainer = LabelTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_as_dataset(with_filler(examples.train) if launched else examples.train),
+        eval_dataset=_as_dataset(examples.validation) if examples.validation else None,
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if launched:
+        trainer.share_rows(EvenOrder(len(examples.train), arguments))
+    return trainer
 
 
 def _find_padding_reason(model: PreTrainedModel | PeftModel, examples: Examples) -> str | None:

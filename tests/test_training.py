@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, optimizers, training
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts
+from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.run_folder import EventLog, RunFolder, read_events
-from finetune.steps import Diverged
+from finetune.steps import Diverged, StepWatch, StopSignals
+from finetune.validation import Validations
 from tests.trainings import CPU, TINY, random_examples
 
 
@@ -100,6 +105,48 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     """A learning rate beyond all measure is told as divergence, with the step."""
     with pytest.raises(Diverged, match=r"became (nan|inf) at step \d+ of 15"):
         train(tmp_path, optimizer={"lr": 1e18, "warmup_ratio": 0.0}, training={"epochs": 3})
+
+
+def test_fp16_holds_a_loss_scale_among_thousands_of_labels() -> None:
+    """The gradient of a frozen fp16 head is the fp32 head's times accelerate's first scale."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 512, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(4000, 32), torch.randint(512, (4000,))
+    found = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 65536.0)):
+        states = hidden.to(dtype).detach().requires_grad_()
+        weights = torch.full((4000,), 1 / 4000)
+        losses = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
+            states, head.to(dtype), targets, weights, [4000]
+        )
+        (losses.sum() * scale).backward()
+        assert states.grad is not None
+        found.append(states.grad.float() / scale)
+    assert (found[1] - found[0]).norm() < 2e-3 * found[0].norm()
+
+
+@pytest.mark.parametrize(("scale", "is_skipped"), [(32768.0, True), (0.5, True), (32768.0, False)])
+def test_a_step_skipped_for_its_loss_scale_is_no_divergence(
+    tmp_path: Path, scale: float, is_skipped: bool
+) -> None:
+    """fp16 begins too high and halves the scale; below 1, or without a skip, it has diverged."""
+    run = RunFolder(tmp_path)
+    arguments = training.build_arguments(
+        run, OptimizerConfig(), TrainingConfig(), CPU, validate=False
+    )
+    events, state = EventLog(run.events), TrainerState(max_steps=9, global_step=1)
+    watch = StepWatch(events, StopSignals(), Validations(None), num_rows=40, num_tokens=400)
+    optimizer = SimpleNamespace(
+        scaler=SimpleNamespace(get_scale=lambda: scale), step_was_skipped=is_skipped
+    )
+    told = {"loss": 2.0, "grad_norm": float("inf"), "learning_rate": 1e-3}
+    watch.on_train_begin(arguments, state, TrainerControl())
+    is_tolerated = is_skipped and scale >= 1
+    with nullcontext() if is_tolerated else pytest.raises(Diverged, match="grad_norm became inf"):
+        watch.on_log(arguments, state, TrainerControl(), logs=told, optimizer=optimizer)
+    events.close()
+    recorded = {e["key"] for e in read_events(run.events) if e["event"] == "metric"}
+    assert recorded == ({"train/loss", "train/lr"} if is_tolerated else set())
 
 
 def test_validation_loss_is_the_mean_over_held_out_labels(tmp_path: Path) -> None:
