@@ -66,7 +66,7 @@ class AdapterTraining:
         self.step = 0
         self.total_loss = 0.0  # over all steps
         self.last_loss: float | None = None  # of the last step taken here
-        self.seconds = 0.0
+        self.seconds = 0.0  # its share of the common passes, and its own work
         self.num_tokens = 0
         self.validations = Validations(self.arguments.early_stopping)
         self._waiting: list[list[Example]] = []  # micro-batches of this step
@@ -75,8 +75,8 @@ class AdapterTraining:
         self._resume()
         spec.events.tag("train.max_steps", str(self.num_steps))
         tokens = sum(len(e["input_ids"]) for e in spec.examples.train)
-        rows = len(spec.examples.train) / rows_a_step(self.arguments)
-        spec.events.tag("train.num_tokens", str(round(tokens * self.num_steps / rows)))
+        epochs = self.num_steps / steps_an_epoch(len(spec.examples.train), self.arguments)
+        spec.events.tag("train.num_tokens", str(round(tokens * epochs)))
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Build the optimizer that the Trainer would."""
@@ -113,14 +113,13 @@ class AdapterTraining:
         place = self.step * self.arguments.gradient_accumulation_steps + len(self._waiting)
         return batch, 1 / max(self._labels, 1), self.arguments.seed * 1_000_003 + place
 
-    def learn(self, loss: float, seconds: float) -> None:
+    def learn(self, loss: float) -> None:
         """Count a micro-batch whose gradients are there; after the step's last one, step.
 
         Raises:
             Diverged: the loss or the gradient's norm is not finite.
         """
         self._loss += loss
-        self.seconds += seconds
         if self._waiting:
             return
         bound = self.arguments.max_grad_norm or math.inf

@@ -79,12 +79,13 @@ class BlockAttention:
     def installed(self) -> Iterator[None]:
         """Let the model attend block by block."""
         before = self._base.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
+        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
         self._base.set_attn_implementation(NAME)
         try:
             yield
         finally:
             self._base.set_attn_implementation(before)
+            del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
             self._blocks = []
 
     def lay_out(self, tree: Tree) -> None:

@@ -21,6 +21,7 @@ from finetune.adapters import LoraWeights
 from finetune.data import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
+from finetune.models import is_out_of_memory
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.steps import StopSignals, reset_peak_memory, return_freed_memory
 from finetune.training import Precision, TrainResult
@@ -196,10 +197,10 @@ def train_together(
     for number, spec in enumerate(specs):
         try:
             live[number] = AdapterTraining(base, spec)
-        except torch.OutOfMemoryError:
-            raise  # all of them are too many
-        except Exception as error:  # its own: the others are begun
-            yield number, None, error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # all of them are too many
+            yield number, None, error  # its own: the others are begun
     if not live:
         return
     checkpointing = any(spec.arguments.activation_checkpointing for spec in specs)
@@ -208,13 +209,20 @@ def train_together(
         signals.watched(),
         _progress(list(live.values())) as bar,
     ):
+        interrupted = False
         while live:
-            if signals.stop_requested:
-                _save_and_leave(live)
-            if not live:
-                raise KeyboardInterrupt
-            for number, outcome in _advance(shared, live, bar):
-                yield number, live.pop(number).weights, outcome
+            if signals.stop_requested and (leaving := _take_between_steps(live)):
+                interrupted = True
+                for number, one in leaving.items():
+                    try:
+                        one.save_checkpoint()
+                    except Exception as error:  # its own: the others are saved
+                        yield number, None, error
+            else:
+                for number, outcome in _advance(shared, live, bar):
+                    yield number, live.pop(number).weights, outcome
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def _advance(
@@ -226,22 +234,26 @@ def _advance(
     losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
     values = losses.tolist()
     share = (time.monotonic() - started) / len(live)
+    for one in live.values():
+        one.seconds += share
     num_steps = 0
     ended: list[tuple[int, Outcome]] = []
     for (number, one), loss in zip(list(live.items()), values, strict=True):
+        started = time.monotonic()
         try:
             before = one.step
-            one.learn(loss, share)
+            one.learn(loss)
             num_steps += one.step - before
             if one.step > before:
                 one.end_step(shared.validate(one) if one.is_to_be_validated else None)
+            one.seconds += time.monotonic() - started
             if one.is_done:
                 one.keep_best()
                 ended.append((number, one.result(shared.device)))
-        except torch.OutOfMemoryError:
-            raise  # all of them are too many
-        except Exception as error:  # its own: the others go on
-            ended.append((number, error))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # all of them are too many
+            ended.append((number, error))  # its own: the others go on
     newest = [f"{one.last_loss:.3f}" for one in live.values() if one.last_loss is not None]
     if newest:
         bar.set_postfix_str(f"loss {' '.join(newest)}", refresh=False)
@@ -249,12 +261,9 @@ def _advance(
     return ended
 
 
-def _save_and_leave(live: dict[int, AdapterTraining]) -> None:
-    """Let every training that is between two steps write a checkpoint and leave."""
-    for number, one in list(live.items()):
-        if one.is_between_steps:
-            one.save_checkpoint()
-            del live[number]
+def _take_between_steps(live: dict[int, AdapterTraining]) -> dict[int, AdapterTraining]:
+    """Take out the trainings that can be gone on with from where they are."""
+    return {number: live.pop(number) for number, one in list(live.items()) if one.is_between_steps}
 
 
 @contextmanager

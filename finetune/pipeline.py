@@ -52,6 +52,8 @@ from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
 
+_loaded: dict[tuple[str, Source, str], PreTrainedModel] = {}  # the one base of this process
+
 LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
@@ -111,7 +113,7 @@ def _fail(run: ActiveRun, error: Exception) -> None:
     if isinstance(error, Diverged):
         log.error("%s diverged: %s", run.folder.name, error)
         run.end("diverged", str(error))
-    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    elif models.is_out_of_memory(error):
         log.error("%s ran out of memory: %s", run.folder.name, error)
         run.end("failed", f"out of memory; {LESS_MEMORY}: {error}")
     else:
@@ -129,14 +131,18 @@ def _base_key(run: ActiveRun) -> tuple[str, Source, str]:
     return json.dumps(asdict(run.config.model)), run.inputs.source, str(run.inputs.device)
 
 
-@lru_cache(maxsize=1)
 def _loaded_base(settings: str, source: Source, device: str) -> PreTrainedModel:
-    return models.load_base(ModelConfig(**json.loads(settings)), source, torch.device(device))
+    key = settings, source, device
+    if key not in _loaded:
+        _release_memory()  # before another one takes it
+        config = ModelConfig(**json.loads(settings))
+        _loaded[key] = models.load_base(config, source, torch.device(device))
+    return _loaded[key]
 
 
 def _release_memory() -> None:
-    """Let go of a base that was altered, and of all that it held."""
-    _loaded_base.cache_clear()
+    """Let go of the base, which was altered or is not wanted, and of all that it held."""
+    _loaded.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -167,8 +173,8 @@ def _train(runs: Sequence[ActiveRun]) -> None:
         try:
             with liger_kernels(_base(runs[0]), wanted=runs[0].config.training.use_liger_kernel):
                 _train_once(runs)
-        except torch.OutOfMemoryError:
-            if len(runs) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(runs) == 1 or not models.is_out_of_memory(error):
                 raise
             too_many = True
     if too_many:
@@ -312,7 +318,7 @@ def _score_tuned(run: ActiveRun) -> None:
     prompts = tuple(tuple(prompt.tokens) for prompt in asked)
     before = _said_by_base(*_base_key(run), prompts) if prompts else []
     with _tuned(run) as model:
-        tuned.score(tasks, model, tokenizer)
+        tuned.score(tasks, model, tokenizer, beside[0].read(tasks) if beside else None)
         after = answer(model, tokenizer, prompts)
     texts = [prompt.text for prompt in asked]
     said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]

@@ -43,12 +43,13 @@ class SequenceAttention:
         if before in FLASH:  # transformers finds the sequences by their positions
             yield
             return
-        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
+        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
         self._base.set_attn_implementation(NAME)
         try:
             yield
         finally:
             self._base.set_attn_implementation(before)
+            del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
 
     def lay_out(self, bounds: Sequence[int]) -> None:
         """Say where the next row's sequences begin, and at last where it ends."""

@@ -247,7 +247,7 @@ def test_a_run_by_liger_leaves_nothing_to_the_next(
     by_liger = job(tmp_path / "a", training=replace(plain, use_liger_kernel=True), lora=lora)
     after, alone = (job(tmp_path / name, training=plain, lora=lora) for name in ("b", "c"))
     assert pipeline.run([by_liger]) == pipeline.run([after]) == ["finished"]
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
     assert pipeline.run([alone]) == ["finished"]
     assert len(liger) == 1
     assert adapter(tmp_path / "a") != adapter(tmp_path / "b") == adapter(tmp_path / "c")

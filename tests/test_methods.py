@@ -266,7 +266,7 @@ def test_a_method_runs_on_a_base(
     by = "plain" if PeftConfig(method).is_prompt_learning else "shared"
     assert scores["tuned"]["scoring"]["path"] == by
     assert (run.model if method == "full" else run.adapter).is_dir()
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
 
 
 @pytest.mark.gpu
@@ -282,7 +282,7 @@ def test_a_method_runs_on_a_base_on_cuda(
     config = Config(model=model, peft=PeftConfig(method, 5))
     config.training.device = "cuda"
     assert run_all(tmp_path, config).read_json("training.json")["steps"] > 0
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
 
 
 def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
         assert one == other
     items = [(r.evaluation / "demo_science.items.jsonl").read_text() for r in (first, second)]
     assert items[0] == items[1]
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
 
 
 def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
     config.training.max_steps = 0
     scores = run_all(tmp_path, config).read_json("evaluation/demo_science.json")
     assert list(scores) == ["tuned"]
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +15,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 
 from finetune import adapters, training
+from finetune.adapter_training import AdapterTraining
+from finetune.checkpoints import newest_step
 from finetune.config import ModelConfig
 from finetune.models import find_model, load_tokenizer
-from finetune.multi_adapter import train_together
-from finetune.run_folder import RunFolder
+from finetune.multi_adapter import SharedBase, train_together
+from finetune.run_folder import RunFolder, read_events
+from finetune.scoring import SharedContextLM
 from finetune.steps import Diverged
 from finetune.training import TrainResult
 from tests.trainings import (
     CPU,
     TINY,
     Setting,
+    broken_off,
     copied,
     equal,
     load,
@@ -71,8 +79,15 @@ def test_a_group_of_one_is_what_the_trainer_makes(tmp_path: Path, setting: Setti
     assert ours[0].keys() == theirs[0].keys()
     assert max((ours[0][n] - theirs[0][n]).abs().max() for n in ours[0]) < 1e-5
     assert ours[1].num_trainable_parameters == theirs[1].num_trainable_parameters
+    told = [
+        {e["key"]: e["value"] for e in read_events(folder / "events.jsonl") if e["event"] == "tag"}
+        for folder in (tmp_path / "ours" / "0", tmp_path / "theirs")
+    ]
+    assert told[0] == told[1]
+    assert told[0].keys() >= {"train.max_steps", "train.num_tokens"}
 
 
+LOSS = "train/loss"
 VARIED = [
     Setting({"r": 2}, {"lr": 1e-3}),
     Setting({"r": 8, "alpha": 32, "dropout": 0.1}, {"lr": 1e-4, "scheduler": "linear"}),
@@ -89,6 +104,28 @@ def test_every_run_of_a_group_is_bitwise_its_solo_run(tmp_path: Path) -> None:
         assert equal(together[number][0], alone), number
         mine = losses(tmp_path / "together" / str(number))
         assert mine == losses(tmp_path / f"alone{number}" / "0")
+        assert len(mine) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("autocast", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.02)],
+    ids=["fp32", "bf16"],
+)
+def test_on_a_card_every_run_of_a_group_follows_its_solo_run(
+    autocast: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    """A product's rounding depends on its size there, so that losses agree within a tolerance."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    base = load(device="cuda:0")
+    precision = training.Precision(base.device, autocast)
+    train(tmp_path / "together", VARIED, base, precision)
+    for number, setting in enumerate(VARIED):
+        train(tmp_path / f"alone{number}", [setting], base, precision)
+        mine = losses(tmp_path / "together" / str(number))
+        assert mine == pytest.approx(losses(tmp_path / f"alone{number}" / "0"), abs=tolerance)
         assert len(mine) == 5
 
 
@@ -187,6 +224,79 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
         (alone, _) = train(tmp_path / f"alone{number}", [group[number]])[0]
         assert equal(resumed[place], alone)
         assert losses(tmp_path / str(number)) == losses(tmp_path / f"alone{number}" / "0")
+
+
+def test_who_ends_after_an_interrupt_does_not_hide_it(tmp_path: Path) -> None:
+    """One leaves between two steps, and the other's step, begun by then, was its last."""
+    setting = Setting(training={"batch_size": 6, "max_steps": 7})  # an epoch: 2, 2, 2, 1 batches
+    runs = [RunFolder(tmp_path / name) for name in ("leaves", "ends")]
+    for run, last in zip(runs, (3, 6), strict=True):
+        one = broken_off(spec(run, setting), LOSS, last, "stop")
+        with pytest.raises(KeyboardInterrupt):
+            list(train_together(load(), [one], CPU))
+        one.events.close()
+    specs = [broken_off(spec(runs[0], setting), LOSS, 4, "stop"), spec(runs[1], setting)]
+    ended = train_together(load(), specs, CPU)
+    number, _, outcome = next(ended)
+    assert isinstance(outcome, TrainResult)
+    assert (number, outcome.steps) == (1, 7)
+    with pytest.raises(KeyboardInterrupt):
+        next(ended)
+    for one in specs:
+        one.events.close()
+    assert newest_step(runs[0].checkpoints) == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_other_run_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are interrupted; one has no room, the other can be gone on with."""
+    save = AdapterTraining.save_checkpoint
+
+    def full(self: AdapterTraining) -> None:
+        if self.spec.lora.r == 2:
+            raise OSError("no room")
+        save(self)
+
+    monkeypatch.setattr(AdapterTraining, "save_checkpoint", full)
+    runs = [RunFolder(tmp_path / str(rank)) for rank in (2, 4)]
+    specs = [spec(run, Setting({"r": int(run.path.name)})) for run in runs]
+    ended = train_together(load(), [broken_off(specs[0], LOSS, 2, "stop"), specs[1]], CPU)
+    number, _, outcome = next(ended)
+    assert (number, str(outcome)) == (0, "no room")
+    with pytest.raises(KeyboardInterrupt):
+        next(ended)
+    for one in specs:
+        one.events.close()
+    assert newest_step(runs[1].checkpoints) == 2
+
+
+def test_the_time_of_a_run_counts_its_validations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the Trainer's does."""
+
+    def validate(self: SharedBase, one: AdapterTraining) -> float:
+        time.sleep(1)
+        return 1.0
+
+    monkeypatch.setattr(SharedBase, "validate", validate)
+    (_, result) = train(tmp_path, [Setting(training={"epochs": 2}, validation=4)])[0]
+    assert isinstance(result, TrainResult)
+    assert result.train_seconds > 2
+
+
+def test_a_base_that_is_let_go_of_leaves_the_memory(tmp_path: Path) -> None:
+    """Neither the attention of the training nor that of the scorer keeps it."""
+    base = load()
+    train(tmp_path, VARIED[:1], base)
+    lm = SharedContextLM(base, load_tokenizer(TINY, find_model(TINY)))
+    lm.loglikelihood([Instance("loglikelihood", {}, ("Which?", " iron"), 0)])
+    assert lm.scoring.path == "shared"
+    kept = weakref.ref(base)
+    del base, lm
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

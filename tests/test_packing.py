@@ -21,11 +21,13 @@ from finetune.rows import DataSource
 from finetune.run_folder import RunFolder
 from tests.conftest import write_rows
 from tests.test_scoring import build
-from tests.test_validation import WAYS, Killed, broken_off, train_by
+from tests.test_validation import WAYS, train_by
 from tests.trainings import (
     CPU,
     TINY,
+    Killed,
     Setting,
+    broken_off,
     copied,
     equal,
     load,

@@ -291,7 +291,7 @@ def test_the_base_answers_once_for_all_runs(
 def test_a_base_that_nobody_asks_is_not_loaded_again(tmp_path: Path) -> None:
     """All weights were trained, nothing is scored: the base is let go of, and that is all."""
     train_tiny(tmp_path, peft=PeftConfig(method="full"))
-    assert pipeline._loaded_base.cache_info().currsize == 0
+    assert pipeline._loaded == {}
 
 
 def test_a_run_is_named_by_the_templates_content_and_the_mixs_shares(tmp_path: Path) -> None:

@@ -251,6 +251,8 @@ def test_the_base_is_scored_once_and_by_the_fast_path(
             assert scores[side]["scoring"]["reason"] is None
             assert scores[side]["scoring"]["differences"]["float32"] < 1e-4
             assert scores[side]["scoring"]["forwarded_tokens"] > 0
+        compared = [scores[side]["scoring"]["compared"] for side in ("base", "tuned")]
+        assert compared[0] > compared[1] > 0
 
 
 @pytest.mark.slow
@@ -279,9 +281,9 @@ def patched(name, *args, **kwargs):
     if training is not None and hasattr(training, "AdapterTraining"):
         builtins.__import__ = load
         learn = training.AdapterTraining.learn
-        def trouble(self, loss, seconds):
+        def trouble(self, loss):
             import torch
-            learn(self, loss, seconds)
+            learn(self, loss)
             rank = self.spec.lora.r
             if self.step == 2:
                 if rank == 3: raise RuntimeError("the test says so")
@@ -395,7 +397,7 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     """The worker loads the base once; after each run its weights are the same bits."""
     import torch
 
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()
     config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(tmp_path))
     config.data.path = "package://finetune/demo/rows.jsonl"
     config.data.num_examples, config.training.max_length = 8, 400
@@ -412,4 +414,4 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
-    pipeline._loaded_base.cache_clear()
+    pipeline._release_memory()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,9 @@ from tests.test_scoring import build
 from tests.trainings import (
     CPU,
     TINY,
+    Killed,
     Setting,
+    broken_off,
     copied,
     equal,
     load,
@@ -48,7 +48,7 @@ Trained = tuple[dict[str, torch.Tensor], TrainResult]
 # Three steps an epoch on rows that nothing can be generalised from: the loss soon rises elsewhere.
 OVERFITTING = Setting(
     lora={"dropout": 0.1},
-    optimizer={"lr": 0.05, "scheduler": "constant", "warmup_ratio": 0.0},
+    optimizer={"lr": 0.03, "scheduler": "constant", "warmup_ratio": 0.0},
     training={
         "batch_size": 2, "epochs": 12, "validate_every": 2, "early_stopping": 3,
         "checkpoint_every": 3,
@@ -183,25 +183,6 @@ def test_padded_rows_are_validated_by_labels_too(tmp_path: Path) -> None:
         assert result.layout.startswith("padded")
         found.append(result.validation_loss)
     assert found == pytest.approx([found[0]] * 3, abs=1e-5)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing that a training does catches it."""
-
-
-def broken_off(one: AdapterSpec, key: str, last: int, how: str) -> AdapterSpec:
-    """Let a run end when it is about to record a metric of a step."""
-    record = one.events.metrics
-
-    def metrics(values: Mapping[str, float], step: int) -> None:
-        if key in values and step == last:
-            if how == "killed":
-                raise Killed
-            os.kill(os.getpid(), signal.SIGTERM)
-        record(values, step)
-
-    one.events.metrics = metrics  # type: ignore[method-assign]
-    return one
 
 
 @pytest.fixture(scope="module", params=WAYS)

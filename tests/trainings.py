@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ class Setting:
     validation: int = 0
 
 
-def load(model: ModelConfig = TINY) -> PreTrainedModel:
-    return load_base(model, find_model(model), torch.device("cpu"))
+def load(model: ModelConfig = TINY, device: str = "cpu") -> PreTrainedModel:
+    return load_base(model, find_model(model), torch.device(device))
 
 
 def spec(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> AdapterSpec:
@@ -76,6 +78,25 @@ def train(
     for one in specs:
         one.events.close()
     return found
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that a training does catches it."""
+
+
+def broken_off(one: AdapterSpec, key: str, last: int, how: str) -> AdapterSpec:
+    """Let a run end when it is about to record a metric of a step."""
+    record = one.events.metrics
+
+    def metrics(values: Mapping[str, float], step: int) -> None:
+        if key in values and step == last:
+            if how == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        record(values, step)
+
+    one.events.metrics = metrics  # type: ignore[method-assign]
+    return one
 
 
 def copied(weights: LoraWeights | None) -> dict[str, torch.Tensor]:
