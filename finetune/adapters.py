@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +25,9 @@ from peft import (
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig as PeftSettings
 from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 from safetensors.torch import load_file, save_file
@@ -295,6 +299,60 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
         # PEFT looks for AdaLoRA's ranks under LoRA's names, and then finds them under its own.
         warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+
+@contextmanager
+def folded(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Let LoRA layers add their update to the weights for a while, no longer to each output.
+
+    The same sums in another order; each base weight comes back as the tensor it was, and stands
+    twice in memory until then. Only in fp32 does that cost no precision: a model with one layer
+    of another kind stays as it is.
+    """
+    layers = foldable_layers(model)
+    own = [(layer, weight, weight.data) for layer, weight in layers]
+    try:
+        with torch.no_grad():
+            for layer, weight, data in own:
+                a, b = (
+                    cast(torch.nn.Linear, matrices[ADAPTER]).weight
+                    for matrices in (layer.lora_A, layer.lora_B)
+                )
+                weight.data = torch.addmm(data, b, a, alpha=layer.scaling[ADAPTER])
+                layer.merged_adapters.append(ADAPTER)  # by which PEFT leaves the output alone
+        yield
+    finally:
+        for layer, weight, data in own:
+            weight.data = data
+            layer.merged_adapters.clear()
+
+
+def foldable_layers(
+    model: PreTrainedModel | PeftModel,
+) -> list[tuple[PeftLoraLayer, torch.nn.Parameter]]:
+    """Return the LoRA layers with their base weights; none where one layer cannot be folded."""
+    base = base_of(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())  # they may share a weight
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not all(_is_foldable(layer, ends) for layer in layers):
+        return []
+    return [
+        (cast(PeftLoraLayer, layer), cast(torch.nn.Parameter, layer.get_base_layer().weight))
+        for layer in layers
+    ]
+
+
+def _is_foldable(layer: BaseTunerLayer, ends: Sequence[torch.nn.Module | None]) -> bool:
+    below = layer.get_base_layer()
+    return (
+        type(layer) is PeftLoraLinear
+        and type(below) is torch.nn.Linear
+        and below.weight.dtype == torch.float32
+        and not any(end is one for end in ends for one in (layer, below))
+        and layer.active_adapters == [ADAPTER]
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant)
+        and not layer.lora_bias[ADAPTER]
+    )
 
 
 def changes_base(adapted: PeftModel) -> bool:

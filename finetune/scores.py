@@ -29,7 +29,7 @@ from finetune.tasks import SEED, LoadedTask, load_task
 
 log = logging.getLogger("finetune")
 
-SCORING = 1  # raised when the way to score could change a number; stored scores are then renewed
+SCORING = 2  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def load_tasks(config: Config, source: Source | None) -> list[LoadedTask]:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -26,6 +26,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.adapters import foldable_layers, folded
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
 from finetune.models import cast_parameters, head_on_rows, is_out_of_memory
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
@@ -221,7 +222,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             asked.setdefault(self._tokens(key), []).append(key)
         batches = _longest_first(split(sorted(asked), self._batch_tokens))
         answers: dict[Key, Answer] = {}
-        with self._attention.installed(), _Progress(keys, shown=progress) as bar:
+        with self._attention.installed(), self._folded(), _Progress(keys, shown=progress) as bar:
             while batches:
                 answered = self._unless_out_of_memory(batches[0], asked)
                 if answered is None:
@@ -236,6 +237,11 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if progress:
             self.scoring = replace(self.scoring, forwarded_tokens=bar.num_tokens)
         return answers
+
+    def _folded(self) -> AbstractContextManager[None]:
+        """Spare the row LoRA's small products, where the weights have room to stand twice."""
+        room = sum(weight.nbytes for _, weight in foldable_layers(self.model))
+        return folded(self.model) if 4 * room <= self._free_bytes() else nullcontext()
 
     def _tokens(self, key: Key) -> Tokens:
         """Return what the model reads for a request: cut from the left, without the last token."""
@@ -294,12 +300,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         config = self.model.config.get_text_config()
         # Per token: hidden states, the MLP's inner ones, and, at worst, logits and their softmax.
         widths = 8 * config.hidden_size + 4 * 4 * config.hidden_size + 3 * config.vocab_size
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        fitting = int(free) // 2 // (widths * self._own_dtype.itemsize)
+        fitting = self._free_bytes() // 2 // (widths * self._own_dtype.itemsize)
         return max(64, min(MOST_TOKENS[str(self.device.type)], int(fitting)))
+
+    def _free_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return int(psutil.virtual_memory().available)
 
 
 def _by_context(keys: Sequence[Key]) -> list[list[Key]]:

@@ -12,8 +12,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from finetune.adapters import foldable_layers, folded
 from finetune.config import ModelConfig
 from finetune.models import cast_parameters, find_model, load_base, load_tokenizer
 from finetune.scoring import SharedContextLM
@@ -172,6 +174,48 @@ def test_adapters_are_scored_with_their_base(attention: str) -> None:
     assert lm.scoring.path == "shared"
     assert max(abs(a[0] - b[0]) for a, b in zip(bare, ours, strict=True)) > 0.1
     assert model.config._attn_implementation == attention
+
+
+def test_lora_is_folded_into_an_fp32_base_which_comes_back() -> None:
+    """Its small products are made no more for a row; the weights are the tensors they were."""
+    model = build("llama", {})
+    own = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False))
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    calls: list[object] = []
+    for layer in layers:
+        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(None))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = adapted(input_ids=ids).logits
+        assert len(calls) == len(layers)
+        with suppress(KeyError), folded(adapted):
+            after = adapted(input_ids=ids).logits
+            raise KeyError
+        assert len(calls) == len(layers)
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-5)
+        assert torch.equal(adapted(input_ids=ids).logits, before)
+    adapted.unload()
+    assert own == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"use_dora": True}, torch.float32),
+        ({"target_modules": ["q_proj", "lm_head"]}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=["dora", "head", "bf16"],
+)
+def test_what_cannot_be_folded_without_loss_is_not(
+    settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The head may share its weight with the embedding; bf16 would round the update away."""
+    model = build("llama", {})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert foldable_layers(get_peft_model(model, LoraConfig(r=4, **settings))) == []
 
 
 def test_learned_prompts_take_the_plain_path() -> None:
