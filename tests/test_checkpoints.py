@@ -181,8 +181,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     """Adapter and every step's loss are the same bits, however the run was stopped."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    finetune(*TRAINING, f"hydra.run.dir={whole}", f"output_dir={whole}/outputs")
-    assert interrupted_at(tmp_path, 5, number) == code
+    longer = "training.epochs=6"  # seconds, so that a busy machine does not miss the moment
+    finetune(*TRAINING, longer, f"hydra.run.dir={whole}", f"output_dir={whole}/outputs")
+    assert interrupted_at(tmp_path, 5, number, longer) == code
     (run,) = tmp_path.glob("outputs/*")
     stopped_at = newest_step(run / "checkpoints")
     assert stopped_at is not None
@@ -190,12 +191,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     if number != signal.SIGKILL:
         assert '"interrupted"' in (run / "status.json").read_text()
         assert (tmp_path / "multirun_reports").glob("*/results.csv")
-    done = finetune(*TRAINING)
+    done = finetune(*TRAINING, longer)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stderr
     assert adapters(tmp_path) == adapters(whole)
     assert losses(tmp_path) == losses(whole)
-    assert [step for step, _ in losses(tmp_path)] == list(range(1, 17))
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 49))
     assert not (run / "checkpoints").exists()
 
 
