@@ -25,6 +25,7 @@ from finetune.steps import (
     find_kept,
     log_resume,
     peak_memory_gib,
+    record_size,
     record_step,
     record_validation,
     rows_a_step,
@@ -73,10 +74,10 @@ class AdapterTraining:
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
         self._resume()
-        spec.events.tag("train.max_steps", str(self.num_steps))
-        tokens = sum(len(e["input_ids"]) for e in spec.examples.train)
-        epochs = self.num_steps / steps_an_epoch(len(spec.examples.train), self.arguments)
-        spec.events.tag("train.num_tokens", str(round(tokens * epochs)))
+        rows = spec.examples.train
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        size = {"num_rows": len(rows), "num_tokens": tokens}
+        record_size(spec.events, self.arguments, self.num_steps, **size)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Build the optimizer that the Trainer would."""

@@ -39,6 +39,7 @@ from finetune.grouping import CHANGE_THE_BASE
 from finetune.run_folder import digest, file_digest, replaced
 
 ADAPTER = "default"  # PEFT's name for the only one
+FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it
 RANK_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
@@ -302,14 +303,12 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 @contextmanager
-def folded(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def folded(layers: Sequence[FoldableLayer]) -> Iterator[None]:
     """Let LoRA layers add their update to the weights for a while, no longer to each output.
 
     The same sums in another order; each base weight comes back as the tensor it was, and stands
-    twice in memory until then. Only in fp32 does that cost no precision: a model with one layer
-    of another kind stays as it is.
+    twice in memory until then.
     """
-    layers = foldable_layers(model)
     own = [(layer, weight, weight.data) for layer, weight in layers]
     try:
         with torch.no_grad():
@@ -327,10 +326,11 @@ def folded(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             layer.merged_adapters.clear()
 
 
-def foldable_layers(
-    model: PreTrainedModel | PeftModel,
-) -> list[tuple[PeftLoraLayer, torch.nn.Parameter]]:
-    """Return the LoRA layers with their base weights; none where one layer cannot be folded."""
+def foldable_layers(model: PreTrainedModel | PeftModel) -> list[FoldableLayer]:
+    """Return the LoRA layers with their base weights; none where one layer cannot be folded.
+
+    Only in fp32 does folding cost no precision.
+    """
     base = base_of(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())  # they may share a weight
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -148,6 +148,7 @@ class Scorer:
             base: the base's scores, by task; a tuned model is checked less where its base passed.
         """
         settings, side = self.config.evaluation, "tuned" if self.adapter else "base"
+        passed = {key for key, one in (base or {}).items() if one.scoring.path == "shared"}
         speeds = find_speeds(self.config, self.inputs)
         for task in self.asked(tasks):
             identity = self.identity(task)
@@ -158,9 +159,7 @@ class Scorer:
                         tokenizer,
                         batch_tokens=settings.batch_tokens,
                         dtype=models.TORCH_DTYPES.get(settings.dtype),
-                        base_passed=base is not None
-                        and task.key in base
-                        and base[task.key].scoring.path == "shared",
+                        base_passed=task.key in passed,
                     )
                     log.info("scoring %s: %s", side, speeds.forecast(task))
                     score = evaluation.score(lm, task, settings)

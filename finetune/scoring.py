@@ -240,8 +240,9 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _folded(self) -> AbstractContextManager[None]:
         """Spare the row LoRA's small products, where the weights have room to stand twice."""
-        room = sum(weight.nbytes for _, weight in foldable_layers(self.model))
-        return folded(self.model) if 4 * room <= self._free_bytes() else nullcontext()
+        layers = foldable_layers(self.model)
+        room = sum(weight.nbytes for _, weight in layers)
+        return folded(layers) if 4 * room <= self._free_bytes() else nullcontext()
 
     def _tokens(self, key: Key) -> Tokens:
         """Return what the model reads for a request: cut from the left, without the last token."""

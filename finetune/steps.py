@@ -61,9 +61,7 @@ class StepWatch(TrainerCallback):
         for entry in state.log_history:  # of a training that is resumed
             if "eval_loss" in entry:
                 self._validations.losses[int(entry["step"])] = entry["eval_loss"]
-        self._events.tag("train.max_steps", str(total))
-        epochs = total / steps_an_epoch(self._num_rows, args)
-        self._events.tag("train.num_tokens", str(round(self.num_tokens * epochs)))
+        record_size(self._events, args, total, num_rows=self._num_rows, num_tokens=self.num_tokens)
         self._bar = tqdm(desc="train", initial=done, total=total, unit="step")
 
     def on_step_end(
@@ -107,6 +105,20 @@ def _lowers_loss_scale(optimizer: Any) -> bool:
     """Return whether fp16 gradients overflowed: the step was skipped, a lower scale comes next."""
     scaler = getattr(optimizer, "scaler", None)  # accelerate's; None outside fp16
     return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() >= 1
+
+
+def record_size(
+    events: EventLog,
+    arguments: TrainingArguments,
+    num_steps: int,
+    *,
+    num_rows: int,
+    num_tokens: int,
+) -> None:
+    """Record a training's steps and the tokens it will read; rows and tokens are an epoch's."""
+    events.tag("train.max_steps", str(num_steps))
+    epochs = num_steps / steps_an_epoch(num_rows, arguments)
+    events.tag("train.num_tokens", str(round(num_tokens * epochs)))
 
 
 def record_step(events: EventLog, logs: Mapping[str, float], step: int, max_steps: int) -> None:

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from finetune import adapters, training
-from finetune.adapter_training import AdapterTraining
+from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
 from finetune.config import ModelConfig
 from finetune.models import find_model, load_tokenizer
-from finetune.multi_adapter import SharedBase, train_together
+from finetune.multi_adapter import Outcome, SharedBase, train_together
 from finetune.run_folder import RunFolder, read_events
 from finetune.scoring import SharedContextLM
 from finetune.steps import Diverged
@@ -226,6 +226,17 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
         assert losses(tmp_path / str(number)) == losses(tmp_path / f"alone{number}" / "0")
 
 
+def the_one_that_ends(specs: list[AdapterSpec]) -> tuple[int, Outcome]:
+    """Train a group that is interrupted; return the place and the outcome of who ends before."""
+    ended = train_together(load(), specs, CPU)
+    number, _, outcome = next(ended)
+    with pytest.raises(KeyboardInterrupt):
+        next(ended)
+    for one in specs:
+        one.events.close()
+    return number, outcome
+
+
 def test_who_ends_after_an_interrupt_does_not_hide_it(tmp_path: Path) -> None:
     """One leaves between two steps, and the other's step, begun by then, was its last."""
     setting = Setting(training={"batch_size": 6, "max_steps": 7})  # an epoch: 2, 2, 2, 1 batches
@@ -236,14 +247,9 @@ def test_who_ends_after_an_interrupt_does_not_hide_it(tmp_path: Path) -> None:
             list(train_together(load(), [one], CPU))
         one.events.close()
     specs = [broken_off(spec(runs[0], setting), LOSS, 4, "stop"), spec(runs[1], setting)]
-    ended = train_together(load(), specs, CPU)
-    number, _, outcome = next(ended)
+    number, outcome = the_one_that_ends(specs)
     assert isinstance(outcome, TrainResult)
     assert (number, outcome.steps) == (1, 7)
-    with pytest.raises(KeyboardInterrupt):
-        next(ended)
-    for one in specs:
-        one.events.close()
     assert newest_step(runs[0].checkpoints) == 4
 
 
@@ -261,13 +267,9 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other_run_its_own(
     monkeypatch.setattr(AdapterTraining, "save_checkpoint", full)
     runs = [RunFolder(tmp_path / str(rank)) for rank in (2, 4)]
     specs = [spec(run, Setting({"r": int(run.path.name)})) for run in runs]
-    ended = train_together(load(), [broken_off(specs[0], LOSS, 2, "stop"), specs[1]], CPU)
-    number, _, outcome = next(ended)
+    broken_off(specs[0], LOSS, 2, "stop")
+    number, outcome = the_one_that_ends(specs)
     assert (number, str(outcome)) == (0, "no room")
-    with pytest.raises(KeyboardInterrupt):
-        next(ended)
-    for one in specs:
-        one.events.close()
     assert newest_step(runs[1].checkpoints) == 2
 
 

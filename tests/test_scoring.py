@@ -189,7 +189,7 @@ def test_lora_is_folded_into_an_fp32_base_which_comes_back() -> None:
     with torch.no_grad():
         before = adapted(input_ids=ids).logits
         assert len(calls) == len(layers)
-        with suppress(KeyError), folded(adapted):
+        with suppress(KeyError), folded(foldable_layers(adapted)):
             after = adapted(input_ids=ids).logits
             raise KeyError
         assert len(calls) == len(layers)
