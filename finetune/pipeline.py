@@ -48,7 +48,7 @@ from finetune.scores import (
 )
 from finetune.steps import Diverged
 from finetune.tasks import LoadedTask
-from finetune.training import TrainResult
+from finetune.training import Precision, TrainResult
 
 log = logging.getLogger("finetune")
 
@@ -191,10 +191,12 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
     for run, spec in zip(runs, specs, strict=True):
         log.info("data: %s", spec.examples.counts.summary())
         run.folder.write_json("data.json", asdict(spec.examples.counts))
-    base, precision = _base(runs[0]), find_precision(runs[0].config)
-    rows = [example["input_ids"] for example in specs[0].examples.all]
+    precision = find_precision(runs[0].config)
+    rows = sorted((example["input_ids"] for example in specs[0].examples.all), key=len)
     loaded = replace(runs[0].config, model=runs[0].inputs.model)
-    obstacle = find_obstacle(loaded) or multi_adapter.find_obstacle(base, rows, precision)
+    obstacle = find_obstacle(loaded) or _obstacle_of_base(
+        *_base_key(runs[0]), tuple(rows[0]), tuple(rows[-1]), precision
+    )
     if obstacle is not None:
         level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: in one step
         log.log(level, "trained one by one, by the Trainer: %s", obstacle)
@@ -202,13 +204,28 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
             with _guarded([run]):
                 _train_alone(run, spec)
         return
-    for number, weights, outcome in multi_adapter.train_together(base, specs, precision):
+    trained = multi_adapter.train_together(_base(runs[0]), specs, precision)
+    for number, weights, outcome in trained:
         if isinstance(outcome, Exception):
             _fail(runs[number], outcome)
         else:
             assert weights is not None, "what was trained has weights"
             with _guarded([runs[number]]):
                 _keep(runs[number], weights, outcome)
+
+
+@lru_cache(maxsize=1)
+def _obstacle_of_base(
+    settings: str,
+    source: Source,
+    device: str,
+    shortest: tuple[int, ...],
+    longest: tuple[int, ...],
+    precision: Precision,
+) -> str | None:
+    """Try the base once for all runs of this process that train it on the same rows."""
+    base = _loaded_base(settings, source, device)
+    return multi_adapter.find_obstacle(base, [shortest, longest], precision)
 
 
 def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:

@@ -76,6 +76,8 @@ def split(sequences: Sequence[Tokens], budget: int) -> list[Sequence[Tokens]]:
 
     A sequence longer than the budget is a part of its own.
     """
+    if not sequences:
+        return []
     shared = [0, *(count_shared(one, other) for one, other in pairwise(sequences))]
     own = [len(sequence) - same for sequence, same in zip(sequences, shared, strict=True)]
     return [sequences[first:end] for first, end in _cut(own, shared, budget)]

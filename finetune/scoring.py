@@ -58,7 +58,7 @@ class Scoring:
     differences: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
     flipped: int = 0  # of these, answers that changed
-    forwarded_tokens: int = 0
+    forwarded_tokens: int = 0  # after the check, which answers its sample
     seconds: float = 0.0  # of these, the check took check_seconds
     check_seconds: float = 0.0
 
@@ -92,6 +92,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._batch_tokens = batch_tokens or self._free_tokens()
         self._base_passed = base_passed
         self._attention = BlockAttention(model)
+        self._known: dict[Key, Answer] = {}  # by the shared path, from the check, in _own_dtype
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -135,7 +136,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             log.warning("scored by lm-eval's own path: %s", self.scoring.reason)
         with self._computing_in(self._dtype):
             if self.scoring.path == "shared":
-                answers = self._shared(keys, progress=True)
+                known = self._known if self._dtype == self._own_dtype else {}
+                answers = self._shared(keys, known, progress=True)
             else:
                 answers = self._plain(keys, progress=True)
         self.scoring = replace(self.scoring, seconds=time.monotonic() - started)
@@ -161,12 +163,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _compared(self, questions: list[list[Key]]) -> Scoring:
         longest = questions[-1]
         sample = [questions[0], [max(longest, key=_length)] if self._base_passed else longest]
-        seen = {self._own_dtype: self._difference(sample)}
+        difference, self._known = self._difference(sample)
+        seen = {self._own_dtype: difference}
         if self._own_dtype != torch.float32 and is_castable(self.model):
             # Its rounding alone would let a wrong layout pass.
             try:
                 with self._computing_in(torch.float32):
-                    seen[torch.float32] = self._difference(sample[1:])
+                    seen[torch.float32], _ = self._difference(sample[1:])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -186,14 +189,14 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         with cast_parameters(self.model, dtype), attention_in(self.model, dtype):
             yield
 
-    def _difference(self, questions: list[list[Key]]) -> float:
-        """Return the largest difference between the two paths, in nats."""
+    def _difference(self, questions: list[list[Key]]) -> tuple[float, dict[Key, Answer]]:
+        """Return the largest difference between the two paths, in nats, and the shared answers."""
         plain: dict[Key, Answer] = {}
         for keys in questions:  # apart, since lm-eval would pad the short ones to the long ones
             plain |= self._plain(keys)
         shared = self._shared(list(plain))
         differences = torch.tensor([plain[key][0] - shared[key][0] for key in plain])
-        return float(differences.abs().max())  # NaN stays NaN
+        return float(differences.abs().max()), shared  # NaN stays NaN
 
     def _with_flips(self, scoring: Scoring, questions: list[list[Key]]) -> Scoring:
         """Count the sample's questions that another dtype answers otherwise."""
@@ -215,14 +218,24 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=not progress)
         return dict(zip(keys, answers, strict=True))
 
-    def _shared(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
-        """Answer keys in rows of shared tokens, the longest first, halving rows that do not fit."""
+    def _shared(
+        self, keys: list[Key], known: Mapping[Key, Answer] = {}, *, progress: bool = False
+    ) -> dict[Key, Answer]:
+        """Answer keys in rows of shared tokens, the longest first, halving rows that do not fit.
+
+        Args:
+            keys: the requests.
+            known: answers to some of them.
+            progress: whether to show it and to count the tokens.
+        """
         asked: dict[Tokens, list[Key]] = {}
         for key in keys:
-            asked.setdefault(self._tokens(key), []).append(key)
+            if key not in known:
+                asked.setdefault(self._tokens(key), []).append(key)
         batches = _longest_first(split(sorted(asked), self._batch_tokens))
-        answers: dict[Key, Answer] = {}
+        answers = dict(known)
         with self._attention.installed(), self._folded(), _Progress(keys, shown=progress) as bar:
+            bar.add(known, num_tokens=0)
             while batches:
                 answered = self._unless_out_of_memory(batches[0], asked)
                 if answered is None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -93,14 +94,18 @@ def _conduct(
         sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
     )
     states: list[State] = []
+    report: Future[Results] = Future()
     try:
-        with live_table([(str(point), point.run) for point in sweep.points]):
+        shown = [(str(point), point.run) for point in sweep.points]
+        # Reports are written while the next run trains.
+        with live_table(shown), ThreadPoolExecutor(max_workers=1) as reporter:
             if launch is not None:
                 worker.stop()  # its memory is the launched jobs' now
                 sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
             for state in _run_all(sweep, tracker, worker):
                 states.append(state)
-                _write_report(sweep)
+                report.cancel()  # one that has not begun; the next tells more
+                report = reporter.submit(_write_report, sweep)
                 if sweep.config.sweep.fail_fast and state != "finished":
                     break
                 if distributed.has_parted():

@@ -281,8 +281,19 @@ def test_few_shot_contexts_are_forwarded_once(tiny: PreTrainedModel) -> None:
     assert_equal(plain, ours)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     num_shots = len(tokenizer.encode(shots))
-    without = len(tokenizer.encode("".join(c + r for c, r in questions(8))))
-    assert lm.scoring.forwarded_tokens < num_shots + without
+    _, _, without = both(tiny, questions(8), batch_tokens=4096)
+    assert lm.scoring.forwarded_tokens <= num_shots + without.scoring.forwarded_tokens
+
+
+@pytest.mark.parametrize(("number", "is_forwarded"), [(2, False), (3, True)])
+def test_what_the_check_answered_is_not_asked_again(
+    tiny: PreTrainedModel, number: int, is_forwarded: bool
+) -> None:
+    """The shortest and the longest question have their answers when the others begin."""
+    plain, ours, lm = both(tiny, questions(number))
+    assert_equal(plain, ours)
+    assert lm.scoring.path == "shared"
+    assert (lm.scoring.forwarded_tokens > 0) is is_forwarded
 
 
 def out_of_memory_above(limit: int, error: BaseException) -> Callable[..., Any]:
