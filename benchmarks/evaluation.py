@@ -78,10 +78,8 @@ def compare(what: str, evaluation: EvaluationConfig) -> dict[str, Any]:
     for name, timed in (("stock", stock), ("ours", ours)):
         accuracy = "  ".join(f"{m} {shown[name][m]:.6f}" for m in ("acc", "acc_norm"))
         print(f"  {name:5}  {timed.seconds / ROUNDS:7.1f} s  {accuracy}")
-    check = ours.lm.scoring.check_seconds
-    seconds = ours.seconds / ROUNDS - check
-    ratio = stock.seconds / ROUNDS / seconds
-    print(f"  ratio {ratio:.2f}; besides, {check:.1f} s for the check, however many questions")
+    ratio, check = stock.seconds / ours.seconds, ours.lm.scoring.check_seconds
+    print(f"  ratio {ratio:.2f}; {check:.1f} s of ours are the check's, however many questions")
     print(f"  largest difference of a log-likelihood {max(differences):.2g}")
     print(
         f"  tokens: stock {read}, ours {ours.lm.scoring.forwarded_tokens}, least possible {least}"
@@ -89,7 +87,7 @@ def compare(what: str, evaluation: EvaluationConfig) -> dict[str, Any]:
     return {
         "what": what,
         "ratio": round(ratio, 2),
-        "ours": round(seconds, 1),
+        "ours": round(ours.seconds / ROUNDS, 1),
         "stock": round(stock.seconds / ROUNDS, 1),
         "equal": equal,
     }

@@ -5,7 +5,8 @@
 Stock is one process a point, as a script would do it: SFTTrainer, then lm-eval's HFLM on the base
 and on the tuned model. Ours is one command. Same rows, same questions, one thread each; prints
 scores, and at the end one JSON object for the sweep and one for each of its parts, in seconds; a
-ratio above 1 means that ours is faster. Most of stock's time is evaluation here: where more
+ratio above 1 means that ours is faster. Ours also tracks and reports, beside its runs, in a process
+of its own. Most of stock's time is evaluation here: where more
 rows are trained for each question, the sweep comes nearer to the ratio of its training. FOLDER
 holds alpaca_999.jsonl, arc_easy_test.jsonl and arc_easy_train.jsonl; without it the demo's are
 used. On CUDA the model has random weights and the shape of Mistral-7B, in 4-bit.

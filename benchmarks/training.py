@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--quick] [--only TEXT] [--data FILE] [--device cuda]
 
-FILE holds Alpaca rows; without it the demo's are measured. TEXT leaves those comparisons whose name
+FILE holds Alpaca rows; without it the demo's are measured. TEXT runs only comparisons whose name
 contains it; all take more than an hour. On a CPU all run in one process on one core, in turns.
 Prints real tokens a second, seconds and peak memory (of a process of its own each), and at the end
 one JSON object a comparison, in tokens a second; a ratio above 1 means that ours is faster. Where
@@ -23,13 +23,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from benchmarks.mistral_shaped import write_mistral_shaped
 from benchmarks.stock import build_stock
@@ -52,7 +58,7 @@ from finetune.data import (
     read_sources,
 )
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.multi_adapter import train_together
+from finetune.multi_adapter import find_obstacle, train_together
 from finetune.run_folder import EventLog, RunFolder, read_events
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
@@ -140,8 +146,7 @@ def train_stock(
     """Train by SFTTrainer as it comes."""
     given = arguments(case, folder, base.device)
     adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
-    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
-    trainer = build_stock(adapted, given, rows, tokenizer)
+    trainer = build_stock(adapted, given, rows, _tokenizer())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     adapted.unload()
@@ -178,6 +183,9 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
     steps.reset_peak_memory(base.device)
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
+    if not case.is_stock:  # what a sweep asks once of a base and its rows
+        precision = training.Precision(base.device, _autocast(case))
+        assert find_obstacle(base, [row["input_ids"] for row in chosen], precision) is None
     for number in range(case.times):
         with tempfile.TemporaryDirectory() as folder, _silence():
             train = train_stock if case.is_stock else train_ours
@@ -202,11 +210,17 @@ def _silence() -> Iterator[None]:
 
 def read_examples(file: Path, max_length: int) -> list[Example]:
     """Tokenise Alpaca rows in a fixed order; without the file, the demo's."""
+    file = file / DATA.name if file.is_dir() else file
     path = str(file) if file.is_file() else "package://finetune/demo/rows.jsonl"
     settings = DataConfig(path=path)
     rows = read_sources(find_sources(settings))
-    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
-    return build_examples(rows, settings, TrainingConfig(max_length=max_length), tokenizer).train
+    return build_examples(rows, settings, TrainingConfig(max_length=max_length), _tokenizer()).train
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """Load it once, so that its time is on neither side."""
+    return load_tokenizer(ModelConfig(), find_model(ModelConfig()))
 
 
 def peak_of(case: Case, file: Path) -> float:
@@ -309,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: two minutes")
     parser.add_argument("--only", default="", metavar="TEXT", help="only what has TEXT in its name")
-    parser.add_argument("--data", type=Path, default=DATA, help="a file of Alpaca rows")
+    parser.add_argument("--data", type=Path, default=DATA, help="Alpaca rows, or their folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():

@@ -37,6 +37,8 @@ def command() -> None:
     problems = find_override_problems(
         args.overrides, multirun=args.multirun, config_dir=args.config_dir
     )
+    if args.config_path:
+        problems.append("--config-path would leave finetune's own conf out; use --config-dir")
     if problems and not args.shell_completion:
         refuse(problems)
     # Hydra would print its errors itself and exit with 1: a refusal is a 2 here.

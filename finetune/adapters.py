@@ -165,6 +165,9 @@ def attach(model: PreTrainedModel, settings: PeftSettings, seed: int) -> PeftMod
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for name, value in vars(adapted.active_peft_config).items():
+        if isinstance(value, set):  # saved as a list, whose order would differ between processes
+            setattr(adapted.active_peft_config, name, sorted(value))
     return adapted
 
 

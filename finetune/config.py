@@ -60,8 +60,7 @@ class LoraConfig:
     )  # fmt: skip
     use_rslora: bool = False  # scale by alpha / sqrt(r): large ranks learn as fast as small ones
     use_dora: bool = False  # learn the weights' magnitude apart from their direction; slower
-    init: str = "default"  # default (Kaiming A, zero B), gaussian, orthogonal, olora, pissa,
-    # pissa_niter_16 (its fast approximation)
+    init: str = "default"  # default (Kaiming A, zero B), gaussian, orthogonal, olora, pissa
 
 
 @dataclass
@@ -84,6 +83,7 @@ class SourceConfig:
     weight: float = 1.0  # its share of all rows, against the other sources' weights
     revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
     split: str | None = None  # split of a hub data set; null takes data.split
+    subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(default_factory=dict)  # where they differ from data.columns
 
 
@@ -95,6 +95,7 @@ class DataConfig:
     mix: list[SourceConfig] = field(default_factory=list)  # several sources, instead of path
     revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
     split: str = "train"  # split of a hub data set; no effect on files
+    subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(  # the template's field -> the data's column
         default_factory=lambda: {"instruction": "instruction", "input": "input", "output": "output"}
     )
@@ -106,12 +107,15 @@ class DataConfig:
     def sources(self) -> dict[str, SourceConfig]:
         """Return every source, filled in, by the key that names it; `path` is a mix of one."""
         if not self.mix:
-            single = SourceConfig(self.path or "", 1.0, self.revision, self.split, self.columns)
+            single = SourceConfig(
+                self.path or "", 1.0, self.revision, self.split, self.subset, self.columns
+            )
             return {"data.path": single}
         return {
             f"data.mix.{number}.path": replace(
                 source,
                 split=source.split or self.split,
+                subset=source.subset or self.subset,
                 columns={**self.columns, **source.columns},
             )
             for number, source in enumerate(self.mix)
@@ -134,8 +138,8 @@ class TrainingConfig:
     precision: str = "auto"  # autocast: auto (the base's compute type), fp32, bf16, fp16
     checkpoint_every: int = 50  # optimizer steps between checkpoints
     keep_checkpoints: int = 1  # newest checkpoints that are kept
-    validate_every: int | None = None  # optimizer steps; null: an epoch. The last step always is;
-    # no effect without data.validation_fraction
+    validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
+    # always validated; no effect without data.validation_fraction
     early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
     # the adapter of the lowest loss is kept. null: never, and the last one is kept
     seed: int = 42  # adapter initialisation, dropout
@@ -156,8 +160,9 @@ class EvaluationConfig:
     """The lm-eval tasks that score the base and the tuned model."""
 
     tasks: list[str] = field(default_factory=lambda: ["demo_science"])  # lm-eval names; [] for none
-    num_fewshot: int | None = None  # solved examples before each question; null: the task's own
-    limit: int | None = None  # first questions of each task; null takes all
+    num_fewshot: int | None = None  # solved examples before each question; null: the task's own,
+    # which stays where it is 0
+    limit: int | None = None  # first questions of each task, of each subject (mmlu); null: all
     batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
     dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
     base: bool = True  # score the base model too
@@ -186,7 +191,7 @@ class SweepConfig:
     fail_fast: bool = False  # stop at the first failed run
     retry_failed: bool = True  # whether a run that failed before is tried again; diverged: never
     job_timeout: float | None = None  # seconds that one run may take; null means no bound
-    max_concurrent_adapters: int | None = None  # LoRA runs in one training step; null: what pays
+    max_concurrent_adapters: int | None = None  # in one training step; null: 8 at batch_size 1
     dry_run: bool = False  # check everything, print the plan, run nothing
 
 

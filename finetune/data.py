@@ -263,8 +263,10 @@ def longest_batch(
         for _, turns in _sound_rows(source, rows, template, RowCounts())
     ]
     sound.sort(key=lambda turns: sum(len(turn.content) for turn in turns), reverse=True)
-    lengths = []
-    for turns in sound[: 4 * training.batch_size]:
+    lengths: list[int] = []
+    for turns in sound:
+        if len(lengths) == 4 * training.batch_size:
+            break
         with suppress(Unusable):
             example = _encode(turns, template, data, training, tokenizer)
             lengths.append(min(len(example["input_ids"]), training.max_length))

@@ -134,7 +134,8 @@ def written_whole(into: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner only
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes for its owner only
         os.replace(temporary, into)  # also over a folder, as long as it is empty
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

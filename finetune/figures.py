@@ -27,7 +27,7 @@ def draw_figures(results: Results) -> dict[str, Path]:
         old.unlink()
     drawn: dict[str, Path] = {}
     metric = results.main_metric
-    scored = [row for row in results.rows if metric and metric in row]
+    scored = results.compared_rows()
     if metric and scored:
         _save(
             drawn, folder / "differences.png", f"Difference to the base in {metric}, with 95 %",

@@ -6,14 +6,15 @@ import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import lru_cache
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune import adapters, data, distributed, models, prompts, quantization, training
-from finetune.config import Config, DataConfig, ModelConfig
+from finetune.config import Config, DataConfig, ModelConfig, SourceConfig
 from finetune.fused_kernels import FLASH
 from finetune.models import Source
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
@@ -90,7 +91,7 @@ def model_identity(config: Config, source: Source, device: torch.device) -> dict
 
 def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, Any]:
     """Name the rows and the template by their content; a mix also by its shares."""
-    named = {**asdict(settings), "path": None, "revision": None}
+    named = _without_place(settings)
     template = prompts.load_template(settings.prompt_template)
     if template.file_text is not None:
         named["prompt_template"] = {"digest": digest(template.file_text)}
@@ -100,11 +101,18 @@ def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, 
     total = math.fsum(source.settings.weight for source in sources)
     named["mix"] = [
         {
-            **asdict(source.settings), "path": None, "revision": None,
+            **_without_place(source.settings),
             "weight": source.settings.weight / total, "digest": source.digest,
         }
         for source in sources
     ]  # fmt: skip
+    return named
+
+
+def _without_place(settings: DataConfig | SourceConfig) -> dict[str, Any]:
+    named = {**asdict(settings), "path": None, "revision": None}
+    if settings.subset is None:
+        del named["subset"]  # younger than the runs that were named without it
     return named
 
 
@@ -150,4 +158,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "processes": distributed.num_processes(),
         "gpu": gpu,
         "git_commit": commit.stdout.strip() or None,
+        "lock_digest": _lock_digest(),
     }
+
+
+@lru_cache(maxsize=1)
+def _lock_digest() -> str:
+    """Stand for all that is installed, also what `versions` does not name."""
+    return digest(sorted({f"{one.metadata['Name']}=={one.version}" for one in distributions()}))

@@ -10,15 +10,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import psutil
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from finetune import distributed, models
 from finetune.adapters import first_rank
@@ -33,10 +30,11 @@ from finetune.config import (
 )
 from finetune.label_loss import CHUNK
 from finetune.overrides import find_override_problems, first_line
-from finetune.quantization import as_loaded, gptq_bytes
-from finetune.ranges import find_problems
+from finetune.quantization import as_loaded
+from finetune.ranges import FROM_FLOATS, find_problems
 from finetune.results import print_table
 from finetune.scoring import MOST_TOKENS
+from finetune.shape import Shape, find_shape, load_config
 
 GIB = 2**30
 ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here
@@ -68,72 +66,6 @@ class Estimate:
     def total(self) -> float:
         training = self.gradients + self.optimizer + self.activations + self.logits
         return self.process + self.weights + self.adapter + max(training, self.evaluation)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's config says of its sizes; widths are numbers of features."""
-
-    hidden: int
-    layers: int
-    attention: int  # features of all query heads
-    keys: int  # features of all key heads; values have as many
-    inner: int  # of the MLP
-    vocabulary: int
-    num_linear: int  # parameters of the linear layers but the head
-    num_other: int  # of all else: embeddings, head, norms
-    largest: int  # parameters of the largest linear layer
-    targets: dict[str, tuple[int, int, int]]  # last name -> how many, in, out
-    gptq: float  # bytes a weight, where the checkpoint is GPTQ
-
-
-def find_shape(model: ModelConfig) -> Shape:
-    """Read a model's sizes from its config, or from the dimensions that ship with it.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    return describe_shape(models.load_meta_model(model, _load_config(model)))
-
-
-def _load_config(model: ModelConfig) -> PreTrainedConfig:
-    is_here = "://" in model.path or Path(model.path).expanduser().exists()
-    if model.dimensions and not is_here:
-        config: PreTrainedConfig = AutoConfig.for_model(**model.dimensions)
-        return config
-    return models.load_config(model, models.find_model(model))
-
-
-def describe_shape(meta: PreTrainedModel) -> Shape:
-    """Count a model's parameters and widths."""
-    config = meta.config.get_text_config()
-    head = meta.get_output_embeddings()
-    targets: dict[str, tuple[int, int, int]] = {}
-    num_linear = largest = 0
-    for name, layer in meta.named_modules():
-        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
-            rows, columns = layer.weight.shape
-            wide = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
-            short = name.rpartition(".")[2]
-            targets[short] = (targets.get(short, (0, 0, 0))[0] + 1, *wide)
-            num_linear += layer.weight.numel()
-            largest = max(largest, layer.weight.numel())
-    total = sum(parameter.numel() for parameter in meta.parameters())
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        attention=heads * width,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
-        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        num_linear=num_linear,
-        num_other=total - num_linear,
-        largest=largest,
-        targets=targets,
-        gptq=gptq_bytes(meta.config),
-    )
 
 
 @dataclass(frozen=True)
@@ -184,8 +116,9 @@ def estimate(
     state = next(each for part, each in STATE_BYTES.items() if part in name)
     # In its own dtype the base is whole, once; in parts of fp32 it is trained.
     size = max(4 / parts, place.size) if method == "full" else place.size
-    head = CHUNK * shape.vocabulary * (8 + place.size)  # logits as computed, in fp32, their slope
-    scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + head
+    logit = shape.vocabulary * (8 + place.size)  # as computed, in fp32, its slope; for one token
+    head = (tokens if method == "full" else CHUNK) * logit  # a trained head has no chunks
+    scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + CHUNK * logit
     return Estimate(
         process=PROCESS[place.kind],
         weights=_weight_bytes(config.model, shape, size),
@@ -294,6 +227,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
     Smaller passes and checkpointing leave the numbers as they are; the others come after them.
     """
     size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
+    method = config.peft.method  # which has no use for some of them
     if size > 1:
         many = steps * size
         yield (
@@ -304,20 +238,21 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
             ),
             1 / size,
         )
-    if not config.training.gradient_checkpointing:
+    if not config.training.gradient_checkpointing and method != "prefix_tuning":
         yield (
             "training.gradient_checkpointing=true",
             lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
             1.0,
         )
-    if "8bit" not in config.optimizer.name:
+    if "8bit" not in config.optimizer.name and not distributed.is_sharded():
         name = "adamw_8bit"
         yield (
             f"optimizer.name={name}",
             lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
             1.0,
         )
-    if config.model.quantization == "none":
+    needs_floats = method == "full" or (method == "lora" and config.lora.init in FROM_FLOATS)
+    if config.model.quantization == "none" and not needs_floats:
         yield (
             "model.quantization=nf4",
             lambda one: replace(one, model=replace(one.model, quantization="nf4")),
@@ -356,14 +291,14 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="as of python -m finetune, without a sweep")
     parser.add_argument(
-        "--gib", type=float, help="memory to fit into (default: what is free; 16 for a GPU that "
-        "is not here)",
+        "--gib", type=float, help="memory to fit into (default: what is free, or 16 for a GPU that "
+        "is not here); with training.device=cuda it is a card's",
     )  # fmt: skip
     given = parser.parse_args()
     try:
         config = compose_job(given.overrides)
         shape, place = find_shape(config.model), Place.find(config, given.gib)
-        config = replace(config, model=as_loaded(config.model, _load_config(config.model)))
+        config = replace(config, model=as_loaded(config.model, load_config(config.model)))
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
         sys.exit(2)

@@ -71,9 +71,11 @@ def write_merged(run: Trained, folder: Path) -> Check:
     prompts = find_prompts(run, tokenizer)
     adapted = adapters.load(run.load_base(), run.folder.adapter)
     before = log_likelihoods(adapted, prompts)
-    base = cast(PreTrainedModel, adapted.unload())
+    adapters.take_off(adapted)
+    base = adapters.base_of(adapted)
     if run.model.quantization != "none":
         base = base.dequantize()
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # left as it was; IA3 goes by it
     merged = load_as_published(base, run.folder.adapter).merge_and_unload(safe_merge=True)
     cast(PreTrainedModel, merged).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

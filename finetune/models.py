@@ -125,7 +125,8 @@ def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str)
     except LocalEntryNotFoundError:
         raise FileNotFoundError(
             f"{key}={path} is not on this machine: there is no such folder, the hub cache "
-            f"{HF_HUB_CACHE} does not hold it, and the hub cannot be reached"
+            f"{HF_HUB_CACHE} does not hold it, and the hub cannot be reached (see HF_ENDPOINT, "
+            "HF_HUB_OFFLINE); name a local folder or file"
         ) from None
     return Path(folder).name
 

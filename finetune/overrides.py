@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -47,11 +48,16 @@ def find_override_problems(
         multirun: whether comma-separated values are a sweep.
         config_dir: the user's own folder of config groups (`--config-dir`), if any.
     """
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    elsewhere = any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
-    foreign = find_foreign_problems(Path(config_dir)) if config_dir else []
+    searched = [a for a in arguments if a.lstrip("+").startswith("hydra.searchpath")]
+    own = [Path(config_dir)] if config_dir else []
+    foreign = [
+        f"--config-dir {folder}: there is no such folder" for folder in own if not folder.is_dir()
+    ]
+    for folder in [*own, *_searched_folders(searched)]:
+        foreign += find_foreign_problems(folder)
     if foreign:
         return foreign  # nothing of it may be composed
+    folders = [conf_dir(), *own]
     problems: list[str] = []
     sound: list[Override] = []
     for argument in arguments:
@@ -60,7 +66,7 @@ def find_override_problems(
         except HydraException as error:
             problems.append(f"{argument}: {first_line(error)}")
             continue
-        found = list(_problems_of(override, folders, elsewhere))
+        found = list(_problems_of(override, folders, elsewhere=bool(searched)))
         if not found and override.is_sweep_override() and not multirun:
             found = [
                 f"{argument}: several values are a sweep; add --multirun (or [a,b] for a list)"
@@ -95,12 +101,22 @@ def find_foreign_problems(folder: Path) -> list[str]:
     return problems
 
 
+def _searched_folders(arguments: Sequence[str]) -> Iterator[Path]:
+    """Yield the folders of `hydra.searchpath`; packages are installed, and trusted as such."""
+    for argument in arguments:
+        with suppress(HydraException):  # told where it is parsed
+            places = OverridesParser.create().parse_override(argument).value()
+            for place in places if isinstance(places, list) else [places]:
+                if not str(place).startswith("pkg://"):
+                    yield Path(str(place).removeprefix("file://"))
+
+
 def first_line(error: Exception) -> str:
     """Return what an error of Hydra or OmegaConf says, without its trailing key dump."""
     return str(error).strip().split("\n")[0]
 
 
-def _problems_of(override: Override, folders: list[Path], elsewhere: bool) -> Iterator[str]:
+def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) -> Iterator[str]:
     key = override.key_or_group
     if key.startswith(UNSAFE) or "_target_" in str(override.input_line):
         yield f"{override.input_line}: runs code or changes the process's environment; leave it out"

@@ -43,6 +43,7 @@ from finetune.scores import (
     load_tasks,
     load_tokenizer,
     loaded_tokenizer,
+    tell_artifacts,
     tell_scores,
     write_scores,
 )
@@ -70,7 +71,7 @@ def run(jobs: Sequence[Job]) -> list[State]:
         at_work = [run for run in runs if not is_done(run.config, run.inputs, run.folder)]
         for run in runs:
             if run not in at_work:
-                _write_stored_scores(run)
+                tell_scores(run.events, *_write_stored_scores(run))
                 run.state = "finished"
         for job, run in zip(jobs, runs, strict=True):
             if run in at_work:
@@ -341,7 +342,8 @@ def _score_tuned(run: ActiveRun) -> None:
     said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
-    tell_scores(run.folder, run.events, *_write_stored_scores(run))
+    tell_scores(run.events, *_write_stored_scores(run))
+    tell_artifacts(run.folder, run.events)
 
 
 @lru_cache(maxsize=1)

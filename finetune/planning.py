@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from finetune.config import Config, Refused, build_config
 from finetune.grouping import Group, Limit, find_groups
 from finetune.results import RunRecord, SweepRecord
 from finetune.run_folder import Job, RunFolder, State, digest, slug
-from finetune.worker import AnyWorker
+from finetune.worker import AnyWorker, WorkerDied
 
 log = logging.getLogger("finetune")
 
@@ -81,7 +81,7 @@ def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
     # Unresolved: reading them one by one would put the value of ${oc.env:...} into files.
     told = OmegaConf.to_container(hydra.hydra.overrides.task, resolve=False)
     overrides = [str(override) for override in cast(list[Any], told)]
-    values = dict(override.lstrip("+").split("=", 1) for override in overrides)
+    values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)  # not ~key
     return Job(
         config=build_config(ours),
         yaml=OmegaConf.to_yaml(ours),
@@ -104,14 +104,36 @@ def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
     return slug(f"{about}-{digest(told)[:8]}")
 
 
-def plan_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
-    """Let the worker check every job, refuse all problems at once, drop repeated points."""
-    plans = [worker.prepare(job) for job in jobs]
-    refuse([problem for plan in plans for problem in plan.problems])
+def plan_sweep(
+    jobs: Sequence[Job], name: str, worker: AnyWorker, problems: Sequence[str] = ()
+) -> Sweep:
+    """Let the worker check every job, refuse all problems at once, drop repeated points.
+
+    Args:
+        jobs: the points of the grid.
+        name: of the sweep.
+        worker: that checks them.
+        problems: found already.
+
+    Raises:
+        Refused: there is a problem.
+    """
+    told, plans = list(problems), []
+    for job in jobs:
+        try:
+            plans.append(worker.prepare(job))
+            told += plans[-1].problems
+        except (OSError, ValueError) as error:
+            told.append(str(error))
+        except WorkerDied as error:
+            told.append(f"checking the jobs failed: {error}")
+            break
+    refuse(told)
     points: dict[Path, Point] = {}
     for job, plan in zip(jobs, plans, strict=True):
         assert plan.folder is not None, "a plan without problems has a folder"
         if plan.folder in points:
+            refuse(_find_evaluation_problems(points[plan.folder].job, job))
             log.info("%s stands in the grid twice; it is run once", plan.folder.name)
         else:
             points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
@@ -120,6 +142,17 @@ def plan_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
         log.info("to score: %s", line)
     found = list(points.values())
     return Sweep(name, found, _grouped(found, [limits[point.run.path] for point in found]))
+
+
+def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
+    """Return what keeps two jobs on one run apart: its folder has room for one evaluation."""
+    sections = [asdict(one.config.evaluation) for one in (job, other)]
+    return [
+        f"evaluation.{name} differs between jobs that train the same run, which has one "
+        "evaluation; name all tasks in evaluation.tasks=[...], or start one command for each value"
+        for name, value in sections[0].items()
+        if sections[1][name] != value
+    ]
 
 
 def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -30,7 +32,7 @@ from finetune.identity import Inputs, find_inputs, find_precision, run_folder
 from finetune.models import Source
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
-from finetune.ranges import find_problems
+from finetune.ranges import FROM_FLOATS, find_problems
 from finetune.run_folder import Plan
 from finetune.scores import (
     forecasts,
@@ -39,27 +41,22 @@ from finetune.scores import (
     load_tokenizer,
     loaded_tokenizer,
 )
+from finetune.shape import Shape, describe_shape
+
+log = logging.getLogger("finetune")
 
 
 def prepare(config: Config) -> Plan:
     """Check everything that can be known without loading weights, and name the run."""
     problems = find_problems(config)
-    problems += optimizers.find_optimizer_problems(config.optimizer)
-    if config.training.device == "cuda" and not torch.cuda.is_available():
-        problems.append(
-            "training.device is cuda, and this machine has no CUDA device; "
-            "use one that has, or set training.device=auto for the CPU"
-        )
-    else:
-        problems += training.find_precision_problems(find_precision(config))
-    problems += _find_gpu_problems(config)
-    for check in (_find_model_problems, _find_data_problems, _find_task_problems):
-        try:
-            problems += check(config)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
+    wrong = {problem.partition(".")[0] for problem in problems}
+    for check, sections in CHECKS.items():
+        if wrong.isdisjoint(sections):
+            problems += _found(check, config)
+        elif check is _find_model_problems and "model" not in wrong:
+            problems += _found(_find_source_problems, config)
     if problems:
-        return Plan(None, problems)
+        return Plan(None, list(dict.fromkeys(problems)))
     inputs = find_inputs(config)
     folder = run_folder(config, inputs)
     limit = NOT_TRAINED
@@ -74,7 +71,18 @@ def prepare(config: Config) -> Plan:
     return Plan(folder.path, [], finished=finished, limit=limit, forecasts=told)
 
 
-def _find_limit(config: Config, shape: memory.Shape, place: memory.Place, tokens: int) -> Limit:
+def _found(check: Callable[[Config], list[str]], config: Config) -> list[str]:
+    """Return what a check finds; what it raises is a problem too, whichever library raised it."""
+    try:
+        return check(config)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    except Exception as error:
+        log.debug("a check failed", exc_info=error)
+        return [f"{type(error).__name__}: {first_line(error)}"]
+
+
+def _find_limit(config: Config, shape: Shape, place: memory.Place, tokens: int) -> Limit:
     """Return how many runs may share the step of this one; its quantization is the base's own."""
     obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
     if obstacle is not None:
@@ -84,7 +92,7 @@ def _find_limit(config: Config, shape: memory.Shape, place: memory.Place, tokens
     return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
 
 
-def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place, int]:
+def _memory(config: Config, inputs: Inputs) -> tuple[Shape, memory.Place, int]:
     """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
     settings = json.dumps(asdict(config.model))
     training, source = config.training, inputs.source
@@ -96,10 +104,10 @@ def _memory(config: Config, inputs: Inputs) -> tuple[memory.Shape, memory.Place,
 
 
 @lru_cache(maxsize=8)
-def _shape(settings: str, source: Source) -> memory.Shape:
+def _shape(settings: str, source: Source) -> Shape:
     model = ModelConfig(**json.loads(settings))
     meta = models.load_meta_model(model, models.load_config(model, source))
-    return memory.describe_shape(meta)
+    return describe_shape(meta)
 
 
 @lru_cache(maxsize=64)
@@ -113,11 +121,29 @@ def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str,
     return data.longest_batch(read, given, training, loaded_tokenizer(settings, source))
 
 
-def _find_gpu_problems(config: Config) -> list[str]:
+def _find_optimizer_problems(config: Config) -> list[str]:
+    return optimizers.find_optimizer_problems(config.optimizer)
+
+
+def _find_device_problems(config: Config) -> list[str]:
+    if config.training.device == "cuda" and not torch.cuda.is_available():
+        return [
+            "training.device is cuda, and this machine has no CUDA device; "
+            "use one that has, or set training.device=auto for the CPU"
+        ]
+    problems = training.find_precision_problems(find_precision(config))
     have, want = torch.cuda.device_count(), distributed.num_local_processes()
-    if models.pick_device(config.training.device).type == "cpu" or want <= max(have, 1):
-        return []
-    return [f"the launcher started {want} processes for {have} GPUs; set --num_processes {have}"]
+    if models.pick_device(config.training.device).type == "cuda" and want > max(have, 1):
+        problems.append(
+            f"the launcher started {want} processes for {have} GPUs; set --num_processes {have}"
+        )
+    return problems
+
+
+def _find_source_problems(config: Config) -> list[str]:
+    """Return whether the model is there, the least of what _find_model_problems asks."""
+    models.load_config(config.model, models.find_model(config.model))
+    return []
 
 
 def _find_model_problems(config: Config) -> list[str]:
@@ -139,6 +165,12 @@ def _find_model_problems(config: Config) -> list[str]:
             f"{config.model.path} is quantised as {found}, so its weights cannot be trained "
             "themselves; take a checkpoint that is not, or an adapter such as peft=lora"
         )
+    unfit = (*FROM_FLOATS, "olora") if found == "gptq" else FROM_FLOATS
+    if found != "none" and config.peft.method == "lora" and config.lora.init in unfit:
+        problems.append(
+            f"lora.init is {config.lora.init}, which needs weights in floats, but "
+            f"{config.model.path} is quantised as {found}; set lora.init=default"
+        )
     if found == "gptq" and config.evaluation.dtype != "auto":
         problems.append(
             f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own; "
@@ -154,8 +186,6 @@ def _find_model_problems(config: Config) -> list[str]:
 
 
 def _find_data_problems(config: Config) -> list[str]:
-    if any(problem.startswith("data.") for problem in find_problems(config)):
-        return []
     tokenizer = None
     if config.data.prompt_template == "chat":
         with suppress(FileNotFoundError, ValueError):  # a missing model is told by its own check
@@ -191,3 +221,13 @@ def _find_task_problems(config: Config) -> list[str]:
     except TemplateError as error:
         return [f"evaluation.chat_template: the template of {config.model.path} fails: {error}"]
     return []
+
+
+# Each check with the sections whose values it takes to be in their ranges.
+CHECKS: dict[Callable[[Config], list[str]], tuple[str, ...]] = {
+    _find_optimizer_problems: ("optimizer",),
+    _find_device_problems: ("training", "model"),
+    _find_model_problems: ("model", "peft", "lora", "training", "evaluation"),
+    _find_data_problems: ("data",),
+    _find_task_problems: ("evaluation",),
+}

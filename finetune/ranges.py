@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from finetune.config import (
     ALL_LINEAR,
@@ -16,6 +17,7 @@ from finetune.config import (
     OptimizerConfig,
     PeftConfig,
     SweepConfig,
+    TrackingConfig,
     TrainingConfig,
     nearest,
 )
@@ -33,7 +35,8 @@ METHODS = {
     "prompt_tuning": (),
     "full": (),
 }
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa")
+FROM_FLOATS = ("pissa", "orthogonal")  # that PEFT refuses to draw on quantised weights
 SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
@@ -54,6 +57,7 @@ def find_problems(config: Config) -> list[str]:
         *_early_stopping_problems(config),
         *_evaluation_problems(config.evaluation),
         *_sweep_problems(config.sweep),
+        *_tracking_problems(config.tracking),
     ]
 
 
@@ -65,9 +69,15 @@ def _method_problems(config: Config) -> Iterator[str]:
     for setting in fields(LoraConfig):
         value, default = (getattr(lora, setting.name) for lora in (config.lora, LoraConfig()))
         if value != default and setting.name not in METHODS.get(method, (setting.name,)):
-            yield f"lora.{setting.name} is {value}, which peft.method={method} has no use for"
+            yield (
+                f"lora.{setting.name} is {value}, which peft.method={method} has no use for; "
+                "leave it out"
+            )
     if tokens != PeftConfig().num_virtual_tokens and not config.peft.is_prompt_learning:
-        yield f"peft.num_virtual_tokens is {tokens}, which peft.method={method} has no use for"
+        yield (
+            f"peft.num_virtual_tokens is {tokens}, which peft.method={method} has no use for; "
+            "leave it out"
+        )
     if method == "full" and config.model.quantization != "none":
         yield (
             f"model.quantization is {config.model.quantization}; its weights cannot be trained "
@@ -172,6 +182,14 @@ def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
     yield from _at_least("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1)
     if sweep.job_timeout is not None and not sweep.job_timeout > 0:
         yield f"sweep.job_timeout is {sweep.job_timeout}; it must be above 0, in seconds"
+
+
+def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
+    if urlsplit(tracking.uri).password:  # it would be written into files and logs
+        yield (
+            "tracking.uri has a password in it; leave it out and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD for a server, or what a database reads, such as PGPASSWORD"
+        )
 
 
 def _at_least(key: str, value: float | None, lowest: float) -> Iterator[str]:

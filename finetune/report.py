@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from finetune.comparison import LEVEL, Difference, SeedDifference, compare_seeds
-from finetune.results import Results, read_outcomes, read_results, write_csv
+from finetune.results import VALIDATION, Results, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder, write_atomic
 
 log = logging.getLogger("finetune")
@@ -71,7 +72,7 @@ def _content(results: Results) -> dict[str, Any]:
     rows = results.rows
     return {
         "name": results.record.name,
-        "command": " ".join(["python -m finetune", *results.record.command])
+        "command": f"python -m finetune {shlex.join(results.record.command)}".rstrip()
         + (" --multirun" if results.record.swept else ""),
         "verdict": verdict(results),
         "swept": results.record.swept,
@@ -79,6 +80,7 @@ def _content(results: Results) -> dict[str, Any]:
         "comparisons": results.comparisons,
         "seeds": _seeds(results),
         "rows": rows,
+        "is_validated": bool(results.validated_rows()),
         "failed": [row for row in rows if row["status"] in ("failed", "diverged", "interrupted")],
         "waiting": [row for row in rows if row["status"] in ("pending", "running")],
         "last_lines": {
@@ -95,7 +97,7 @@ def verdict(results: Results) -> str:
     """Say in two sentences what the sweep has shown, and no more than it has."""
     metric = results.main_metric
     if metric is None:
-        return "No run has been scored beside its base yet, so there is nothing to compare."
+        return _verdict_on_validation(results)
     comparison = results.comparisons[metric]
     lines = {line.run: line for line in _lines(results, metric)}
     best = lines[results.best_run() or comparison.best()]
@@ -121,6 +123,19 @@ def verdict(results: Results) -> str:
         f"{_points(found.value)} points {interval} ({tested})."
     )
     return f"{first} {_detectable(comparison.detectable)}"
+
+
+def _verdict_on_validation(results: Results) -> str:
+    """Say which run has the lowest validation loss, where no task is scored."""
+    validated = results.validated_rows()
+    if not validated:
+        return "No run has been scored beside its base yet, so there is nothing to compare."
+    lowest = min(validated, key=lambda row: row[VALIDATION])
+    of = f", of {len(validated)} runs" if len(validated) > 1 else ""
+    return (
+        f"{results.label(lowest)} has the lowest validation loss, {lowest[VALIDATION]:.4f}{of}. "
+        "No task compares the runs with their base, so nothing is claimed."
+    )
 
 
 def _verdict_on_chosen(best: Line, metric: str, grid: int, detectable: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from finetune.results import read_outcomes
+from finetune.results import read_side
 from finetune.run_folder import RunFolder, file_digest, flatten, read_events
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
@@ -21,7 +21,7 @@ CONDUCT = ("sweep.", "tracking", "output_dir=", "report_dir=")
 
 
 def main() -> None:
-    """Rerun and compare; exit code 0 (identical, within tolerance), 1 (different, failed), 2."""
+    """Rerun and compare; exit codes: 0 identical or within tolerance, 1 different, 2, 130."""
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
     parser.add_argument("--into", type=Path, help="where to run it (default: a new folder reruns/)")
@@ -34,16 +34,19 @@ def main() -> None:
     into = given.into or Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
     overrides = yaml.safe_load((before.path / "overrides.yaml").read_text(encoding="utf-8")) or []
     overrides = [o for o in overrides if not o.lstrip("+").startswith(CONDUCT)]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [
             sys.executable, "-m", "finetune", *overrides, "tracking=none",
             f"output_dir={into}", f"report_dir={into / 'report'}",
-        ],
-        check=False,
+        ]
     )  # fmt: skip
-    if done.returncode != 0:
-        print(f"the rerun ended with exit code {done.returncode}: see above", file=sys.stderr)
-        sys.exit(1 if done.returncode != 2 else 2)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the other process has got too; it writes a checkpoint
+        code = process.wait()
+    if code != 0:
+        print(f"the rerun ended with exit code {code}: see above", file=sys.stderr)
+        sys.exit(code if code in (2, 130) else 1)
     (status,) = into.glob("*/status.json")
     after = RunFolder(status.parent)
     for difference in find_other_conditions(before, after):
@@ -61,7 +64,7 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
         now = other.get("versions", {}).get(package)
         if now != number:
             yield f"{package} was {number}, is {now}"
-    for key in ("python", "platform", "threads", "processes", "gpu", "git_commit"):
+    for key in ("python", "platform", "threads", "processes", "gpu", "git_commit", "lock_digest"):
         if one.get(key) != other.get(key):
             yield f"{key} was {one.get(key)}, is {other.get(key)}"
     yield from _other_settings(before, after)
@@ -93,6 +96,8 @@ def compare_runs(before: RunFolder, after: RunFolder) -> tuple[str, str | None]:
         return "different", f"{len(losses[0])} steps became {len(losses[1])}"
     apart = [step for step in losses[0] if losses[0][step] != losses[1][step]]
     flips, questions = _flips(before, after)
+    if not losses[0] and not questions:
+        return "different", "there are neither losses nor answers to compare"
     weights = [[file_digest(path) for path in run.weights()] for run in (before, after)]
     if not apart and not flips and weights[0] == weights[1]:
         return "identical", None
@@ -122,12 +127,9 @@ def _flips(before: RunFolder, after: RunFolder) -> tuple[int, int]:
     flips = questions = 0
     for path in sorted(before.evaluation.glob("*.json")):
         for metric in (before.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
-            one, other = (read_outcomes(run, path.stem, metric) for run in (before, after))
-            if one is None:
-                continue
-            tuned = other[1] if other else {}
-            questions += len(one[1])
-            flips += sum(tuned.get(question) != value for question, value in one[1].items())
+            one, other = (read_side(run, path.stem, metric, "tuned") for run in (before, after))
+            questions += len(one)
+            flips += sum(other.get(question) != value for question, value in one.items())
     return flips, questions
 
 

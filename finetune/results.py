@@ -20,6 +20,7 @@ from finetune.run_folder import RunFolder, write_atomic
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
+VALIDATION = "validation/loss"
 RECORD = "sweep.yaml"
 
 Row = dict[str, Any]  # one row of results.csv
@@ -86,20 +87,38 @@ class Results:
             return None
         task, metric = self.main_metric.rsplit("/", 1)
         column = f"{task}/select_{metric}"
-        scored = [
-            r for r in self.rows if r["run"] in self.comparisons[self.main_metric].differences
-        ]
-        return column if all(column in row for row in scored) else None
+        return column if all(column in row for row in self.compared_rows()) else None
+
+    def compared_rows(self) -> list[Row]:
+        """Return the rows of the runs that are compared in the main metric."""
+        if self.main_metric is None:
+            return []
+        compared = self.comparisons[self.main_metric].differences
+        return [row for row in self.rows if row["run"] in compared]
 
     def best_run(self) -> str | None:
-        """Return the run with the highest main metric, once any is scored; of equals the first."""
+        """Return the run with the highest main metric, once any is scored; of equals the first.
+
+        Where no task compares them it is the run with the lowest validation loss.
+        """
         if self.main_metric is None:
-            return None
+            validated = self.validated_rows()
+            return min(validated, key=lambda row: row[VALIDATION])["run"] if validated else None
         selects = self.selects
         if selects is None:
             return self.comparisons[self.main_metric].best()
-        scored = [row for row in self.rows if selects in row]
+        scored = [row for row in self.compared_rows() if selects in row]
         return str(max(scored, key=lambda row: row[selects])["run"])
+
+    def validated_rows(self) -> list[Row]:
+        """Return the rows of the finished runs that have a validation loss."""
+        return [
+            row for row in self.rows if row["status"] == "finished" and row[VALIDATION] is not None
+        ]
+
+    def drawn_metrics(self) -> list[str]:
+        """Return what runs are to be compared by, the main one first."""
+        return list(self.comparisons) or ([VALIDATION] if self.validated_rows() else [])
 
     def label(self, row: Row) -> str:
         """Name a run by its place in the grid."""
@@ -157,7 +176,7 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
             row.update({f"{task}/select_{name}": value for name, value in metrics})
             seconds += chosen["tuned"]["seconds"]
     row["train/loss"] = trained.get("loss")
-    row["validation/loss"] = trained.get("validation_loss")
+    row[VALIDATION] = trained.get("validation_loss")
     row["evaluation_seconds"] = seconds or None
     row.update({name: trained.get(name) for name in COSTS})
     row["mlflow_run_id"] = tracked
@@ -201,19 +220,24 @@ def _compare(results: Results, task: str, metric: str) -> None:
 
 def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
     """Return a run's outcomes on each question, the base's and its own; None without both."""
+    base, tuned = (read_side(run, task, metric, side) for side in ("base", "tuned"))
+    return (base, tuned) if base and tuned else None
+
+
+def read_side(run: RunFolder, task: str, metric: str, side: str) -> Outcomes:
+    """Return the outcomes of a run's `base` or `tuned` model; none where it was not asked."""
     path = run.evaluation / f"{task}.items.jsonl"
     if run.read_json(f"evaluation/{task}.json") is None or not path.exists():
-        return None
-    base: dict[str, float] = {}
-    tuned: dict[str, float] = {}
+        return {}
+    outcomes: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        if metric in item.get("tuned", {}) and metric in item.get("base", {}):
+        if metric in item.get(side, {}):
             key = f"{item['hash']}:{item['prompt']}"
-            while key in tuned:  # a task may ask the same question twice
+            while key in outcomes:  # a task may ask the same question twice
                 key += "'"
-            base[key], tuned[key] = item["base"][metric], item["tuned"][metric]
-    return (base, tuned) if tuned else None
+            outcomes[key] = item[side][metric]
+    return outcomes
 
 
 def write_csv(results: Results) -> None:
@@ -221,7 +245,7 @@ def write_csv(results: Results) -> None:
     columns = list(dict.fromkeys(name for row in results.rows for name in row))
     tasks = [name for name in columns if "/" in name and name.split("/")[0] in results.record.tasks]
     # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", "validation/loss", "evaluation_seconds", *COSTS, "mlflow_run_id"]
+    last = ["train/loss", VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
     first = [name for name in columns if name not in last and name not in tasks]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*first, *tasks, *last], lineterminator="\n")
@@ -243,12 +267,15 @@ def render_table(results: Results) -> Table:
     for metric in metrics:
         task, name = metric.rsplit("/", 1)
         table.add_column(f"{task}\n{name}", justify="right")
-    table.add_column("train\nloss", justify="right")
+    losses = ["train/loss", *([VALIDATION] if results.validated_rows() else [])]
+    for name in losses:
+        table.add_column(name.replace("/", "\n"), justify="right")
     table.add_column("train\ntime", justify="right")
     for row in rows:
         cells = [str(row.get(key, "")) for key in swept]
         cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
-        cells += [_number(row["train/loss"], ".3f"), _number(row["train_seconds"], ".0f", " s")]
+        cells += [_number(row[name], ".3f") for name in losses]
+        cells.append(_number(row["train_seconds"], ".0f", " s"))
         table.add_row(*cells)
     return table
 

@@ -19,8 +19,20 @@ from finetune.data import IGNORED, Example
 
 def with_filler(rows: list[Example]) -> list[Example]:
     """Return the rows and, behind them, one without labels: it fills a batch and weighs nothing."""
+    return [*rows, _filler(rows)]
+
+
+def filled_up(rows: list[Example], together: int) -> list[Example]:
+    """Return the rows with as many without labels behind them as make full batches for all."""
+    return [*rows, *[_filler(rows)] * (-len(rows) % together)]
+
+
+def _filler(rows: list[Example]) -> Example:
     shortest = min((row["input_ids"] for row in rows), key=len)
-    return [*rows, Example(input_ids=shortest, labels=[IGNORED] * len(shortest))]
+    filler = Example(input_ids=shortest, labels=[IGNORED] * len(shortest))
+    if "seq_lengths" in rows[0]:
+        filler["seq_lengths"] = [len(shortest)]
+    return filler
 
 
 class EvenOrder(Sampler[int], TrainerCallback):

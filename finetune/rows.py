@@ -68,6 +68,9 @@ def read_rows(source: DataSource) -> list[Row]:
     return rows
 
 
+ENCODING = "utf-8-sig"  # spreadsheets put a mark before the first column's name
+
+
 def read_file(path: Path, *, name: str) -> list[Row]:
     """Read the rows of a json, jsonl, csv or parquet file; `name` begins what its errors say."""
     try:
@@ -79,23 +82,24 @@ def read_file(path: Path, *, name: str) -> list[Row]:
 def _read_hub(source: DataSource) -> list[Row]:
     from datasets import load_dataset
 
+    part, split = source.settings.subset, source.settings.split
     try:
-        return list(
-            load_dataset(source.location, revision=source.revision, split=source.settings.split)
-        )
-    except ValueError as error:  # such as an unknown split
-        raise ValueError(f"{source}: {error}") from None
+        return list(load_dataset(source.location, part, revision=source.revision, split=split))
+    except ValueError as error:  # such as an unknown split; without the example in code
+        told = " ".join(str(error).partition("\nExample")[0].split())
+        remedy = "; set data.subset=NAME" if told.startswith("Config name is missing") else ""
+        raise ValueError(f"{source}: {told}{remedy}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _as_row(_parse_json(line.rstrip("\n"), number), f"line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    rows = _parse_json(path.read_text(encoding="utf-8"), 1)
+    rows = _parse_json(path.read_text(encoding=ENCODING), 1)
     if not isinstance(rows, list):
         raise ValueError("a .json file is one list of rows; or name it .jsonl")
     for number, row in enumerate(rows, start=1):
@@ -117,7 +121,7 @@ def _as_row(value: Any, where: str) -> Row:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=ENCODING, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:

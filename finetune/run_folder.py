@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def cache_dir() -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file or nothing: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -190,7 +191,7 @@ class RunFolder:
         """Return the recorded status, or None for a run that never started."""
         try:
             return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_status(self, status: Status) -> None:
@@ -230,13 +231,14 @@ class EventLog:
     One JSON object a line, told apart by `event`: metric (key, value, step, time), param and tag
     (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
     to the run's folder and to the artifact root), status (state, reason, time). Times are
-    milliseconds since the epoch. A step, parameter, tag or data set that the log already holds is
-    not written again, so a resumed run has each once.
+    milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
+    holds is not written again, so a resumed run has each once.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step: dict[str, int] = {}
+        self._last_score: dict[str, float] = {}
         self._told: set[str] = set()
         self._recover(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
@@ -255,6 +257,8 @@ class EventLog:
             if event["event"] == "metric":
                 key, step = event["key"], event["step"]
                 self._last_step[key] = max(step, self._last_step.get(key, -1))
+                if step == 0:
+                    self._last_score[key] = event["value"]
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record finite metrics at `step`; a non-finite one belongs into a status' reason."""
@@ -262,6 +266,13 @@ class EventLog:
             if step > self._last_step.get(key, -1) and math.isfinite(value):
                 self._write("metric", key=key, value=float(value), step=step, time=_now_ms())
                 self._last_step[key] = step
+
+    def scores(self, values: Mapping[str, float]) -> None:
+        """Record scores, at step 0; those of another evaluation of the run come behind them."""
+        for key, value in values.items():
+            if self._last_score.get(key) != value and math.isfinite(value):
+                self._write("metric", key=key, value=float(value), step=0, time=_now_ms())
+                self._last_score[key] = value
 
     def params(self, values: Mapping[str, str]) -> None:
         for key, value in values.items():
@@ -298,6 +309,7 @@ class NullEventLog(EventLog):
 
     def __init__(self) -> None:
         self._last_step = {}
+        self._last_score = {}
         self._told = set()
 
     def close(self) -> None:

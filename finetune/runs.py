@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from finetune.comparison import compare
-from finetune.results import print_table, read_outcomes
+from finetune.results import print_table, read_side
 from finetune.run_folder import RunFolder
 
 
@@ -73,12 +73,12 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
         table.add_column(name, overflow="fold", justify="right" if name != "metric" else "left")
     for path in sorted(one.evaluation.glob("*.json")):
         for metric in (one.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
-            first, second = (read_outcomes(run, path.stem, metric) for run in (one, other))
+            first, second = (read_side(run, path.stem, metric, "tuned") for run in (one, other))
             name = f"{path.stem}/{metric}"
-            if first is None or second is None:
+            if not first or not second:
                 continue
             try:
-                found = compare({name: (first[1], second[1])}).differences[name]
+                found = compare({name: (first, second)}).differences[name]
             except ValueError as error:
                 table.add_row(name, "", "", str(error), "", "", "")
                 continue

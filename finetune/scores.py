@@ -29,7 +29,7 @@ from finetune.tasks import SEED, LoadedTask, load_task
 
 log = logging.getLogger("finetune")
 
-SCORING = 2  # raised when the way to score could change a number; stored scores are then renewed
+SCORING = 3  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def load_tasks(config: Config, source: Source | None) -> list[LoadedTask]:
@@ -191,18 +191,19 @@ def write_scores(
 
 
 def tell_scores(
-    folder: RunFolder,
-    events: EventLog,
-    tuned: Mapping[str, TaskScore],
-    base: Mapping[str, TaskScore],
+    events: EventLog, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
 ) -> None:
-    """Put the scores, and what the run leaves, into its event log."""
+    """Put the scores into the run's event log."""
     for name, score in tuned.items():
         told = dict(score.metrics)
         if name in base:
             told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
         prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
-        events.metrics({f"{prefix}{key}": value for key, value in told.items()}, 0)
+        events.scores({f"{prefix}{key}": value for key, value in told.items()})
+
+
+def tell_artifacts(folder: RunFolder, events: EventLog) -> None:
+    """Put what the run leaves into its event log."""
     for path in ("adapter", "model", "evaluation"):
         if (folder.path / path).exists():
             events.artifact(path, path)

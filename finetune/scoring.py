@@ -58,7 +58,7 @@ class Scoring:
     differences: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
     flipped: int = 0  # of these, answers that changed
-    forwarded_tokens: int = 0  # after the check, which answers its sample
+    forwarded_tokens: int = 0  # by the shared path, the check's included
     seconds: float = 0.0  # of these, the check took check_seconds
     check_seconds: float = 0.0
 
@@ -92,6 +92,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._batch_tokens = batch_tokens or self._free_tokens()
         self._base_passed = base_passed
         self._attention = BlockAttention(model)
+        self._num_forwarded = 0
         self._known: dict[Key, Answer] = {}  # by the shared path, from the check, in _own_dtype
 
     def loglikelihood(
@@ -124,6 +125,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _answer(self, keys: list[Key]) -> dict[Key, Answer]:
         """Check the shared path on a sample, then answer all by it, or by lm-eval's own."""
         started = time.monotonic()
+        self._num_forwarded = 0
         truncated = sum(len(self._tokens(key)) < len(key[0] + key[1]) - 1 for key in keys)
         if truncated:
             log.warning(
@@ -140,7 +142,11 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 answers = self._shared(keys, known, progress=True)
             else:
                 answers = self._plain(keys, progress=True)
-        self.scoring = replace(self.scoring, seconds=time.monotonic() - started)
+        self.scoring = replace(
+            self.scoring,
+            forwarded_tokens=self._num_forwarded,
+            seconds=time.monotonic() - started,
+        )
         return answers
 
     def _check(self, questions: list[list[Key]]) -> Scoring:
@@ -186,6 +192,10 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     @contextmanager
     def _computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Compute in another dtype; in the model's own nothing is cast, no fp32 adapter either."""
+        if dtype == self._own_dtype:
+            yield
+            return
         with cast_parameters(self.model, dtype), attention_in(self.model, dtype):
             yield
 
@@ -226,7 +236,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         Args:
             keys: the requests.
             known: answers to some of them.
-            progress: whether to show it and to count the tokens.
+            progress: whether to show it.
         """
         asked: dict[Tokens, list[Key]] = {}
         for key in keys:
@@ -247,8 +257,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 answers.update(found)
                 bar.add(found, num_tokens)
                 del batches[0]
-        if progress:
-            self.scoring = replace(self.scoring, forwarded_tokens=bar.num_tokens)
+        self._num_forwarded += bar.num_tokens
         return answers
 
     def _folded(self) -> AbstractContextManager[None]:

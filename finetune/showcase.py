@@ -94,7 +94,7 @@ def _state(sweep: str, swept: Sequence[str], metrics: Sequence[str]) -> dict[str
         # Only runs have a state, and only an order by date would fold them below their sweep.
         "searchFilter": f"tags.`finetune.sweep` = '{sweep}' and tags.`finetune.state` != ''",
         "orderByKey": f"metrics.`{metrics[0]}`" if metrics else "attributes.`Duration`",
-        "orderByAsc": False,
+        "orderByAsc": bool(metrics) and metrics[0].endswith("loss"),
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": [
             {**chart, **common, "uuid": f"chart-{number}"} for number, chart in enumerate(charts)

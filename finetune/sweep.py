@@ -12,14 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from filelock import FileLock, Timeout
-from jinja2 import TemplateError as JinjaError
 from omegaconf import DictConfig
 
 from finetune import distributed
@@ -32,11 +31,9 @@ from finetune.planning import (
     Sweep,
     build_job,
     plan_sweep,
-    refuse,
     render_groups,
     sweep_name,
 )
-from finetune.ranges import find_problems
 from finetune.report import verdict, write_report
 from finetune.results import (
     Results,
@@ -68,12 +65,11 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     Raises:
         Refused: something in the grid cannot run; nothing was started.
     """
-    refuse([problem for job in jobs for problem in find_problems(job.config)])
     has = launch is not None
-    refuse([p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)])
-    refuse(_folder_problems(jobs[0].config))
+    found = [p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)]
+    found += _folder_problems(jobs[0].config)
     with build_worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
-        sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker)
+        sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
             for line in render_groups(sweep):
@@ -95,31 +91,33 @@ def _conduct(
     )
     states: list[State] = []
     report: Future[Results] = Future()
-    try:
-        shown = [(str(point), point.run) for point in sweep.points]
-        # Reports are written while the next run trains.
-        with live_table(shown), ThreadPoolExecutor(max_workers=1) as reporter:
-            if launch is not None:
-                worker.stop()  # its memory is the launched jobs' now
-                sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
-            for state in _run_all(sweep, tracker, worker):
-                states.append(state)
-                report.cancel()  # one that has not begun; the next tells more
-                report = reporter.submit(_write_report, sweep)
-                if sweep.config.sweep.fail_fast and state != "finished":
-                    break
-                if distributed.has_parted():
-                    break
-    except KeyboardInterrupt:
-        log.info("interrupted: waiting for a checkpoint; once more ends at once")
-        with suppress(KeyboardInterrupt):
-            worker.interrupt(INTERRUPT_SECONDS)
-        states.append("interrupted")
+    # Reports are written while the next run trains, or while an interrupted one saves.
+    with ThreadPoolExecutor(max_workers=1) as reporter:
+        try:
+            with live_table([(str(point), point.run) for point in sweep.points]):
+                if launch is not None:
+                    worker.stop()  # its memory is the launched jobs' now
+                    sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
+                for state in _run_all(sweep, tracker, worker):
+                    states.append(state)
+                    report.cancel()  # one that has not begun; the next tells more
+                    report = reporter.submit(_write_report, sweep)
+                if states:
+                    wait([report])
+        except KeyboardInterrupt:
+            report.cancel()
+            log.info("interrupted: waiting for a checkpoint; once more ends at once")
+            with suppress(KeyboardInterrupt):
+                worker.interrupt(INTERRUPT_SECONDS)
+            states.append("interrupted")
     return _report(sweep, tracker, states)
 
 
 def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
-    """Run what is to be run, one after another, and say how each came out."""
+    """Run what is to be run, one after another, and say how each came out.
+
+    Ends early after a failure under `sweep.fail_fast`, and where other processes are lost.
+    """
     took: list[float] = []
     begun = 0
     for number, group in enumerate(sweep.groups):
@@ -131,10 +129,14 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
             log.info("[%d/%d] %s%s", begun, len(sweep.points), point, left)
             tracker.follow(point.run)
         started = time.monotonic()
-        states = [point.left for point in points if point.left] or _run_group(points, worker)
+        settled = [point.left for point in points if point.left]
+        states = settled or _run_group(points, worker)
         if states == ["finished"] * len(points) and points[0].prospect != FINISHED:
             took += [(time.monotonic() - started) / len(points)] * len(points)
         yield from states
+        is_failed = not settled and states != ["finished"] * len(points)
+        if (sweep.config.sweep.fail_fast and is_failed) or distributed.has_parted():
+            return
 
 
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
@@ -234,12 +236,21 @@ def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
 
 
 def _write_failure(run: RunFolder, reason: str, started: float) -> State:
-    """Record the end of a run whose process could not do so itself."""
-    with run.locked():
-        run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
-        events = EventLog(run.events)
-        events.status("failed", reason)
-        events.close()
+    """Record the end of a run whose process could not do so itself; return how it ended.
+
+    Another process may have worked on it, and ended it, since `started`.
+    """
+    try:
+        with run.locked():
+            now = run.status()
+            if now is not None and now.state != "running" and (now.ended or 0) >= started:
+                return now.state
+            run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
+            events = EventLog(run.events)
+            events.status("failed", reason)
+            events.close()
+    except OSError as error:  # such as a full disk; the other runs go on
+        log.error("%s: its end cannot be recorded: %s", run.name, error)
     return "failed"
 
 
@@ -247,11 +258,15 @@ def _write_report(sweep: Sweep) -> Results:
     """Write the report; pictures and pages that fail are said, and cost no run its result."""
     try:
         return write_report(sweep.folder)
-    except (OSError, ValueError, KeyError, TypeError, JinjaError) as error:
+    except Exception as error:
         log.error("the report of %s is not whole: %s", sweep.folder, error)
-        results = read_results(sweep.folder)
+        log.debug("where it failed", exc_info=error)
+    results = read_results(sweep.folder)
+    try:
         write_csv(results)
-        return results
+    except OSError as error:
+        log.error("%s cannot be written: %s", sweep.folder / "results.csv", error)
+    return results
 
 
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
@@ -260,19 +275,17 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     failed = any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
     so_far = read_results(sweep.folder)
-    behind = tracker.close(
-        state=state, champion=so_far.best_run(), metrics=list(so_far.comparisons)
-    )
+    behind = tracker.close(state=state, champion=so_far.best_run(), metrics=so_far.drawn_metrics())
     results = _write_report(sweep)
     print_table(render_table(results))
     for row in results.rows:
         if row["reason"]:
             print(f"{row['run']}: {row['status']}: {row['reason']}", file=sys.stderr)
-    if results.comparisons:
+    if results.best_run() is not None:
         print(f"\n{verdict(results)}")
     print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
     if behind:
         print(behind, file=sys.stderr)
     elif sweep.config.tracking.enabled:
-        print(f"compare: {tracker.ui_command}")
+        print(f"compare: {tracker.how_to_look}")
     return 130 if interrupted else int(failed)

@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from finetune.overrides import first_line
 from finetune.tracking import Mirror, send
 
 
@@ -29,11 +32,19 @@ def main() -> None:
 
 def _sync(folder: Path) -> bool:
     path = folder / "mlflow.json"
-    mirror = Mirror.load(path)
     try:
-        num_events = send(mirror, path, list(mirror.children))
+        with FileLock(folder / ".lock", timeout=0):
+            return _send_rest(folder, Mirror.load(path), path)
+    except Timeout:
+        print(f"{folder}: its sweep is running, and sends by itself", file=sys.stderr)
+        return False
+
+
+def _send_rest(folder: Path, mirror: Mirror, path: Path) -> bool:
+    try:
+        num_events = send(mirror, path)
     except Exception as error:  # whatever the store raises
-        print(f"{folder}: {mirror.uri}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{folder}: {mirror.uri}: {first_line(error)}", file=sys.stderr)
         return False
     print(f"{folder}: {num_events} events sent to {mirror.uri}")
     return True

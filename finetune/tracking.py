@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -19,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock
-
 from finetune.config import TrackingConfig
-from finetune.run_folder import RunFolder, State, slug, write_atomic
+from finetune.mlflow_store import absolute_uri, find_experiment, is_server, open_store
+from finetune.overrides import first_line
+from finetune.run_folder import RunFolder, State, write_atomic
 from finetune.showcase import register_champion, save_view
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ END_STATES = {
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
 CLOSE_SECONDS = 20.0  # that the end of a sweep waits for the store
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
 
@@ -44,7 +43,7 @@ METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
 class Tracker(Protocol):
     """Where a sweep's runs are compared."""
 
-    ui_command: str
+    how_to_look: str
 
     def follow(self, run: RunFolder) -> None:
         """Mirror this run from now on, whole, also where an earlier sweep trained it."""
@@ -67,7 +66,7 @@ class Tracker(Protocol):
 class NullTracker:
     """Track nothing; the runs' own files are all there is."""
 
-    ui_command = ""
+    how_to_look = ""
 
     def follow(self, run: RunFolder) -> None:
         pass
@@ -106,6 +105,9 @@ class Mirror:
     view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._changing = threading.RLock()  # the sweep adds runs while a thread sends them
+
     @classmethod
     def load(cls, path: Path) -> Mirror:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +115,18 @@ class Mirror:
         return cls(**stored, children=children)
 
     def save(self, path: Path) -> None:
-        write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+        with self._changing:
+            write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    def add(self, run: RunFolder, path: Path) -> None:
+        """Mirror a run too; saved at once, so that sync knows of it should MLflow be down."""
+        with self._changing:
+            self.children.setdefault(run.name, Child(str(run.path))).path = str(run.path)
+            self.save(path)
+
+    def names(self) -> list[str]:
+        with self._changing:
+            return list(self.children)
 
 
 def build_tracker(
@@ -140,31 +153,24 @@ def build_tracker(
     return MlflowTracker(mirror, path)
 
 
-def absolute_uri(uri: str) -> str:
-    """Return the store's URI, a SQLite file's path made absolute."""
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri
-
-
 class MlflowTracker:
     """Follow the event logs of a sweep's runs from a thread that alone talks to MLflow."""
 
     def __init__(self, mirror: Mirror, path: Path) -> None:
         self._mirror = mirror
         self._path = path
-        self._changed = threading.Lock()
         self._closing = threading.Event()
         self._error: str | None = None
         self._thread = threading.Thread(target=self._keep_sending, daemon=True)
         self._thread.start()
-        self.ui_command = f"mlflow ui --backend-store-uri {mirror.uri}"
+        self.how_to_look = (
+            f"open {mirror.uri}"
+            if is_server(mirror.uri)
+            else f"mlflow ui --backend-store-uri {mirror.uri}"
+        )
 
     def follow(self, run: RunFolder) -> None:
-        with self._changed:
-            path = str(run.path)
-            self._mirror.children.setdefault(run.name, Child(path)).path = path
-            self._mirror.save(self._path)  # so that sync knows of it, should MLflow be down
+        self._mirror.add(run, self._path)
 
     def run_id(self, run: RunFolder) -> str | None:
         child = self._mirror.children.get(run.name)
@@ -180,7 +186,8 @@ class MlflowTracker:
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive() and self._error is None:
             if self._mirror.view:
-                self.ui_command += f"\nthen open http://127.0.0.1:5000/{self._mirror.view}"
+                ui = "" if is_server(self._mirror.uri) else f"\nthen open {LOCAL_UI}"
+                self.how_to_look += f"{ui}/{self._mirror.view}"
             return None
         return (
             f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
@@ -197,32 +204,34 @@ class MlflowTracker:
 
     def _send(self) -> bool:
         """Send what is new; return whether the store took it."""
-        with self._changed:
-            names = list(self._mirror.children)
         try:
-            send(self._mirror, self._path, names)
+            send(self._mirror, self._path)
         except Exception as error:  # whatever a store may raise, the runs go on
             if self._error is None:
                 log.warning("MLflow at %s cannot be reached; going on without", self._mirror.uri)
-            self._error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            self._error = f"{type(error).__name__}: {first_line(error)[:200]}"
             return False
         self._error = None
         return True
 
 
-def send(mirror: Mirror, path: Path, names: Sequence[str]) -> int:
+def send(mirror: Mirror, path: Path) -> int:
     """Send the runs' new events to MLflow; return how many were new.
 
     The mirror's file is saved after each run, so that a kill repeats one run's events at most.
     """
-    client = _open_client(mirror)
+    client = open_store(mirror.uri)
+    if mirror.experiment_id is None:
+        mirror.experiment_id = find_experiment(client, mirror.uri, mirror.experiment)
     if mirror.run_id is None:
         mirror.run_id = _create_run(client, mirror, mirror.name, {"finetune.sweep": mirror.name})
         mirror.save(path)
         client.log_param(mirror.run_id, "swept", ", ".join(mirror.swept) or "nothing")
     num_events = 0
-    for name in names:
+    for name in mirror.names():
         child = mirror.children[name]
+        if _is_begun_anew(child):
+            child.run_id, child.offset = None, 0
         if child.run_id is None:
             tags = {"mlflow.parentRunId": mirror.run_id, "finetune.sweep": mirror.name}
             child.run_id = _create_run(client, mirror, name, tags)
@@ -243,6 +252,16 @@ def send(mirror: Mirror, path: Path, names: Sequence[str]) -> int:
                 register_champion(client, mirror.name, champion.run_id, artifact)
     mirror.save(path)
     return num_events
+
+
+def _is_begun_anew(child: Child) -> bool:
+    """Return whether the run's folder was deleted and made again since its log was last read."""
+    try:
+        with (Path(child.path) / "events.jsonl").open("rb") as file:
+            file.seek(max(0, child.offset - 1))
+            return child.offset > 0 and file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
 
 
 def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
@@ -312,69 +331,6 @@ def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> No
         client.update_run(run_id, status="RUNNING")
     else:
         client.set_terminated(run_id, END_STATES[event["state"]], end_time=event["time"])
-
-
-def _open_client(mirror: Mirror) -> MlflowClient:
-    """Open the store, made first where it is a SQLite file, and find or make the experiment."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default blocks one call for minutes
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    }.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    for library in ("alembic", "mlflow"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    if mirror.uri.startswith("sqlite:///"):
-        _make_sqlite_store(Path(mirror.uri.removeprefix("sqlite:///")))
-    client = mlflow.MlflowClient(tracking_uri=mirror.uri)
-    if mirror.experiment_id is None:
-        found = client.get_experiment_by_name(mirror.experiment)
-        if found is None:
-            try:
-                mirror.experiment_id = client.create_experiment(
-                    mirror.experiment, artifact_location=_artifact_location(mirror)
-                )
-            except MlflowException:  # another process made it in between
-                found = client.get_experiment_by_name(mirror.experiment)
-                if found is None:
-                    raise
-        if found is not None:
-            mirror.experiment_id = found.experiment_id
-    return client
-
-
-def _artifact_location(mirror: Mirror) -> str | None:
-    if not mirror.uri.startswith("sqlite:///"):
-        return None
-    store = Path(mirror.uri.removeprefix("sqlite:///"))
-    return (store.parent / "mlartifacts" / slug(mirror.experiment)).as_uri()
-
-
-def _make_sqlite_store(store: Path) -> None:
-    """Migrate a new store in a temporary file and rename it.
-
-    A store that several processes open cold, or that is killed while it is first migrated, is
-    broken for good (MLflow 3.17).
-    """
-    if store.exists():
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    with FileLock(f"{store}.lock"):
-        if store.exists():
-            return
-        temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        made = SqlAlchemyStore(f"sqlite:///{temporary}", str(store.parent / "mlartifacts"))
-        made.engine.dispose()
-        connection = sqlite3.connect(temporary)
-        connection.execute("pragma journal_mode=wal")
-        connection.close()
-        os.replace(temporary, store)
 
 
 def _create_run(client: MlflowClient, mirror: Mirror, name: str, tags: dict[str, str]) -> str:

@@ -33,7 +33,7 @@ from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples
 from finetune.label_trainer import LabelTrainer
 from finetune.models import TORCH_DTYPES, has_bf16
-from finetune.row_order import EvenOrder, with_filler
+from finetune.row_order import EvenOrder, filled_up, with_filler
 from finetune.run_folder import EventLog, RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole
@@ -122,7 +122,7 @@ def train(
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_rows, num_tokens = len(examples.train), sum(len(e["input_ids"]) for e in examples.train)
     watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
-    problem = _find_padding_reason(model, examples)
+    problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
     arguments.padding_free = problem is None
     _set_validations(arguments, examples)
     if arguments.activation_checkpointing and arguments.device.type == "cpu":
@@ -165,12 +165,16 @@ def _build_trainer(
     watch: StepWatch,
 ) -> LabelTrainer:
     """Build the Trainer; under a launcher each process gets its even part of the rows."""
-    launched = distributed.is_launched()
+    train, validation = examples.train, examples.validation
+    if launched := distributed.is_launched():
+        train = with_filler(train)
+        together = arguments.per_device_eval_batch_size * arguments.world_size
+        validation = filled_up(validation, together) if validation else []
     trainer = LabelTrainer(
         model=model,
         args=arguments,
-        train_dataset=_as_dataset(with_filler(examples.train) if launched else examples.train),
-        eval_dataset=_as_dataset(examples.validation) if examples.validation else None,
+        train_dataset=_as_dataset(train),
+        eval_dataset=_as_dataset(validation) if validation else None,
         processing_class=tokenizer,
         callbacks=[watch],
     )

@@ -17,7 +17,7 @@ ORDER = [
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "tasks", "evaluation", "forecast",
-    "samples", "showcase", "tracking", "comparison", "results", "memory",
+    "samples", "showcase", "mlflow_store", "tracking", "comparison", "results", "shape", "memory",
     "figures", "report", "identity",
     "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "sync",

@@ -10,7 +10,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config import DataConfig, SourceConfig, TrainingConfig
-from finetune.data import IGNORED, Examples, build_examples, find_problems, share_sizes
+from finetune.data import (
+    IGNORED,
+    Examples,
+    build_examples,
+    find_problems,
+    longest_batch,
+    share_sizes,
+)
 from finetune.rows import DataSource, read_file
 from finetune.run_folder import read_events
 from tests.conftest import TINY, Command, write_rows
@@ -107,6 +114,18 @@ def test_nothing_left_is_an_error_with_the_first_row(tokenizer: PreTrainedTokeni
     rows = [{"instruction": "x", "input": "", "output": ""}] * 3
     with pytest.raises(ValueError, match=r"no row is left.*output is empty; first: row 1"):
         build(rows, tokenizer)
+
+
+def test_the_largest_batch_is_one_of_rows_that_are_kept(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Prompts that leave no room for a response are longer, and are not trained on."""
+    too_long = {"instruction": "very " * 400, "input": "", "output": "yes"}
+    data, training = DataConfig(path="rows.jsonl"), TrainingConfig(batch_size=1, max_length=200)
+    kept = build(ROWS, tokenizer, max_length=200)
+    longest = max(len(example["input_ids"]) for example in kept.train)
+    rows = [too_long] * 9 + ROWS
+    assert longest_batch([(source(data), rows)], data, training, tokenizer) == longest
 
 
 def test_rows_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from finetune import adapters, export, models, worker
-from finetune.config import LoraConfig, ModelConfig
+from finetune.config import LoraConfig, ModelConfig, PeftConfig
 from finetune.merging import find_prompts, log_likelihoods
 from finetune.trained import find_trained, load_as_published
 from tests.conftest import train_tiny
@@ -169,6 +169,14 @@ def test_a_merged_model_says_what_the_run_says(
     assert torch.allclose(found, unmerged, rtol=0, atol=1e-6 if exact else 2e-3)
     tuned = (log_likelihoods(trained.load_base(), prompts) - unmerged).abs().max()
     assert tuned > 0.02  # the base itself would not pass
+
+
+def test_ia3_on_a_quantised_base_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT refuses to take it off a 4-bit base; the check afterwards passes."""
+    model = replace(TINY, quantization="nf4")
+    run = train_tiny(tmp_path / "outputs", model=model, peft=PeftConfig("ia3"))
+    assert call(monkeypatch, run, "--merge", "--into", tmp_path / "merged") == 0
+    assert "was quantised" in (tmp_path / "merged" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

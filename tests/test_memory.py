@@ -11,14 +11,21 @@ import torch
 
 from finetune import memory, preflight
 from finetune.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.memory import GIB, Place, estimate, find_problem, find_shape
+from finetune.memory import GIB, Place, estimate, find_problem
+from finetune.shape import find_shape
 from tests.conftest import TINY, Command, write_rows
 
 CPU = Place("cpu", 4, 64 * GIB)
 CARD = Place("cuda", 2, 16 * GIB)
 
 
-def mistral(quantization: str) -> Config:
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no machine read the sizes of the hub's own config."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def mistral(quantization: str, path: str = "mistralai/Mistral-7B-v0.1") -> Config:
     """Return the reference experiment's settings; its model's dimensions are Mistral-7B's."""
     dimensions = {
         "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
@@ -26,7 +33,7 @@ def mistral(quantization: str) -> Config:
         "vocab_size": 32000, "tie_word_embeddings": False,
     }  # fmt: skip
     return Config(
-        model=ModelConfig(path="a/b", quantization=quantization, dimensions=dimensions),
+        model=ModelConfig(path=path, quantization=quantization, dimensions=dimensions),
         optimizer=OptimizerConfig(name="adamw_8bit"),
         training=TrainingConfig(batch_size=8, max_length=2048, gradient_checkpointing=True),
     )
@@ -41,6 +48,46 @@ def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
     assert estimate(config, shape, CARD).weights == 2 * 7_241_732_096
     four_bit = estimate(mistral("nf4"), shape, CARD).weights / GIB
     assert 3.6 < four_bit < 4.1
+
+
+def test_the_dimensions_of_another_model_are_not_taken() -> None:
+    """Of an option of `model` whose path was replaced, neither hub nor cache being there."""
+    with pytest.raises(FileNotFoundError, match="a/b is not on this machine"):
+        find_shape(mistral("none", path="a/b").model)
+
+
+def test_a_trained_head_has_all_its_logits_at_once() -> None:
+    """Under peft=full they grow with the batch; under LoRA they come in chunks."""
+    shape = find_shape(mistral("none").model)
+    logits = []
+    for method in ("lora", "full"):
+        config = mistral("none")
+        config.peft.method = method
+        logits.append([estimate(config, shape, CARD, tokens=n).logits for n in (2048, 8192)])
+    lora, full = (many - few for few, many in logits)
+    assert full > 6144 * shape.vocabulary * 8 > lora
+
+
+@pytest.mark.parametrize(
+    ("method", "init", "not_named"),
+    [
+        ("full", "default", "quantization"),
+        ("lora", "pissa", "quantization"),
+        ("prefix_tuning", "default", "gradient_checkpointing"),
+    ],
+)
+def test_no_remedy_is_one_that_is_refused(method: str, init: str, not_named: str) -> None:
+    """What a method cannot do is no way to make it fit."""
+    config = mistral("none")
+    config.peft.method, config.lora.init = method, init
+    config.training.gradient_checkpointing = False
+    shape = find_shape(config.model)
+    remedies = {
+        memory.find_remedy(config, shape, replace(CARD, free=gib * GIB), 8 * 2048)
+        for gib in (15, 16, 17, 20, 30, 40, 60, 80, 100, 120)
+    }
+    assert any(remedies)
+    assert not any(not_named in remedy for remedy in remedies if remedy)
 
 
 def test_gpus_under_fsdp_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:

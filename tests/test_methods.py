@@ -29,6 +29,7 @@ from finetune.data import Examples, RowCounts
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import METHODS, find_problems
 from finetune.run_folder import EventLog, Job, RunFolder, read_events
+from finetune.shape import find_shape
 from tests.trainings import CPU, TINY, random_examples
 
 LORA = LoraConfig(r=4, alpha=8)
@@ -141,6 +142,18 @@ def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: st
     torch.testing.assert_close(again(input_ids=IDS).logits, learned, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora", "ia3"])
+def test_equal_adapters_have_equal_files(tmp_path: Path, method: str) -> None:
+    """What PEFT keeps in a set is saved in order."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    settings = adapters.build_settings(PeftConfig(method), LORA, num_steps=9)
+    adapters.save(adapters.attach(base, settings, seed=1), tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert len(saved["target_modules"]) > 1
+    for names in (saved["target_modules"], saved.get("feedforward_modules", [])):
+        assert names == sorted(names)
+
+
 @pytest.mark.parametrize("method", TRAINED_BY_TRL)
 def test_a_resumed_training_is_the_uninterrupted_one(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +206,7 @@ def test_trained_parameters_are_counted_before_the_start(method: str) -> None:
     """The estimate's count is that of what training changes."""
     config = Config(model=TINY, peft=PeftConfig(method, 5), lora=LORA)
     expected = adapters.num_trainable(fresh(method))
-    assert memory.num_trained(config, memory.find_shape(TINY)) == expected
+    assert memory.num_trained(config, find_shape(TINY)) == expected
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from finetune.config import (
 from finetune.identity import find_inputs
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
 from finetune.run_folder import Job, file_digest
+from finetune.shape import find_shape
 from tests.test_grouping import job
 
 TINY = ModelConfig(path="random://tiny")
@@ -127,6 +128,16 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(
     assert quantization.is_castable(base) == (kind != "int8")
 
 
+@pytest.mark.parametrize("init", ["pissa", "orthogonal", "olora"])
+def test_an_initialisation_that_wants_floats_is_refused(tmp_path: Path, init: str) -> None:
+    """PEFT would raise after the base was scored, at every try; OLoRA it dequantises for."""
+    alone = job(tmp_path, model=quantised("nf4"), lora=LoraConfig(r=4, init=init))
+    problems = preflight.prepare(alone.config).problems
+    assert [f"lora.init is {init}, which needs weights in floats" in p for p in problems] == (
+        [] if init == "olora" else [True]
+    )
+
+
 def test_weights_packed_as_floats_are_not_cast(tmp_path: Path) -> None:
     """Some 4-bit checkpoints store two weights in half a bf16; a cast would destroy them."""
     settings = BitsAndBytesConfig(
@@ -188,7 +199,7 @@ def test_a_quantised_checkpoint_is_counted_as_what_it_is(tmp_path: Path) -> None
 
     def weights(model: ModelConfig, **changes: Any) -> float:
         config = Config(model=replace(model, **changes))
-        shape = memory.find_shape(config.model)
+        shape = find_shape(config.model)
         own = load_config(config.model, find_model(config.model))
         loaded = replace(config, model=quantization.as_loaded(config.model, own))
         return memory.estimate(loaded, shape, place).weights

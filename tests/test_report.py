@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.report import verdict, write_report
-from finetune.results import RunRecord, SweepRecord, read_results
+from finetune.results import RunRecord, SweepRecord, read_results, render_table
 
 TASK = "arc_easy"
 
@@ -189,6 +189,24 @@ def test_unequal_questions_are_not_compared_but_said(by_rank: Path, tmp_path: Pa
     assert results.comparisons == {}
     assert "is not compared" in results.remarks[0]
     assert "is not compared" in (by_rank / "report.md").read_text()
+
+
+def test_a_validation_loss_is_shown_and_ranks_where_no_task_does(by_rank: Path) -> None:
+    """The lowest is named, without a claim."""
+    outputs = by_rank.parents[1] / "outputs"
+    for number, loss in enumerate((1.5, 1.25, 1.75)):
+        path = outputs / f"run-{number}" / "training.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_loss": loss}))
+        (outputs / f"run-{number}" / "evaluation" / f"{TASK}.json").unlink()
+    results = write_report(by_rank)
+    assert results.best_run() == "run-1"
+    assert results.drawn_metrics() == ["validation/loss"]
+    said = "lora.r=8 has the lowest validation loss, 1.2500, of 3 runs."
+    assert verdict(results).startswith(said)
+    page = (by_rank / "report.md").read_text()
+    assert "| loss | validation loss |" in page
+    assert re.search(r"^\| lora.r=8 .*\| 1.25 \| 1.25 \|$", page, re.MULTILINE), page
+    assert "1.250" in str(list(render_table(results).columns[-2].cells))
 
 
 def choose_by(folder: Path, scores: dict[str, float]) -> None:

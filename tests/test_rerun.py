@@ -60,6 +60,18 @@ def test_other_answers_are_different(tmp_path: Path, finetune: Command) -> None:
     assert str(first).startswith("3 of ")
 
 
+def test_answers_count_without_a_base_beside_them(tmp_path: Path) -> None:
+    """Such as of training=none; where there is nothing to compare, nothing is called identical."""
+    runs = [RunFolder(tmp_path / name) for name in ("one", "other")]
+    assert compare_runs(*runs)[0] == "different"
+    for run, right in zip(runs, (1, 0), strict=True):
+        run.write_json("evaluation/task.json", {"tuned": {"metrics": {"acc": right}}})
+        item = {"hash": "h", "prompt": "p", "tuned": {"acc": right}}
+        (run.evaluation / "task.items.jsonl").write_text(json.dumps(item) + "\n")
+    assert compare_runs(*runs) == ("different", "1 of 1 answers")
+    assert compare_runs(runs[0], runs[0]) == ("identical", None)
+
+
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, finetune: Command) -> None:
     """One line and exit code 2."""
     done = finetune(str(tmp_path), module="finetune.rerun")

@@ -41,6 +41,39 @@ def test_all_file_kinds_give_the_same_rows(tmp_path: Path) -> None:
         assert read(tmp_path / f"a.{kind}") == ROWS
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_mark_before_the_first_column_is_not_part_of_its_name(tmp_path: Path, kind: str) -> None:
+    """Spreadsheets write one; the column would be missing, and an optional one unnoticed."""
+    path = tmp_path / f"a.{kind}"
+    texts = {
+        "jsonl": '{"input": "x", "output": "y"}\n',
+        "json": '[{"input": "x", "output": "y"}]',
+        "csv": "input,output\nx,y\n",
+    }
+    path.write_text(texts[kind], encoding="utf-8-sig")
+    assert read(path) == [{"input": "x", "output": "y"}]
+
+
+def test_a_named_part_of_a_hub_data_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.subset` is what the library calls a configuration; without one it is asked for."""
+
+    def load(path: str, name: str | None, *, revision: str, split: str) -> list[dict[str, str]]:
+        if name is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main']"
+                "\nExample of usage:\n\t`load_dataset('a/b', 'main')`"
+            )
+        return [{"text": f"{path} {name} {revision} {split}"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("finetune.rows.hub_commit", lambda *_, **__: "c0ffee")
+    (source,) = find_sources(DataConfig(path="a/b", subset="main", split="test"))
+    assert read_rows(source) == [{"text": "a/b main c0ffee test"}]
+    (source,) = find_sources(DataConfig(path="a/b"))
+    with pytest.raises(ValueError, match=r"configs: \['main'\]; set data.subset=NAME$"):
+        read_rows(source)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run_folder import EventLog, RunFolder, Status, digest, read_events, slug
+from finetune.run_folder import (
+    EventLog,
+    RunFolder,
+    Status,
+    digest,
+    read_events,
+    slug,
+    write_atomic,
+)
 
 
 def test_a_digest_depends_on_content_alone() -> None:
@@ -57,6 +65,38 @@ def test_a_resumed_log_has_each_step_and_parameter_once(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_scores_of_another_evaluation_come_behind_the_first(tmp_path: Path) -> None:
+    """The same scores are told once, others are told too: the last ones count."""
+    for scores in ({"a/acc": 0.5}, {"a/acc": 0.5}, {"a/acc": 0.75, "b/acc": 1.0}, {"a/acc": 0.75}):
+        log = EventLog(tmp_path / "events.jsonl")
+        log.scores(scores)
+        log.close()
+    told = [(e["key"], e["value"], e["step"]) for e in read_events(tmp_path / "events.jsonl")]
+    assert told == [("a/acc", 0.5, 0), ("a/acc", 0.75, 0), ("b/acc", 1.0, 0)]
+
+
+def test_two_threads_write_one_file_whole(tmp_path: Path) -> None:
+    """Each has a temporary name of its own; the last one to rename wins."""
+    path = tmp_path / "file"
+    failures: list[Exception] = []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(200):
+                write_atomic(path, text)
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter * 5000,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert path.read_text() in ("a" * 5000, "b" * 5000)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     """The second process waits; a killed holder's lock is free."""
     code = (
@@ -69,8 +109,8 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    threading.Timer(1, holder.kill).start()
     started = time.monotonic()
+    threading.Timer(1, holder.kill).start()
     with RunFolder(tmp_path).locked():
         assert time.monotonic() - started > 0.5
     holder.wait()

@@ -52,6 +52,17 @@ def test_a_foreign_config_is_refused_at_once(tmp_path: Path, finetune: Command, 
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_searched_folder_is_as_foreign(tmp_path: Path) -> None:
+    """`hydra.searchpath` is looked through as `--config-dir` is; a folder must be there."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "evil.yaml").write_text("_target_: os.system\n", encoding="utf-8")
+    for place in (str(tmp_path), f"file://{tmp_path}"):
+        (problem,) = find_override_problems([f"hydra.searchpath=[{place}]"], multirun=False)
+        assert "has _target_" in problem
+    (problem,) = find_override_problems([], multirun=False, config_dir=str(tmp_path / "none"))
+    assert "there is no such folder" in problem
+
+
 @pytest.mark.parametrize(
     "typed",
     [
@@ -84,9 +95,11 @@ def test_a_secret_stays_out_of_every_file(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["../../outside", "/etc/finetune"])
+@pytest.mark.parametrize("name", ["../../outside", "{parent}/outside"])
 def test_a_sweeps_name_stays_in_its_folder(tmp_path: Path, finetune: Command, name: str) -> None:
     """A name is a name, whatever it looks like."""
-    done = finetune(*TINY, f"sweep.name={name}", "sweep.dry_run=true")
+    named = f"sweep.name={name.format(parent=tmp_path.parent)}"
+    done = finetune(*TINY, named, "evaluation=none", "training.max_steps=1")
     assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("multirun_reports/*outside/results.csv"))) == 1
     assert [path for path in tmp_path.parent.iterdir() if "outside" in path.name] == []

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import pipeline, preflight
+from finetune import pipeline, preflight, sweep
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.models import load_base
-from finetune.run_folder import Job, Status
+from finetune.run_folder import Job, RunFolder, Status
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 
@@ -141,20 +141,38 @@ def test_bad_settings_are_refused_at_once(name: str, tmp_path: Path, finetune: C
 
 
 def test_all_that_checking_finds_is_told_together(tmp_path: Path, finetune: Command) -> None:
-    """Model, data, task and optimizer problems of a grid come in one message, exit code 2."""
+    """Ranges, model, data, task and optimizer of a grid: one message, exit code 2."""
     done = finetune(
         *TINY[:-1], "training.max_length=4096", "lora.target_modules=[q_prj]", "data=local",
         "data.path=none.jsonl", "evaluation.tasks=[arc_eazy]", "optimizer.name=adamm,adamw_torch",
-        "--multirun",
+        "sweep.job_timeout=0", "--multirun",
     )  # fmt: skip
     assert done.returncode == 2
-    assert "5 problems, nothing was started" in done.stderr
+    assert "6 problems, nothing was started" in done.stderr
     for message in (
+        "sweep.job_timeout is 0",
         "made for at most 1024 tokens", "did you mean 'q_proj'?", "none.jsonl: there is no file",
         "did you mean 'arc_easy'?", "optimizer.name is 'adamm'",
     ):  # fmt: skip
         assert message in done.stderr
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_one_run_has_one_evaluation(finetune: Command) -> None:
+    """A grid over the evaluation alone would score one point and drop the others."""
+    done = finetune(*TINY, "evaluation.num_fewshot=0,1", "--multirun")
+    assert done.returncode == 2
+    assert "evaluation.num_fewshot differs between jobs that train the same run" in done.stderr
+
+
+def test_a_run_that_another_process_ended_stays_as_it_is(tmp_path: Path) -> None:
+    """Whoever lost its own process on the run finds out when it gets the run's lock."""
+    run, started = RunFolder(tmp_path), time.time()
+    run.write_status(Status("finished", None, started, started + 1))
+    assert sweep._write_failure(run, "its worker died", started) == "finished"
+    assert sweep._write_failure(run, "its worker died", started + 2) == "failed"
+    assert run.status() is not None
+    assert run.read_json("status.json")["reason"] == "its worker died"
 
 
 @pytest.mark.parametrize(
@@ -302,19 +320,19 @@ REASONS = {
     "3": ("failed", "RuntimeError: the test says so"),
     "4": ("finished", ""),
     "5": ("failed", "killed by SIGKILL"),
-    "6": ("failed", "longer than 30 s (sweep.job_timeout)"),
+    "6": ("failed", "longer than 60 s (sweep.job_timeout)"),
     "7": ("failed", "out of memory; a smaller training.batch_size"),
     "8": ("diverged", "became"),
     "9": ("finished", ""),
 }
 GRID = (
-    *TINY, f"lora.r={','.join(REASONS)}", "evaluation=none", "sweep.job_timeout=30",
+    *TINY, f"lora.r={','.join(REASONS)}", "evaluation=none", "sweep.job_timeout=60",
     "training.batch_size=2", "training.epochs=1", "--multirun",
 )  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_every_kind_of_trouble_stays_with_its_run(
     tmp_path: Path, finetune: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,14 +351,14 @@ def test_every_kind_of_trouble_stays_with_its_run(
     (page,) = tmp_path.glob("multirun_reports/*/report.md")
     assert "killed by SIGKILL" in page.read_text()
 
-    # Without the trouble: left or tried again, as asked; what diverged stays.
+    # Without the trouble: left or tried again, as asked; what diverged stays, and stops nothing.
     monkeypatch.delenv("PYTHONPATH")
     done = finetune("sweep.retry_failed=false", "sweep.dry_run=true", *GRID)
     assert done.returncode == 0
     assert done.stdout.count("failed, left as it is") == 4
     assert done.stdout.count("finished already") == 3
     assert "diverged, left as it is" in done.stdout
-    done = finetune(*GRID)
+    done = finetune("sweep.fail_fast=true", *GRID)
     assert done.returncode == 1  # for the diverged one
     states = {row["lora.r"]: row["status"] for row in results(tmp_path)}
     assert states == {rank: "diverged" if rank == "8" else "finished" for rank in REASONS}
@@ -384,12 +402,10 @@ def test_two_sweeps_at_once_share_their_runs(tmp_path: Path, finetune: Command) 
     assert second.returncode == 0, second.stderr
     assert same is None or same.returncode in (0, 2)
     assert len(list(tmp_path.glob("outputs/*/training.json"))) == 2
-    for events in tmp_path.glob("outputs/*/events.jsonl"):
-        steps = [
-            event["step"]
-            for event in map(json.loads, events.read_text().splitlines())
-            if event.get("key") == "train/loss"
-        ]
+    for log in tmp_path.glob("outputs/*/events.jsonl"):
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [e["state"] for e in events if e["event"] == "status"] == ["running", "finished"]
+        steps = [event["step"] for event in events if event.get("key") == "train/loss"]
         assert steps == sorted(set(steps))
 
 

@@ -14,8 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from finetune.config import TrackingConfig
+from finetune import sync
+from finetune.config import Config, DataConfig, TrackingConfig
+from finetune.ranges import find_problems
 from finetune.run_folder import EventLog, RunFolder
 from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
 from tests.conftest import TINY, Command
@@ -26,10 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's o
 @pytest.fixture(scope="session")
 def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Migrate one empty store, which takes seconds, for all tests to copy."""
-    from finetune.tracking import _make_sqlite_store
+    from finetune.mlflow_store import make_sqlite_store
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
-    _make_sqlite_store(store)
+    make_sqlite_store(store)
     return store
 
 
@@ -103,7 +106,7 @@ def test_sending_again_adds_nothing(uri: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep" / "mlflow.json"
     mirror = Mirror.load(path)
     mirror.children["run"].offset = 0
-    assert send(mirror, path, ["run"]) > 50
+    assert send(mirror, path) > 50
     assert history(uri, tracked.run_id(run)) == list(range(1, 51))
 
 
@@ -120,6 +123,40 @@ def test_a_second_sweep_shows_a_finished_run_whole(uri: str, tmp_path: Path) -> 
     assert history(uri, ids[1]) == list(range(1, 51))
 
 
+def test_a_run_that_was_made_anew_gets_a_run_of_its_own(uri: str, tmp_path: Path) -> None:
+    """Its folder was deleted, as is the way to try a diverged run again; nothing is skipped."""
+    path, mirror = tmp_path / "mlflow.json", Mirror(uri, "e", "s", [])
+    mirror.add(recorded_run(tmp_path / "run"), path)
+    send(mirror, path)
+    first = mirror.children["run"].run_id
+    shutil.rmtree(tmp_path / "run")
+    recorded_run(tmp_path / "run", num_steps=3)
+    send(mirror, path)
+    again = mirror.children["run"].run_id
+    assert again != first
+    assert history(uri, again) == [1, 2, 3]
+
+
+def test_sync_leaves_a_sweep_at_work_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would make the sweep's runs in MLflow."""
+    Mirror("sqlite:///none/mlflow.db", "e", "s", []).save(tmp_path / "mlflow.json")
+    monkeypatch.setattr("sys.argv", ["finetune.sync", str(tmp_path)])
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit) as ended:
+        sync.main()
+    assert ended.value.code == 1
+    assert "its sweep is running" in capsys.readouterr().err
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    """It would stand in files, logs and on the screen."""
+    tracking = TrackingConfig(uri="https://me:secret@host/")
+    (problem,) = find_problems(Config(data=DataConfig(path="x"), tracking=tracking))
+    assert "MLFLOW_TRACKING_PASSWORD" in problem
+    assert "secret" not in problem
+
+
 def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
     """Half a line is not sent; the whole one is, once."""
     run = recorded_run(tmp_path / "run", num_steps=2)
@@ -131,11 +168,11 @@ def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
     from finetune.tracking import Child
 
     mirror.children["run"] = Child(str(run.path))
-    send(mirror, path, ["run"])
+    send(mirror, path)
     assert history(uri, mirror.children["run"].run_id) == [1, 2]
     with run.events.open("a") as file:
         file.write(line[20:] + "\n")
-    send(mirror, path, ["run"])
+    send(mirror, path)
     assert sorted(history(uri, mirror.children["run"].run_id)) == [1, 2, 3]
 
 
@@ -162,6 +199,19 @@ def test_a_store_that_is_down_stops_nothing_and_sync_recovers_all(
     assert synced.returncode == 0, synced.stderr
     mirror = Mirror.load(tmp_path / "multirun_reports" / "sweep" / "mlflow.json")
     assert history(uri, mirror.children["run"].run_id) == list(range(1, 51))
+
+
+def test_a_server_that_never_answers_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a sweep gives it a while, and names the command that sends the rest."""
+    monkeypatch.setattr("finetune.tracking.CLOSE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        tracked = tracker(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path / "sweep")
+        tracked.follow(recorded_run(tmp_path / "run"))
+        behind = tracked.close(state="finished")
+    assert "it is slow" in str(behind)
+    assert "python -m finetune.sync" in str(behind)
 
 
 def serve(store: str, port: int) -> subprocess.Popen[bytes]:
@@ -192,7 +242,7 @@ def test_a_server_that_dies_in_mid_run_stops_nothing(
     server = serve(uri, port)
     run = subprocess.Popen(
         [sys.executable, "-m", "finetune", *settings, "tracking=server", f"tracking.uri={address}",
-         "training.batch_size=2", "data.num_examples=400"],
+         "training.batch_size=2", "data.num_examples=400", "training.epochs=8"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
@@ -216,14 +266,16 @@ def test_a_server_that_dies_in_mid_run_stops_nothing(
         synced = finetune(module="finetune.sync")
         assert synced.returncode == 0, synced.stderr
         (child,) = Mirror.load(path).children.values()
-        assert history(address, child.run_id) == list(range(1, 401))
+        assert history(address, child.run_id) == list(range(1, 1601))
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
 @pytest.mark.slow
-def test_a_mirror_killed_at_work_goes_on_where_it_was(uri: str, tmp_path: Path) -> None:
+def test_a_mirror_killed_at_work_goes_on_where_it_was(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kill -9 in the middle of sending: the next one completes it, each step once."""
     run = recorded_run(tmp_path / "run", num_steps=20_000)
     code = (
@@ -236,12 +288,19 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(uri: str, tmp_path: Path) 
     root = Path(__file__).parents[1]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=root, text=True)
     path = tmp_path / "sweep" / "mlflow.json"
-    while not path.exists() or Mirror.load(path).children.get("run") is None:
-        time.sleep(0.05)
-    time.sleep(0.3)
+
+    def num_sent() -> int:
+        child = Mirror.load(path).children.get("run") if path.exists() else None
+        return len(history(uri, child.run_id)) if child and child.run_id else 0
+
+    while num_sent() == 0:
+        assert process.poll() is None
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    assert 0 < num_sent() < 20_000
     assert Mirror.load(path).children["run"].offset == 0
+    monkeypatch.setattr("finetune.tracking.CLOSE_SECONDS", 300.0)
     tracked = tracker(uri, tmp_path / "sweep")
     tracked.follow(run)
     assert tracked.close(state="finished") is None
@@ -255,6 +314,7 @@ def test_four_processes_on_a_cold_store_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     code = (
         "import sys; from pathlib import Path; from tests.test_tracking import *\n"
+        "import finetune.tracking; finetune.tracking.CLOSE_SECONDS = 300\n"
         "folder = Path(sys.argv[2]); run = recorded_run(folder / 'run')\n"
         "t = tracker(sys.argv[1], folder / 'sweep'); t.follow(run)\n"
         "behind = t.close(state='finished'); assert behind is None, behind"

@@ -31,7 +31,7 @@ def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list
         batch_size=4, gradient_accumulation_steps=2, **changes.pop("training", {})
     )
     lora = LoraConfig(r=4, **changes.pop("lora", {}))
-    optimizer = OptimizerConfig(weight_decay=0.01, **changes.pop("optimizer", {}))
+    optimizer = OptimizerConfig(**{"weight_decay": 0.01, **changes.pop("optimizer", {})})
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
     adapted = adapters.attach(model, adapters.lora_settings(lora), settings.seed)
     run = RunFolder(folder)
@@ -55,7 +55,8 @@ def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
     """Twenty steps with accumulation, clipping and weight decay: within 1e-4 of stock TRL."""
-    ours, result, losses = train(tmp_path / "ours", training={"epochs": 4})
+    strong = {"weight_decay": 1.0, "max_grad_norm": 0.05}  # of which none could be missing
+    ours, result, losses = train(tmp_path / "ours", training={"epochs": 4}, optimizer=strong)
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
     theirs = adapters.attach(model, adapters.lora_settings(LoraConfig(r=4)), 42)
     stock = SFTTrainer(
@@ -63,8 +64,8 @@ def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
         args=SFTConfig(
             output_dir=str(tmp_path / "stock"), num_train_epochs=4, use_cpu=True, bf16=False,
             per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
-            weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=0.03, seed=42,
-            data_seed=42, logging_steps=1, save_strategy="no", report_to="none",
+            weight_decay=1.0, max_grad_norm=0.05, lr_scheduler_type="cosine", warmup_steps=0.03,
+            seed=42, data_seed=42, logging_steps=1, save_strategy="no", report_to="none",
             activation_checkpointing=False, disable_tqdm=True, max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
@@ -176,3 +177,10 @@ def test_the_relatives_of_lora_train(tmp_path: Path, changes: dict[str, Any]) ->
     """rsLoRA, DoRA and another initialisation run on the same path and learn."""
     _, _, losses = train(tmp_path, lora=changes, training={"epochs": 3})
     assert losses[-1] < losses[0]
+
+
+def test_an_adapters_dropout_does_not_disturb_the_check_of_the_layout(tmp_path: Path) -> None:
+    """PiSSA's B is not zero: two draws of dropout would look like rows that see each other."""
+    lora = {"init": "pissa", "dropout": 0.3}
+    _, result, _ = train(tmp_path, lora=lora, training={"max_steps": 1})
+    assert result.layout == "end to end"
