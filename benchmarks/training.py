@@ -289,7 +289,7 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
     else:
         kinds = ("fp32",) if quick else ("fp32", "bf16")
         batches = [Case(kind, 4, 2, 1 if quick else 6, 512) for kind in kinds]
-        grid = [("fp32", 1, 4, 160)]
+        grid = [("fp32", 1, 4, 96)]
         if not quick:
             all_kinds = ("fp32", "bf16", "nf4", "nf4-bf16")
             grid = list(product(all_kinds, (1, 2, 4), (2, 4, 8), (160,)))

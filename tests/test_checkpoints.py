@@ -208,8 +208,8 @@ def test_the_best_adapter_survives_kill_9(
 ) -> None:
     """Killed behind the best step, where the newest checkpoint is a later one."""
     early = (
-        *method, "training.epochs=20", "training.keep_checkpoints=1", "data.validation_fraction=0.5",
-        "training.validate_every=1", "training.early_stopping=10", "optimizer.lr=0.3",
+        *method, "training.epochs=20", "training.keep_checkpoints=1", "optimizer.lr=0.3",
+        "data.validation_fraction=0.5", "training.validate_every=1", "training.early_stopping=10",
     )  # fmt: skip
     whole = tmp_path / "whole"
     whole.mkdir()
