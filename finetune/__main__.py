@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -60,11 +61,15 @@ def run(composed: DictConfig) -> None:
     from finetune.planning import build_job
     from finetune.sweep import run_sweep
 
-    job = build_job(composed, swept=[])
-    raise SystemExit(run_sweep([job], job.overrides))
+    try:
+        job = build_job(composed, swept=[])
+        code = run_sweep([job], job.overrides)
+    except Refused as refused:  # here, since Hydra would put a line of its own before it
+        refuse(refused.problems)
+    raise SystemExit(code)
 
 
-def refuse(problems: list[str]) -> None:
+def refuse(problems: list[str]) -> NoReturn:
     """Print every problem and end with exit code 2."""
     heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     print(f"finetune: {heading}, nothing was started", file=sys.stderr)

@@ -136,6 +136,7 @@ def test_bad_settings_are_refused_at_once(name: str, tmp_path: Path, finetune: C
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "1 problem, nothing was started" in done.stderr
+    assert "Error executing job" not in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["file"]
 
