@@ -130,7 +130,7 @@ def _verdict_on_validation(results: Results) -> str:
     validated = results.validated_rows()
     if not validated:
         return "No run has been scored beside its base yet, so there is nothing to compare."
-    lowest = min(validated, key=lambda row: row[VALIDATION])
+    lowest = next(row for row in validated if row["run"] == results.best_run())
     of = f", of {len(validated)} runs" if len(validated) > 1 else ""
     return (
         f"{results.label(lowest)} has the lowest validation loss, {lowest[VALIDATION]:.4f}{of}. "

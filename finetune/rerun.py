@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from finetune.results import read_side
+from finetune.results import read_sides
 from finetune.run_folder import RunFolder, file_digest, flatten, read_events
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
@@ -127,7 +127,7 @@ def _flips(before: RunFolder, after: RunFolder) -> tuple[int, int]:
     flips = questions = 0
     for path in sorted(before.evaluation.glob("*.json")):
         for metric in (before.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
-            one, other = (read_side(run, path.stem, metric, "tuned") for run in (before, after))
+            one, other = (read_sides(run, path.stem, metric)["tuned"] for run in (before, after))
             questions += len(one)
             flips += sum(other.get(question) != value for question, value in one.items())
     return flips, questions

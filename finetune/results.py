@@ -107,8 +107,7 @@ class Results:
         selects = self.selects
         if selects is None:
             return self.comparisons[self.main_metric].best()
-        scored = [row for row in self.compared_rows() if selects in row]
-        return str(max(scored, key=lambda row: row[selects])["run"])
+        return str(max(self.compared_rows(), key=lambda row: row[selects])["run"])
 
     def validated_rows(self) -> list[Row]:
         """Return the rows of the finished runs that have a validation loss."""
@@ -220,24 +219,25 @@ def _compare(results: Results, task: str, metric: str) -> None:
 
 def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
     """Return a run's outcomes on each question, the base's and its own; None without both."""
-    base, tuned = (read_side(run, task, metric, side) for side in ("base", "tuned"))
-    return (base, tuned) if base and tuned else None
+    sides = read_sides(run, task, metric)
+    return (sides["base"], sides["tuned"]) if sides["base"] and sides["tuned"] else None
 
 
-def read_side(run: RunFolder, task: str, metric: str, side: str) -> Outcomes:
-    """Return the outcomes of a run's `base` or `tuned` model; none where it was not asked."""
+def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, float]]:
+    """Return the outcomes of a run's `base` and `tuned` model; none where one was not asked."""
+    sides: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
     path = run.evaluation / f"{task}.items.jsonl"
     if run.read_json(f"evaluation/{task}.json") is None or not path.exists():
-        return {}
-    outcomes: dict[str, float] = {}
+        return sides
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        if metric in item.get(side, {}):
-            key = f"{item['hash']}:{item['prompt']}"
-            while key in outcomes:  # a task may ask the same question twice
-                key += "'"
-            outcomes[key] = item[side][metric]
-    return outcomes
+        for side, outcomes in sides.items():
+            if metric in item.get(side, {}):
+                key = f"{item['hash']}:{item['prompt']}"
+                while key in outcomes:  # a task may ask the same question twice
+                    key += "'"
+                outcomes[key] = item[side][metric]
+    return sides
 
 
 def write_csv(results: Results) -> None:

@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from finetune.comparison import compare
-from finetune.results import print_table, read_side
+from finetune.results import print_table, read_sides
 from finetune.run_folder import RunFolder
 
 
@@ -73,7 +73,7 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
         table.add_column(name, overflow="fold", justify="right" if name != "metric" else "left")
     for path in sorted(one.evaluation.glob("*.json")):
         for metric in (one.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
-            first, second = (read_side(run, path.stem, metric, "tuned") for run in (one, other))
+            first, second = (read_sides(run, path.stem, metric)["tuned"] for run in (one, other))
             name = f"{path.stem}/{metric}"
             if not first or not second:
                 continue
