@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from lm_eval import evaluator
 
+from finetune import bootstrap
 from finetune.config import EvaluationConfig
 from finetune.run_folder import digest, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
@@ -72,7 +73,7 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
     torch.manual_seed(SEED)
     for one in task.tasks.values():
         one.set_fewshot_seed(seed=SEED)
-    with quick_and_quiet():
+    with quick_and_quiet(), bootstrap.in_process():
         results = evaluator.evaluate(
             lm, task.loaded, limit=evaluation.limit, log_samples=True, **chat_settings(evaluation)
         )

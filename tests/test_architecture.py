@@ -16,7 +16,7 @@ ORDER = [
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
-    "scoring", "tasks", "evaluation", "forecast",
+    "scoring", "tasks", "bootstrap", "evaluation", "forecast",
     "samples", "showcase", "mlflow_store", "tracking", "comparison", "results", "shape", "memory",
     "figures", "report", "identity",
     "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
