@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from finetune.run_folder import RunFolder, read_events
+from finetune.tables import add_row, build_table
 
 SPEED_STEPS = 20  # the newest, over which speed is measured
 
@@ -49,16 +50,16 @@ class Progress:
 
 def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
     """Return the table as the runs stand now."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "state", "step", "loss", "tokens/s", "left"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    numbers = ("step", "loss", "tokens/s", "left")
+    table = build_table("run", "state", *numbers, right=numbers)
     for label, run in runs:
         status = run.status()
         state: str = status.state if status else "waiting"
         now = read_progress(run)
         if state == "running" and run.read_json("training.json") is not None:
             state = "scoring"
-        table.add_row(
+        add_row(
+            table,
             label,
             state,
             f"{now.step}/{now.max_steps}" if now.max_steps else "",

@@ -32,9 +32,9 @@ from finetune.label_loss import CHUNK
 from finetune.overrides import find_override_problems, first_line
 from finetune.quantization import as_loaded
 from finetune.ranges import FROM_FLOATS, find_problems
-from finetune.results import print_table
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape, find_shape, load_config
+from finetune.tables import add_row, build_table, print_table
 
 GIB = 2**30
 ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here
@@ -271,13 +271,11 @@ def most_adapters(config: Config, shape: Shape, place: Place, tokens: int, cap: 
 
 def render(need: Estimate, place: Place) -> Table:
     """Return the table of parts, and what is there."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table = build_table("part", "GiB", right=("GiB",))
     for name, value in asdict(need).items():
-        table.add_row(name, f"{value / GIB:.2f}")
-    table.add_row("at most at one time", f"{need.total / GIB:.2f}")
-    table.add_row(f"free on the {place.kind}", f"{place.free / GIB:.2f}")
+        add_row(table, name, f"{value / GIB:.2f}")
+    add_row(table, "at most at one time", f"{need.total / GIB:.2f}")
+    add_row(table, f"free on the {place.kind}", f"{place.free / GIB:.2f}")
     return table
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.comparison import Difference, compare
 from finetune.config import ModelConfig
 from finetune.merging import Check
+from finetune.pages import build_pages
 from finetune.results import read_outcomes
 from finetune.run_folder import RunFolder
 from finetune.trained import Trained
@@ -38,33 +38,30 @@ class Score:
 
 def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | None) -> str:
     """Return the card of a model that is loaded from `place`, a folder or OWNER/NAME of the hub."""
-    pages = Environment(
-        loader=PackageLoader("finetune"),
-        autoescape=False,  # noqa: S701  # markdown of our own, not a page of others' words
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     is_whole = is_merged or run.is_full
-    page = pages.get_template("model_card.md.j2").render(
-        name=run.name,
-        base=run.config.model.path,
-        commit=run.source.revision,
-        method=run.config.peft.method,
-        quantization=run.model.quantization,
-        is_whole=is_whole,
-        is_merged=is_merged,
-        check=check,
-        changes_the_base=run.changes_the_base,
-        has_own_template=run.folder.prompt_template.is_file(),
-        prompt=Path(run.config.data.prompt_template).name,
-        data=", ".join(_sources(run.folder)),
-        counts=run.folder.read_json("data.json"),
-        trained=run.folder.read_json("training.json"),
-        scores=list(_scores(run.folder)),
-        settings=_settings(run.folder),
-        code=_whole_code(place) if is_whole else _adapter_code(run, place),
-        environment=run.folder.read_json("environment.json") or {},
+    page = (
+        build_pages("model_card.md")
+        .get_template("model_card.md.j2")
+        .render(
+            name=run.name,
+            base=run.config.model.path,
+            commit=run.source.revision,
+            method=run.config.peft.method,
+            quantization=run.model.quantization,
+            is_whole=is_whole,
+            is_merged=is_merged,
+            check=check,
+            changes_the_base=run.changes_the_base,
+            has_own_template=run.folder.prompt_template.is_file(),
+            prompt=Path(run.config.data.prompt_template).name,
+            data=", ".join(_sources(run.folder)),
+            counts=run.folder.read_json("data.json"),
+            trained=run.folder.read_json("training.json"),
+            scores=list(_scores(run.folder)),
+            settings=_settings(run.folder),
+            code=_whole_code(place) if is_whole else _adapter_code(run, place),
+            environment=run.folder.read_json("environment.json") or {},
+        )
     )
     return page.rstrip() + "\n"
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from finetune.comparison import LEVEL, Difference, SeedDifference, compare_seeds
+from finetune.pages import build_pages
 from finetune.results import VALIDATION, Results, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder, write_atomic
 
@@ -53,15 +52,9 @@ def write_report(folder: Path) -> Results:
         caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         for caption, path in figures.items()
     }
-    pages = Environment(
-        loader=PackageLoader("finetune"),
-        autoescape=select_autoescape(["html.j2", "html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"points": _points, "p_cell": _p_cell, "cell": _cell}
     for name, images in (("report.md", links), ("report.html", embedded)):
+        pages = build_pages(name)
+        pages.filters |= {"points": _points, "p_cell": _p_cell, "cell": _cell}
         page = pages.get_template(f"{name}.j2").render(**shown, figures=images)
         write_atomic(folder / name, page.rstrip() + "\n")
     return results

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from finetune.comparison import Comparison, Outcomes, compare
+from finetune.escaping import for_csv
 from finetune.run_folder import RunFolder, write_atomic
+from finetune.tables import add_row, build_table
+from finetune.tables import print_table as print_table  # beside the tables made here
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
@@ -250,7 +252,7 @@ def write_csv(results: Results) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, [*first, *tasks, *last], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results.rows)
+    writer.writerows({name: for_csv(value) for name, value in row.items()} for row in results.rows)
     write_atomic(results.folder / "results.csv", text.getvalue())
 
 
@@ -260,34 +262,24 @@ def render_table(results: Results) -> Table:
     metrics = [
         f"{task}/{name}" for task in results.record.tasks for name in _shown_metrics(task, rows)
     ]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for key in swept:
-        table.add_column(key, overflow="fold")
-    table.add_column("status")
-    for metric in metrics:
-        task, name = metric.rsplit("/", 1)
-        table.add_column(f"{task}\n{name}", justify="right")
     losses = ["train/loss", *([VALIDATION] if results.validated_rows() else [])]
-    for name in losses:
-        table.add_column(name.replace("/", "\n"), justify="right")
-    table.add_column("train\ntime", justify="right")
+    numbers = ["\n".join(name.rsplit("/", 1)) for name in (*metrics, *losses, "train/time")]
+    table = build_table(*swept, "status", *numbers, right=numbers)
     for row in rows:
         cells = [str(row.get(key, "")) for key in swept]
         cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
         cells += [_number(row[name], ".3f") for name in losses]
         cells.append(_number(row["train_seconds"], ".0f", " s"))
-        table.add_row(*cells)
+        add_row(table, *cells)
     return table
 
 
 def render_plan(points: Sequence[tuple[Mapping[str, str], str, str]]) -> Table:
     """Return the table of what a sweep is about to do: swept values, run, and what is to come."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
     swept = list(points[0][0])
-    for key in [*swept, "run", "to come"]:
-        table.add_column(key, overflow="fold")
+    table = build_table(*swept, "run", "to come")
     for values, run, prospect in points:
-        table.add_row(*(values[key] for key in swept), run, prospect)
+        add_row(table, *(values[key] for key in swept), run, prospect)
     return table
 
 
@@ -318,9 +310,3 @@ def _score_cell(row: Row, metric: str) -> str:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
-
-
-def print_table(table: Table) -> None:
-    """Print a table to the terminal, or whole and uncoloured where there is none."""
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)

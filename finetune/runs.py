@@ -12,8 +12,9 @@ import yaml
 from rich.table import Table
 
 from finetune.comparison import compare
-from finetune.results import print_table, read_sides
+from finetune.results import read_sides
 from finetune.run_folder import RunFolder
+from finetune.tables import add_row, build_table, print_table
 
 
 def main() -> None:
@@ -41,14 +42,13 @@ def main() -> None:
 
 def render_list(runs: Sequence[RunFolder]) -> Table:
     """Return a table of runs: state, when, what was set, and scores."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "state", "ended", "settings", "scores"):
-        table.add_column(name, overflow="fold")
+    table = build_table("run", "state", "ended", "settings", "scores")
     for run in runs:
         status = run.status()
         assert status is not None, "the list is of folders with a status"
         ended = datetime.fromtimestamp(status.ended).strftime("%m-%d %H:%M") if status.ended else ""
-        table.add_row(run.name, status.state, ended, " ".join(_overrides(run)), _scores(run))
+        settings = " ".join(map(str, _overrides(run)))
+        add_row(table, run.name, status.state, ended, settings, _scores(run))
     return table
 
 
@@ -68,9 +68,8 @@ def _scores(run: RunFolder) -> str:
 
 def render_pair(one: RunFolder, other: RunFolder) -> Table:
     """Return a table of two runs' scores on the same questions, with what is proven."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("metric", one.name, other.name, "difference", "95 %", "now right / wrong", "p"):
-        table.add_column(name, overflow="fold", justify="right" if name != "metric" else "left")
+    numbers = (one.name, other.name, "difference", "95 %", "now right / wrong", "p")
+    table = build_table("metric", *numbers, right=numbers)
     for path in sorted(one.evaluation.glob("*.json")):
         for metric in (one.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
             first, second = (read_sides(run, path.stem, metric)["tuned"] for run in (one, other))
@@ -80,10 +79,10 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
             try:
                 found = compare({name: (first, second)}).differences[name]
             except ValueError as error:
-                table.add_row(name, "", "", str(error), "", "", "")
+                add_row(table, name, "", "", str(error), "", "", "")
                 continue
-            table.add_row(
-                name, f"{found.base:.4f}", f"{found.tuned:.4f}", f"{found.value:+.4f}",
+            add_row(
+                table, name, f"{found.base:.4f}", f"{found.tuned:.4f}", f"{found.value:+.4f}",
                 f"{found.low:+.4f} to {found.high:+.4f}", f"{found.gained} / {found.lost}",
                 f"{found.p:.4f}",
             )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
+    "escaping", "tables", "pages",
     "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters", "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",

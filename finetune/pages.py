@@ -1,0 +1,47 @@
+"""Build the environment of the pages' templates, which escapes every value for its page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetune.escaping import for_markdown, for_terminal
+
+
+def build_pages(name: str) -> Environment:
+    """Return the environment for a page; values are escaped as the ending of its name says.
+
+    In Markdown, what stands in a block of code is written as `{{ value | code }}`.
+    """
+    is_html = name.endswith(".html")
+    pages = Environment(
+        loader=PackageLoader("finetune"),
+        autoescape=is_html,  # noqa: S701  # Markdown has an escape of its own
+        finalize=_visible if is_html else _markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"code": _code, "span": _span}
+    return pages
+
+
+def _visible(value: Any) -> Any:
+    return for_terminal(value) if type(value) is str else value
+
+
+def _markdown(value: Any) -> Any:
+    return value if isinstance(value, Markup) else for_markdown(value)
+
+
+def _code(value: object) -> Markup:
+    """Return a value for a block of code, which no line of it ends."""
+    return Markup(for_terminal(str(value)).replace("```", "'''"))  # noqa: S704
+
+
+def _span(value: object) -> Markup:
+    """Return a value as code within a line of Markdown."""
+    text = for_terminal(str(value)).replace("\n", " ").replace("`", "'").replace("|", "\\|")
+    return Markup(f"`{text}`")  # noqa: S704
