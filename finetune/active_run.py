@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from finetune import data, prompts
 from finetune.config import Config
-from finetune.identity import Inputs, describe_environment, find_inputs, run_folder
+from finetune.identity import describe_environment, find_changes, find_inputs
+from finetune.inputs import Inputs
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status, flatten, slug
 
 log = logging.getLogger("finetune")
@@ -40,6 +41,16 @@ class ActiveRun:
         self.folder.write_status(Status("running", started=self.started))
         self.events.status("running")
 
+    def check_inputs(self) -> None:
+        """Make sure that what the run was planned with is still there as it was.
+
+        Raises:
+            ValueError: it is not; what changed, and the remedy.
+        """
+        changed = find_changes(self.config, self.inputs)
+        if changed:
+            raise ValueError("; ".join(changed))
+
     def end(self, state: State, reason: str | None = None) -> None:
         """Record the end, the first one that is told."""
         if self.state is not None:
@@ -54,8 +65,8 @@ def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
     """Lock the runs, in the same order in every process, and open their logs."""
     runs = []
     for job in jobs:
-        inputs = find_inputs(job.config)
-        runs.append((job.config, inputs, run_folder(job.config, inputs)))
+        inputs = job.inputs or find_inputs(job.config)
+        runs.append((job.config, inputs, RunFolder(inputs.folder)))
     events = {}
     for _, _, folder in sorted(runs, key=lambda run: run[2].name):
         stack.enter_context(folder.locked())

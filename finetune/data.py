@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
 from finetune.config import DataConfig, TrainingConfig
+from finetune.inputs import DataSource
 from finetune.prompts import (
     Prompt,
     Template,
@@ -26,7 +27,7 @@ from finetune.prompts import (
     find_chat_problems,
     load_template,
 )
-from finetune.rows import DataSource, Row, find_source, read_rows
+from finetune.rows import Row, find_source, read_rows
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
@@ -189,7 +190,7 @@ def build_examples(
     ]
     weights = [source.settings.weight for source, _ in read]
     sizes = share_sizes(weights, [len(rows) for rows in sound], data.num_examples)
-    seed = training.seed if training.data_seed is None else training.data_seed
+    seed = training.order_seed
     examples: list[Example] = []
     for place, (rows, size, own) in enumerate(zip(sound, sizes, counts, strict=True)):
         own.missing = max(0, size - len(rows))

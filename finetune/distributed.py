@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from finetune.config import Config
+from finetune.inputs import Inputs
 
 log = logging.getLogger("finetune")
 
@@ -175,16 +176,17 @@ def has_parted() -> bool:
 
 
 @contextmanager
-def training_together(config: Config, alike: type[Exception]) -> Iterator[None]:
+def training_together(config: Config, inputs: Inputs, alike: type[Exception]) -> Iterator[None]:
     """Let the other processes take part in a training.
 
     Args:
         config: what they are to train.
+        inputs: and from what, as planned.
         alike: an error that comes in all processes at once. Any other one, in this process alone,
             leaves them waiting for its gradients; only the launcher can end them then.
     """
     if is_launched():
-        _tell("train", config)
+        _tell("train", (config, inputs))
     try:
         yield
     except Exception as error:

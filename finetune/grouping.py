@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from finetune import distributed
-from finetune.config import Config
+from finetune.config import OWN, Config, marked
 
 MOST_TOGETHER = 8
 CHANGE_THE_BASE = ("pissa", "olora")  # initialisations that take their part out of the base
-NEUTRAL = ("seed", "data_seed", "checkpoint_every", "keep_checkpoints")
 # Those that know nothing of a model but the parameters that they are given.
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -118,14 +117,13 @@ def _cut(places: list[int], limit: Limit) -> list[Group]:
 def _shared_settings(config: Config) -> str:
     """Return all that runs of one group have in common, as text."""
     training = asdict(config.training)
-    data_seed = config.training.data_seed
-    order = config.training.seed if data_seed is None else data_seed
+    own = marked(config.training, OWN)
     return json.dumps(
         {
             "model": asdict(config.model),
             "data": asdict(config.data),
-            "training": {name: training[name] for name in training if name not in NEUTRAL},
-            "order": order,
+            "training": {name: training[name] for name in training if name not in own},
+            "order": config.training.order_seed,
         },
         sort_keys=True,
     )

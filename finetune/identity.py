@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -13,64 +14,84 @@ from typing import Any
 
 import torch
 
-from finetune import adapters, data, distributed, models, prompts, quantization, training
-from finetune.config import Config, DataConfig, ModelConfig, SourceConfig
+from finetune import (
+    adapters,
+    data,
+    distributed,
+    identity_0_1,
+    models,
+    prompts,
+    quantization,
+    training,
+)
+from finetune.config import Config, DataConfig, ModelConfig, changed_settings
 from finetune.fused_kernels import FLASH
-from finetune.models import Source
+from finetune.inputs import DataSource, Inputs, Source
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.ranges import METHODS
-from finetune.rows import DataSource
-from finetune.run_folder import RunFolder, digest, slug
+from finetune.rows import find_source
+from finetune.run_folder import digest, slug
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
-# Settings of the model that say nothing of the base, or are in its digest.
-ELSEWHERE = ("dimensions", "adapter")
-# Settings that leave a trained adapter's numbers as they are.
-NEUTRAL = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing", "device")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The parts of a run that are found before any weight is loaded."""
-
-    device: torch.device
-    source: Source
-    data: list[DataSource]
-    identity: str  # of the training
-    model: ModelConfig  # with the quantisation that the checkpoint brings, where it does
+# Raised when a default, or what a setting does, changes its meaning: earlier runs keep their names.
+IDENTITY = 2
 
 
 def find_inputs(config: Config) -> Inputs:
-    """Find model and data, and compute the training's identity from what changes its numbers."""
+    """Find model and data, and name the run by what changes its numbers."""
     source = models.find_model(config.model)
     model = quantization.as_loaded(config.model, models.load_config(config.model, source))
-    found = data.find_sources(config.data)
+    found, files = data.find_sources(config.data), find_files(config)
     precision = find_precision(config)
-    neutral, adapter = dict.fromkeys(NEUTRAL), config.model.adapter
-    seed, liger = config.training.seed, config.training.use_liger_kernel
-    processes = distributed.num_processes()  # each takes a batch of its own
-    data_seed = seed if config.training.data_seed is None else config.training.data_seed
-    identity = digest(
-        {
-            "model": model_identity(config, source, precision.device),
-            "adapter": adapter and adapters.saved_digest(Path(adapter)),
-            "peft": asdict(config.peft),
-            "lora": asdict(config.lora),
-            "optimizer": asdict(config.optimizer),
-            "data": data_identity(config.data, found),
-            "training": {
-                **asdict(config.training), **neutral,
-                "precision": str(precision.autocast), "data_seed": data_seed,
-                **({"processes": processes} if processes > 1 else {}),
-                **({"fsdp": True} if distributed.is_sharded() else {}),
-            },
-            "versions": find_versions(replace(config, model=model), TRAINING_VERSIONS)
-            | ({"liger_kernel": version("liger_kernel")} if liger else {}),
-        }
-    )  # fmt: skip
-    return Inputs(precision.device, source, found, identity, model)
+    named = _name_parts(config, Parts(source, model, found, files, precision))
+    identity = digest(named)
+    folder = run_path(config, identity)
+    if not folder.exists():
+        folder = _find_earlier(config, named) or folder
+    return Inputs(str(precision.device), source, found, model, identity, folder, files)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the settings name: found, and read as far as a name needs it."""
+
+    source: Source
+    model: ModelConfig  # as loaded
+    data: list[DataSource]
+    files: dict[str, str]
+    precision: training.Precision
+
+
+def find_files(config: Config) -> dict[str, str]:
+    """Return the digests of the files that settings name beside model and rows."""
+    template = prompts.load_template(config.data.prompt_template)
+    found = {}
+    if template.file_text is not None:
+        found["data.prompt_template"] = digest(template.file_text)
+    if config.model.adapter is not None:
+        found["model.adapter"] = adapters.saved_digest(Path(config.model.adapter))
+    return found
+
+
+def find_changes(config: Config, inputs: Inputs) -> list[str]:
+    """Return what a run was planned with and is no longer there as it was, one line each.
+
+    What the hub has is taken at its planned commit, and cannot change.
+    """
+    sources = config.data.sources()
+    local = [one for one in inputs.data if one.revision is None]
+    changed = [str(o) for o in local if find_source(o.key, sources[o.key]).digest != o.digest]
+    files = find_files(config)
+    changed += [key for key in sorted(inputs.files) if files.get(key) != inputs.files[key]]
+    if not inputs.source.is_pinned:
+        changed += ["model.path"] * (models.find_model(config.model).digest != inputs.source.digest)
+    return [
+        f"{name} has changed since the sweep was planned; start the command again for what it "
+        "holds now"
+        for name in changed
+    ]
 
 
 def find_precision(config: Config) -> training.Precision:
@@ -79,40 +100,55 @@ def find_precision(config: Config) -> training.Precision:
     return training.resolve_precision(config.training.precision, base, device)
 
 
-def model_identity(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
+def _name_parts(config: Config, parts: Parts) -> dict[str, Any]:
+    """Return all that changes a number of the training, as the identity digests it."""
+    processes = distributed.num_processes()  # each takes a batch of its own
     return {
-        **{name: value for name, value in asdict(config.model).items() if name not in ELSEWHERE},
-        "path": None,
-        "revision": None,
-        "digest": source.digest,
-        "dtype": str(models.compute_dtype(config.model, device)),
-    }
+        "identity": IDENTITY,
+        "model": model_identity(config, parts.source, str(parts.precision.device)),
+        "adapter": parts.files.get("model.adapter"),
+        "peft": changed_settings(config.peft),
+        "lora": changed_settings(config.lora),
+        "optimizer": changed_settings(config.optimizer),
+        "data": data_identity(config.data, parts.data),
+        "training": {
+            **changed_settings(config.training),
+            "precision": str(parts.precision.autocast), "order_seed": config.training.order_seed,
+            **({"processes": processes} if processes > 1 else {}),
+            **({"fsdp": True} if distributed.is_sharded() else {}),
+        },
+        "versions": training_versions(config, parts.model),
+    }  # fmt: skip
+
+
+def training_versions(config: Config, model: ModelConfig) -> dict[str, str]:
+    """Return the versions that can change a number of the training; `model` is as loaded."""
+    versions = find_versions(replace(config, model=model), TRAINING_VERSIONS)
+    if config.training.use_liger_kernel:
+        versions["liger_kernel"] = version("liger_kernel")
+    return versions
+
+
+def model_identity(config: Config, source: Source, device: str) -> dict[str, Any]:
+    dtype = str(models.compute_dtype(config.model, torch.device(device)))
+    return {**changed_settings(config.model), "digest": source.digest, "dtype": dtype}
 
 
 def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, Any]:
     """Name the rows and the template by their content; a mix also by its shares."""
-    named = _without_place(settings)
     template = prompts.load_template(settings.prompt_template)
-    if template.file_text is not None:
-        named["prompt_template"] = {"digest": digest(template.file_text)}
-    mix = named.pop("mix")
-    if not mix:
+    name = template.file_text and {"digest": digest(template.file_text)}
+    named = {**changed_settings(settings), "prompt_template": name or settings.prompt_template}
+    if not settings.mix:
         return {**named, "digest": sources[0].digest}
     total = math.fsum(source.settings.weight for source in sources)
     named["mix"] = [
         {
-            **_without_place(source.settings),
+            **changed_settings(source.settings),
             "weight": source.settings.weight / total, "digest": source.digest,
         }
         for source in sources
     ]  # fmt: skip
-    return named
-
-
-def _without_place(settings: DataConfig | SourceConfig) -> dict[str, Any]:
-    named = {**asdict(settings), "path": None, "revision": None}
-    if settings.subset is None:
-        del named["subset"]  # younger than the runs that were named without it
     return named
 
 
@@ -128,10 +164,18 @@ def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def run_folder(config: Config, inputs: Inputs) -> RunFolder:
-    return RunFolder(
-        Path(config.output_dir).absolute() / f"{slug(_describe(config))}-{inputs.identity[:12]}"
-    )
+def run_path(config: Config, identity: str) -> Path:
+    """Return the folder of a run: what it is about in a word or three, and its identity."""
+    return Path(config.output_dir).absolute() / f"{slug(_describe(config))}-{identity[:12]}"
+
+
+def _find_earlier(config: Config, named: Mapping[str, Any]) -> Path | None:
+    """Return the folder that release 0.1 made for this run, where there is one."""
+    identity = identity_0_1.find_identity(config, named)
+    if identity is None:
+        return None
+    found = Path(config.output_dir).absolute().glob(f"*-{identity[:12]}")
+    return next(iter(sorted(found)), None)
 
 
 def _describe(config: Config) -> str:
@@ -143,9 +187,9 @@ def _describe(config: Config) -> str:
     return f"{name}-{method}{rank}-lr{config.optimizer.lr}"
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     """Return versions, hardware and code commit: what a rerun compares."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

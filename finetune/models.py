@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from transformers import (
 from finetune import distributed, quantization
 from finetune.config import ModelConfig, local_path
 from finetune.fused_kernels import FLASH
+from finetune.inputs import Source
 from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
 
 log = logging.getLogger("finetune")
@@ -56,15 +57,6 @@ TINY_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 CONVERSION = 1  # raise it when a converted folder would differ
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a base model is: a local folder or a hub id at one commit."""
-
-    location: str
-    digest: str  # what the weights are: a commit of the hub, or a digest of their content
-    revision: str | None = None
 
 
 def find_model(model: ModelConfig) -> Source:
@@ -231,13 +223,24 @@ def _folder_digest(folder: Path) -> str:
         raise FileNotFoundError(
             f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"
         )
-    return digest({p.name: file_digest(p) for p in files})
+    return digest({p.name: known_digest(p) for p in files})
+
+
+def known_digest(path: Path) -> str:
+    """Return a file's sha256, read once per process for as long as size and time stay the same."""
+    state = path.stat()
+    return _digest_of(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_digest(path)
 
 
 def _converted(gguf: Path) -> Source:
     if not gguf.is_file():
         raise FileNotFoundError(f"model.path: there is no file {gguf}")
-    key = {"gguf": file_digest(gguf), "conversion": CONVERSION}
+    key = {"gguf": known_digest(gguf), "conversion": CONVERSION}
     return _cached(gguf.stem, key, lambda folder: _write_dequantised(gguf, folder))
 
 
@@ -258,7 +261,7 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
 def _is_intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(file_digest(folder / name) == sha256 for name, sha256 in manifest.items())
+        return all(known_digest(folder / name) == sha256 for name, sha256 in manifest.items())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
 

@@ -28,14 +28,10 @@ from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
-from finetune.identity import (
-    find_inputs,
-    find_precision,
-    run_folder,
-)
-from finetune.models import Source
+from finetune.identity import find_precision
+from finetune.inputs import Inputs, Source
 from finetune.prompts import Prompt
-from finetune.run_folder import Job, NullEventLog, State
+from finetune.run_folder import Job, NullEventLog, RunFolder, State
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -76,7 +72,10 @@ def run(jobs: Sequence[Job]) -> list[State]:
         for job, run in zip(jobs, runs, strict=True):
             if run in at_work:
                 run.begin(job)
-        _run_stages(at_work)
+        for run in at_work:
+            with _guarded([run]):
+                run.check_inputs()
+        _run_stages([run for run in at_work if run.state is None])
         if any(run.state != "finished" for run in runs):
             _release_memory()
         return [run.state or "failed" for run in runs]
@@ -129,7 +128,7 @@ def _base(run: ActiveRun) -> PreTrainedModel:
 
 
 def _base_key(run: ActiveRun) -> tuple[str, Source, str]:
-    return json.dumps(asdict(run.config.model)), run.inputs.source, str(run.inputs.device)
+    return json.dumps(asdict(run.config.model)), run.inputs.source, run.inputs.device
 
 
 def _loaded_base(settings: str, source: Source, device: str) -> PreTrainedModel:
@@ -232,7 +231,7 @@ def _obstacle_of_base(
 def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:
     """Train any method by TRL's Trainer, in all processes."""
     with _trainable(run, spec) as model:
-        with distributed.training_together(run.config, alike=Diverged):
+        with distributed.training_together(run.config, run.inputs, alike=Diverged):
             result = _train_by_trainer(run, spec, model)
         _keep(run, model, result)
 
@@ -243,10 +242,10 @@ def _train_by_trainer(
     return training.train(model, _tokenizer(run), spec.examples, spec.arguments, run.events)
 
 
-def take_part(config: Config) -> None:
+def take_part(config: Config, inputs: Inputs) -> None:
     """Train beside the first process, which alone writes, scores and decides what comes next."""
-    inputs = find_inputs(config)
-    run = ActiveRun(config, inputs, run_folder(config, inputs), NullEventLog(), time.time())
+    place = replace(inputs, device=str(models.pick_device(config.training.device)))
+    run = ActiveRun(config, place, RunFolder(inputs.folder), NullEventLog(), time.time())
     spec = _spec(run)
     try:
         wanted = config.training.use_liger_kernel
@@ -288,7 +287,7 @@ def _keep(
 ) -> None:
     """Save what training came to; the checkpoints have done their work."""
     if isinstance(trained, PreTrainedModel):
-        dtype = models.compute_dtype(run.config.model, run.inputs.device)
+        dtype = models.compute_dtype(run.config.model, torch.device(run.inputs.device))
         models.save_tuned(trained, dtype, _tokenizer(run), run.folder.model)
     else:
         adapters.save(trained, run.folder.adapter)
@@ -319,7 +318,8 @@ def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
     elif config.peft.method == "full":
         _release_memory()
         own = replace(config.model, path=str(run.folder.model), revision=None)
-        yield models.load_base(own, Source(own.path, run.inputs.identity), run.inputs.device)
+        device = torch.device(run.inputs.device)
+        yield models.load_base(own, Source(own.path, run.inputs.identity), device)
         return
     with _restored(adapters.load(_base(run), folder)) as adapted:
         yield adapted

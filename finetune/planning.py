@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,14 +130,17 @@ def plan_sweep(
             break
     refuse(told)
     points: dict[Path, Point] = {}
+    limits: dict[Path, Limit] = {}
     for job, plan in zip(jobs, plans, strict=True):
-        assert plan.folder is not None, "a plan without problems has a folder"
-        if plan.folder in points:
-            refuse(_find_evaluation_problems(points[plan.folder].job, job))
-            log.info("%s stands in the grid twice; it is run once", plan.folder.name)
+        assert plan.inputs is not None, "a plan without problems has its inputs"
+        folder = plan.inputs.folder
+        if folder in points:
+            refuse(_find_evaluation_problems(points[folder].job, job))
+            log.info("%s stands in the grid twice; it is run once", folder.name)
         else:
-            points[plan.folder] = _point(job, RunFolder(plan.folder), finished=plan.finished)
-    limits = {plan.folder: plan.limit for plan in plans}
+            planned = replace(job, inputs=plan.inputs)
+            points[folder] = _point(planned, RunFolder(folder), finished=plan.finished)
+            limits[folder] = plan.limit
     for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
         log.info("to score: %s", line)
     found = list(points.values())

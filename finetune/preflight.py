@@ -28,12 +28,12 @@ from finetune import (
 )
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
-from finetune.identity import Inputs, find_inputs, find_precision, run_folder
-from finetune.models import Source
+from finetune.identity import find_inputs, find_precision
+from finetune.inputs import Inputs, Source
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
 from finetune.ranges import FROM_FLOATS, find_problems
-from finetune.run_folder import Plan
+from finetune.run_folder import Plan, RunFolder
 from finetune.scores import (
     forecasts,
     is_done,
@@ -58,7 +58,7 @@ def prepare(config: Config) -> Plan:
     if problems:
         return Plan(None, list(dict.fromkeys(problems)))
     inputs = find_inputs(config)
-    folder = run_folder(config, inputs)
+    folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
     if not (finished := is_done(config, inputs, folder)):
         shape, place, tokens = _memory(config, inputs)
@@ -68,7 +68,7 @@ def prepare(config: Config) -> Plan:
             return Plan(None, [problem])
         limit = _find_limit(loaded, shape, place, tokens)
     told = [] if finished else forecasts(config, inputs)
-    return Plan(folder.path, [], finished=finished, limit=limit, forecasts=told)
+    return Plan(inputs, [], finished=finished, limit=limit, forecasts=told)
 
 
 def _found(check: Callable[[Config], list[str]], config: Config) -> list[str]:

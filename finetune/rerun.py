@@ -11,13 +11,12 @@ from pathlib import Path
 
 import yaml
 
+from finetune.config import CONDUCT, Config, marked
 from finetune.results import read_sides
 from finetune.run_folder import RunFolder, file_digest, flatten, read_events
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
 FLIP_TOLERANCE = 0.01  # share of answers
-# What a sweep says of itself; a rerun is one of its own.
-CONDUCT = ("sweep.", "tracking", "output_dir=", "report_dir=")
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     Path("reruns").mkdir(exist_ok=True)
     into = given.into or Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
     overrides = yaml.safe_load((before.path / "overrides.yaml").read_text(encoding="utf-8")) or []
-    overrides = [o for o in overrides if not o.lstrip("+").startswith(CONDUCT)]
+    overrides = [o for o in overrides if not is_conduct(o.lstrip("+").partition("=")[0])]
     process = subprocess.Popen(
         [
             sys.executable, "-m", "finetune", *overrides, "tracking=none",
@@ -55,6 +54,11 @@ def main() -> None:
     print(f"{verdict}: {first}" if first else verdict)
     print(f"rerun: {after.path}")
     sys.exit(1 if verdict == "different" else 0)
+
+
+def is_conduct(key: str) -> bool:
+    """Return whether a setting is the sweep's conduct; a rerun has its own."""
+    return key.partition(".")[0] in marked(Config, CONDUCT)
 
 
 def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
@@ -85,7 +89,7 @@ def _other_settings(before: RunFolder, after: RunFolder) -> Iterator[str]:
         for run in (before, after)
     )
     for key in sorted(one.keys() | other.keys()):
-        if not f"{key}=".startswith((*CONDUCT, "tracking.")) and one.get(key) != other.get(key):
+        if not is_conduct(key) and one.get(key) != other.get(key):
             yield f"{key} was {one.get(key)}, is {other.get(key)}"
 
 

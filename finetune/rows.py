@@ -8,29 +8,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config import SourceConfig, local_path
+from finetune.inputs import DataSource
 from finetune.models import hub_commit
 from finetune.run_folder import file_digest
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where the rows are; `digest` stands for their content, `key` is the setting naming them."""
-
-    key: str
-    location: str
-    digest: str
-    settings: SourceConfig
-    revision: str | None = None  # commit of a hub data set; None for a file
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.settings.path}"
 
 
 def find_source(key: str, settings: SourceConfig) -> DataSource:

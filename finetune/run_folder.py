@@ -29,6 +29,7 @@ from yaml import YAMLError
 
 from finetune.config import Config, Refused, build_config
 from finetune.grouping import NOT_TRAINED, Limit
+from finetune.inputs import Inputs
 
 log = logging.getLogger("finetune")
 
@@ -37,19 +38,24 @@ State = Literal["running", "finished", "failed", "interrupted", "diverged"]
 
 @dataclass(frozen=True)
 class Job:
-    """One point of the grid, as composed; `swept` maps each swept key to its value here."""
+    """One point of the grid, as composed; `swept` maps each swept key to its value here.
+
+    Once it is planned, its inputs travel with it: a run is made from what planning found, in the
+    folder that planning named.
+    """
 
     config: Config
     yaml: str  # unresolved, so that secrets stay interpolations
     overrides: list[str]
     swept: dict[str, str]
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What checking a job found: its run's folder, or why it cannot run."""
+    """What checking a job found: its inputs, with its run's folder, or why it cannot run."""
 
-    folder: Path | None
+    inputs: Inputs | None
     problems: list[str]
     finished: bool = False  # whether it has all that is asked for
     limit: Limit = NOT_TRAINED  # of the runs that share its step

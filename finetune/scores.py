@@ -21,8 +21,8 @@ from finetune import evaluation, models
 from finetune.config import Config, EvaluationConfig, ModelConfig
 from finetune.evaluation import ScoreStore, TaskScore
 from finetune.forecast import Speeds
-from finetune.identity import EVALUATION_VERSIONS, Inputs, find_versions, model_identity
-from finetune.models import Source
+from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
+from finetune.inputs import Inputs, Source
 from finetune.run_folder import EventLog, RunFolder, cache_dir, digest, write_atomic
 from finetune.scoring import SharedContextLM
 from finetune.tasks import SEED, LoadedTask, load_task
@@ -77,7 +77,7 @@ def forecasts(config: Config, inputs: Inputs) -> list[str]:
 def find_speeds(config: Config, inputs: Inputs) -> Speeds:
     """Return how fast the model was scored before, on this machine."""
     model = model_identity(config, inputs.source, inputs.device)
-    where = [platform.node(), str(inputs.device), config.evaluation.dtype]
+    where = [platform.node(), inputs.device, config.evaluation.dtype]
     name = digest([model, *where])[:16]
     return Speeds(cache_dir() / "speeds" / f"{name}.json")
 

@@ -272,9 +272,10 @@ def _write_report(sweep: Sweep) -> Results:
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     """Write and print the results, say where to look next, and return the exit code."""
     interrupted = "interrupted" in states
-    failed = any(state in ("failed", "diverged") for state in states)
-    state: State = "interrupted" if interrupted else "failed" if failed else "finished"
     so_far = read_results(sweep.folder)
+    unfinished = any(row["status"] != "finished" for row in so_far.rows)
+    failed = unfinished or any(state in ("failed", "diverged") for state in states)
+    state: State = "interrupted" if interrupted else "failed" if failed else "finished"
     behind = tracker.close(state=state, champion=so_far.best_run(), metrics=so_far.drawn_metrics())
     results = _write_report(sweep)
     print_table(render_table(results))

@@ -21,7 +21,7 @@ from finetune import models, quantization
 from finetune.config import Config, ModelConfig, Refused
 from finetune.grouping import CHANGE_THE_BASE
 from finetune.identity import model_identity
-from finetune.models import Source
+from finetune.inputs import Source
 from finetune.run_folder import RunFolder
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -104,9 +104,10 @@ def find_trained(path: Path) -> Trained:
 def find_difference(one: Trained, other: Trained) -> str | None:
     """Return in what the bases of two runs differ; None where one base serves both."""
     bases = [
-        model_identity(replace(r.config, model=r.model), r.source, r.device) for r in (one, other)
+        model_identity(replace(r.config, model=r.model), r.source, str(r.device))
+        for r in (one, other)
     ]
-    keys = [key for key in bases[0] if bases[0][key] != bases[1][key]]
+    keys = [key for key in {**bases[0], **bases[1]} if bases[0].get(key) != bases[1].get(key)]
     return ", ".join("weights" if key == "digest" else key for key in keys) or None
 
 

@@ -168,7 +168,7 @@ def follow() -> int:
         if verb == "end":
             return cast(int, given)
         assert verb == "train", verb
-        pipeline.take_part(given)
+        pipeline.take_part(*given)
 
 
 def _serve(pipe: Connection, is_quiet: bool) -> None:

@@ -12,14 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "escaping", "tables", "pages",
-    "config", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
+    "config", "inputs", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters", "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "tasks", "bootstrap", "evaluation", "forecast",
     "samples", "showcase", "mlflow_store", "tracking", "comparison", "results", "shape", "memory",
-    "figures", "report", "identity",
+    "figures", "report", "identity_0_1", "identity",
     "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
     "runs", "rerun", "__main__",

@@ -18,7 +18,8 @@ from finetune.data import (
     longest_batch,
     share_sizes,
 )
-from finetune.rows import DataSource, read_file
+from finetune.inputs import DataSource
+from finetune.rows import read_file
 from finetune.run_folder import read_events
 from tests.conftest import TINY, Command, write_rows
 

@@ -22,6 +22,7 @@ from finetune import distributed, grouping, identity, models, worker
 from finetune.adapter_training import rows_of_step
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.data import Example
+from finetune.inputs import Inputs, Source
 from finetune.row_order import EvenOrder, filled_up, with_filler
 from finetune.run_folder import NullEventLog
 from finetune.steps import Diverged, StopSignals
@@ -201,9 +202,13 @@ def test_one_process_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(worker.build_worker(is_quiet=True), worker.Worker)
     assert distributed.from_main(lambda: 3) == 3
     assert distributed.from_all("this") == ["this"]
-    with distributed.leading(), distributed.training_together(Config(), alike=Diverged):
+    inputs = Inputs("cpu", Source("", ""), [], ModelConfig(), "", Path())
+    with distributed.leading(), distributed.training_together(Config(), inputs, Diverged):
         assert not StopSignals().is_stop_agreed()
-    with pytest.raises(OSError, match="disk"), distributed.training_together(Config(), Diverged):
+    with (
+        pytest.raises(OSError, match="disk"),
+        distributed.training_together(Config(), inputs, Diverged),
+    ):
         raise OSError("disk")
     assert not distributed.has_parted()
 

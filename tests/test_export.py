@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune import adapters, export, models, worker
 from finetune.config import LoraConfig, ModelConfig, PeftConfig
+from finetune.inputs import Source
 from finetune.merging import find_prompts, log_likelihoods
 from finetune.trained import find_trained, load_as_published
 from tests.conftest import train_tiny
@@ -116,7 +117,7 @@ def test_a_hub_base_is_named_by_id_and_commit(
 ) -> None:
     """Card and adapter say which base, and at which commit."""
     local = models.find_model(TINY)
-    hub = models.Source("owner/base", "hub:owner/base@abc", "abc")
+    hub = Source("owner/base", "hub:owner/base@abc", "abc")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     change(copy, "model.path", "owner/base")

@@ -169,7 +169,7 @@ def test_a_job_that_does_not_fit_is_refused_before_the_start(
     )
     plan = preflight.prepare(config)
     (problem,) = plan.problems
-    assert plan.folder is None
+    assert plan.inputs is None
     assert "0.5 GiB are free on the cpu" in problem
     tokens = int(problem.partition("activations of ")[2].split()[0])
     assert 700 < tokens < 1024  # one long row and one short one

@@ -26,6 +26,7 @@ from finetune.config import (
     TrainingConfig,
 )
 from finetune.data import Examples, RowCounts
+from finetune.inputs import Source
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import METHODS, find_problems
 from finetune.run_folder import EventLog, Job, RunFolder, read_events
@@ -130,7 +131,7 @@ def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: st
         models.save_tuned(model, torch.float32, tokenizer, tmp_path / "saved")
         again: Any = load_base(
             replace(TINY, path=str(tmp_path / "saved")),
-            models.Source(str(tmp_path / "saved"), ""),
+            Source(str(tmp_path / "saved"), ""),
             torch.device("cpu"),
         )
     else:

@@ -34,9 +34,9 @@ from finetune.data import (
     last_prompts,
 )
 from finetune.identity import data_identity, find_inputs
+from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prompts import find_chat_problems
-from finetune.rows import DataSource
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"

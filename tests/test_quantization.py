@@ -324,7 +324,7 @@ def test_a_quantised_base_trains_and_is_evaluated_on_cuda(
     losses = losses_of(tmp_path)
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert find_inputs(on_cuda.config).device == GPU
+    assert find_inputs(on_cuda.config).device == str(GPU)
 
 
 def losses_of(folder: Path) -> list[float]:

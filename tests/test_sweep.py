@@ -192,7 +192,7 @@ def test_bad_data_is_refused_before_the_start(tmp_path: Path, text: str, message
     config = Config(model=ModelConfig(path="random://tiny"), data=DataConfig(path=str(path)))
     config.output_dir = str(tmp_path / "outputs")
     plan = preflight.prepare(config)
-    assert plan.folder is None
+    assert plan.inputs is None
     (problem,) = plan.problems
     assert message in problem
     assert not (tmp_path / "outputs").exists()
