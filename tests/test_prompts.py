@@ -33,7 +33,7 @@ from finetune.data import (
     find_problems,
     last_prompts,
 )
-from finetune.identity import data_identity, find_inputs
+from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prompts import find_chat_problems
@@ -311,17 +311,6 @@ def test_a_run_is_named_by_the_templates_content_and_the_mixs_shares(tmp_path: P
     before = named(here, 1, 3)
     template_file(tmp_path, "{{ b }}")
     assert named(here, 1, 3) != before
-
-
-def test_the_identity_of_a_single_source_has_only_what_it_had(tmp_path: Path) -> None:
-    """Runs of earlier versions are found again."""
-    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
-    config = Config(model=ModelConfig(path="random://tiny"), data=DataConfig(path=str(path)))
-    named = data_identity(config.data, find_inputs(config).data)
-    assert sorted(named) == [
-        "columns", "digest", "mask_prompt", "num_examples", "path", "prompt_template", "revision",
-        "split", "validation_fraction",
-    ]  # fmt: skip
 
 
 def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
