@@ -98,7 +98,8 @@ def _matthews(counts: np.ndarray) -> np.ndarray:
     both = right * total - (gold * predicted).sum(axis=1)
     spread = (total**2 - (gold**2).sum(axis=1)) * (total**2 - (predicted**2).sum(axis=1))
     result: np.ndarray = np.zeros_like(both)
-    return np.divide(both, np.sqrt(spread), out=result, where=spread > 0)
+    np.divide(both, np.sqrt(spread), out=result, where=spread > 0)
+    return result
 
 
 def _f1(counts: np.ndarray, positive: int | None) -> np.ndarray:
@@ -108,4 +109,5 @@ def _f1(counts: np.ndarray, positive: int | None) -> np.ndarray:
     hits = counts[:, positive, positive].astype(float)
     marked = (counts[:, positive, :].sum(axis=1) + counts[:, :, positive].sum(axis=1)).astype(float)
     result: np.ndarray = np.zeros_like(hits)
-    return np.divide(2 * hits, marked, out=result, where=marked > 0)
+    np.divide(2 * hits, marked, out=result, where=marked > 0)
+    return result

@@ -163,8 +163,8 @@ def test_what_cannot_run_here_is_refused_with_the_remedy() -> None:
     """Unknown optimizers, missing packages and precisions are never replaced silently."""
     (unknown,) = optimizers.find_optimizer_problems(OptimizerConfig(name="adamw8bit"))
     assert "did you mean 'adamw_8bit'?" in unknown
-    (missing,) = optimizers.find_optimizer_problems(OptimizerConfig(name="galore_adamw"))
-    assert "pip install galore-torch" in missing
+    (missing,) = optimizers.find_optimizer_problems(OptimizerConfig(name="stable_adamw"))
+    assert "pip install torch-optimi" in missing
     half = training.Precision(torch.device("cpu"), torch.float16)
     (problem,) = training.find_precision_problems(half)
     assert "cannot be trained on a CPU" in problem
