@@ -28,7 +28,7 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -359,9 +359,10 @@ def _is_foldable(layer: BaseTunerLayer, ends: Sequence[torch.nn.Module | None]) 
 
 
 def changes_base(adapted: PeftModel) -> bool:
-    """Return whether an adapter took its beginnings out of the base's own weights."""
-    begun = str(getattr(adapted.active_peft_config, "init_lora_weights", ""))
-    return begun.startswith(CHANGE_THE_BASE)
+    """Return whether an adapter changed weights of the base: by its initialisation, or biases."""
+    settings: Any = adapted.active_peft_config
+    begun = str(getattr(settings, "init_lora_weights", ""))
+    return begun.startswith(CHANGE_THE_BASE) or getattr(settings, "bias", "none") != "none"
 
 
 def saved_digest(folder: Path) -> str:
@@ -384,6 +385,10 @@ def take_off(adapted: PeftModel) -> None:
     base = base_of(adapted)
     if adapted.active_peft_config.is_prompt_learning:
         return  # it stands before the base
+    for name, layer in list(base.named_modules()):  # PEFT would leave the trained copies in it
+        if isinstance(layer, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.original_module)
     if not isinstance(adapted.base_model, IA3Model):
         adapted.unload()
         return

@@ -23,6 +23,7 @@ from finetune import (
     models,
     optimizers,
     quantization,
+    saved_adapter,
     tasks,
     training,
 )
@@ -152,7 +153,10 @@ def _find_model_problems(config: Config) -> list[str]:
     meta = models.load_meta_model(config.model, model_config)
     problems = adapters.find_problems(meta, config.peft, config.lora)
     if config.model.adapter is not None:
-        adapters.saved_digest(Path(config.model.adapter))
+        folder = Path(config.model.adapter)
+        adapters.saved_digest(folder)
+        own = models.load_meta_model(config.model, model_config)
+        problems += saved_adapter.find_problems(own, folder)
     device = models.pick_device(config.training.device)
     dtype = models.compute_dtype(config.model, device)
     problems += quantization.find_problems(config.model, model_config, device)

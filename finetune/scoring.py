@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -26,7 +27,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapters import foldable_layers, folded
+from finetune.adapters import base_of, foldable_layers, folded
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
 from finetune.models import cast_parameters, head_on_rows, is_out_of_memory
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
@@ -85,7 +86,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             base_passed: whether the model's base answered the same questions by the shared path;
                 its layout is proven then, and the longest choice stands for the longest question.
         """
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
+        with _tied_as_loaded(base_of(model)):
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
         self.scoring = Scoring()
         self._own_dtype: torch.dtype = model.dtype
         self._dtype = dtype or model.dtype
@@ -330,6 +332,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
         return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def _tied_as_loaded(base: PreTrainedModel) -> Iterator[None]:
+    """Keep lm-eval from tying weights again, which fails where an adapter wraps the tied head."""
+    with patch.object(base, "tie_weights", lambda *_, **__: None):
+        yield
 
 
 def _by_context(keys: Sequence[Key]) -> list[list[Key]]:

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "escaping", "tables", "pages",
     "config", "inputs", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
-    "quantization", "fused_kernels", "models", "adapters", "prompts", "rows", "data",
+    "quantization", "fused_kernels", "models", "adapters", "saved_adapter",
+    "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",

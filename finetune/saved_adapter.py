@@ -1,0 +1,64 @@
+"""Adapters saved by anyone with PEFT, checked against the model before a weight is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+
+def find_problems(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Return why a saved adapter cannot be put onto a model, or taken off; changes the model.
+
+    Args:
+        model: on the `meta` device; it keeps the adapter.
+        folder: of the adapter.
+    """
+    key = f"model.adapter={folder}"
+    try:
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{key}: its {CONFIG_NAME} cannot be read ({error}); save the adapter again"]
+    if hasattr(settings, "init_lora_weights"):
+        settings.init_lora_weights = True  # other ways to begin compute with the base's weights
+    name = str(settings.peft_type).rpartition(".")[2]
+    kind = PEFT_TYPE_TO_TUNER_MAPPING.get(settings.peft_type)
+    if not settings.is_prompt_learning and not hasattr(kind, "unload"):
+        return [
+            f"{key} is of PEFT's type {name}, which cannot be taken off the base again; use an "
+            "adapter of another type, such as LoRA"
+        ]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's on tied weights; they are scored as it loads them
+        try:
+            expected = get_peft_model_state_dict(
+                cast(PeftModel, get_peft_model(model, settings)), save_embedding_layers=False
+            )
+        except ValueError as error:
+            return [f"{key} does not fit the model: {str(error).splitlines()[0]}"]
+        except (RuntimeError, NotImplementedError):  # of a type that computes while it is put on
+            return []
+    return _find_shape_problems(key, expected, folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _find_shape_problems(key: str, expected: dict[str, torch.Tensor], file: Path) -> list[str]:
+    with safe_open(file, "pt") as saved:
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118  # no mapping
+    common = [name for name in expected if name in shapes]
+    if expected and not common:
+        return [f"{key} does not fit the model: none of its tensors belongs to a layer of it"]
+    for name in common:
+        wanted = tuple(expected[name].shape)
+        if shapes[name] != wanted and "lora_E" not in name and len(wanted) == len(shapes[name]):
+            return [
+                f"{key} does not fit the model: its {name} is {list(shapes[name])}, and the "
+                f"model's layer takes {list(wanted)}; name the model it was trained on"
+            ]
+    return []
