@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED_DATA ?= ../shared/data
+CASES ?= ../shared/cases
 # Two at a time, one thread each: threads of two processes on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
-.PHONY: help install demo test test-slow test-gpu lint format ui clean
+.PHONY: help install demo test test-slow test-gpu cases lint format ui clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +35,9 @@ test-slow: $(INSTALLED)  ## the tests on the real model
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+cases: $(INSTALLED)  ## run the scripts of commands that once failed, from the folder CASES
+	$(BIN)/python tests/run_cases.py $(CASES)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
