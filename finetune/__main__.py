@@ -40,6 +40,12 @@ def command() -> None:
     )
     if args.config_path:
         problems.append("--config-path would leave finetune's own conf out; use --config-dir")
+    if args.config_name not in (None, "config"):
+        problems.append("--config-name would leave finetune's own config out; use experiment=NAME")
+    if args.experimental_rerun:
+        problems.append(
+            "--experimental-rerun loads a pickle, which can run code; use python -m finetune.rerun"
+        )
     if problems and not args.shell_completion:
         refuse(problems)
     # Hydra would print its errors itself and exit with 1: a refusal is a 2 here.

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -29,11 +27,15 @@ from finetune.config import (
     conf_dir,
     nearest,
 )
+from finetune.foreign_configs import find_foreign_problems
+from finetune.hydra_overrides import (
+    SEARCHPATH,
+    find_hydra_problems,
+    is_hydra,
+    searched_folders,
+)
 from finetune.ranges import find_problems
 
-# Parts of Hydra's own config that run code or change the process before ours is asked.
-UNSAFE = ("hydra.callbacks", "hydra.job.env_set", "hydra.job.env_copy")
-LARGEST_CONFIG = 100_000  # bytes
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
 MIX = "data.mix."  # its sources' settings are known by number: data.mix.0.weight=2
 
@@ -48,16 +50,17 @@ def find_override_problems(
         multirun: whether comma-separated values are a sweep.
         config_dir: the user's own folder of config groups (`--config-dir`), if any.
     """
-    searched = [a for a in arguments if a.lstrip("+").startswith("hydra.searchpath")]
     own = [Path(config_dir)] if config_dir else []
     foreign = [
         f"--config-dir {folder}: there is no such folder" for folder in own if not folder.is_dir()
     ]
-    for folder in [*own, *_searched_folders(searched)]:
-        foreign += find_foreign_problems(folder)
+    own += searched_folders(arguments)
+    for folder in filter(Path.is_dir, own):
+        foreign += find_foreign_problems(folder, _chosen(arguments))
     if foreign:
         return foreign  # nothing of it may be composed
-    folders = [conf_dir(), *own]
+    folders = [conf_dir(), *filter(Path.is_dir, own)]
+    has_packages = any(f"{SEARCHPATH}=" in a and "pkg://" in a for a in arguments)
     problems: list[str] = []
     sound: list[Override] = []
     for argument in arguments:
@@ -66,7 +69,7 @@ def find_override_problems(
         except HydraException as error:
             problems.append(f"{argument}: {first_line(error)}")
             continue
-        found = list(_problems_of(override, folders, elsewhere=bool(searched)))
+        found = list(_problems_of(override, folders, elsewhere=has_packages))
         if not found and override.is_sweep_override() and not multirun:
             found = [
                 f"{argument}: several values are a sweep; add --multirun (or [a,b] for a list)"
@@ -77,38 +80,10 @@ def find_override_problems(
     return problems + _range_problems(sound, config_dir) if problems else []
 
 
-def find_foreign_problems(folder: Path) -> list[str]:
-    """Return what in a user's own folder of configs is more than settings.
-
-    Such a folder may be somebody else's: it must name no code to run, touch nothing of Hydra's
-    that does, and not unfold to more than it shows (aliases can, to the power of their depth).
-    """
-    problems = []
-    for path in sorted(folder.rglob("*.yaml")):
-        if path.stat().st_size > LARGEST_CONFIG:
-            problems.append(f"{path}: is larger than a config of settings ({LARGEST_CONFIG} bytes)")
-            continue
-        try:
-            events = list(yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
-        except yaml.YAMLError as error:
-            problems.append(f"{path}: {first_line(error)}")
-            continue
-        if any(isinstance(event, yaml.AliasEvent) for event in events):
-            problems.append(f"{path}: has YAML aliases (*name); write the values out")
-        words = {event.value for event in events if isinstance(event, yaml.ScalarEvent)}
-        for word in sorted(words & {"_target_", "callbacks", "env_set", "env_copy", "searchpath"}):
-            problems.append(f"{path}: has {word}, which runs or fetches code; leave it out")
-    return problems
-
-
-def _searched_folders(arguments: Sequence[str]) -> Iterator[Path]:
-    """Yield the folders of `hydra.searchpath`; packages are installed, and trusted as such."""
-    for argument in arguments:
-        with suppress(HydraException):  # told where it is parsed
-            places = OverridesParser.create().parse_override(argument).value()
-            for place in places if isinstance(places, list) else [places]:
-                if not str(place).startswith("pkg://"):
-                    yield Path(str(place).removeprefix("file://"))
+def _chosen(arguments: Sequence[str]) -> set[str]:
+    """Return the options that are typed, as GROUP/OPTION; those of a grid too."""
+    typed = (argument.lstrip("+").partition("=") for argument in arguments)
+    return {f"{key}/{value.strip()}" for key, _, values in typed for value in values.split(",")}
 
 
 def first_line(error: Exception) -> str:
@@ -118,10 +93,9 @@ def first_line(error: Exception) -> str:
 
 def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) -> Iterator[str]:
     key = override.key_or_group
-    if key.startswith(UNSAFE) or "_target_" in str(override.input_line):
-        yield f"{override.input_line}: runs code or changes the process's environment; leave it out"
-        return
-    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+    foreign = list(find_hydra_problems(override))
+    if foreign or is_hydra(override):
+        yield from foreign
         return
     groups = sorted({p.name for f in folders for p in f.iterdir() if p.is_dir()} - {"hydra"})
     typed = override.input_line

@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "escaping", "tables", "pages",
-    "config", "inputs", "ranges", "overrides", "distributed", "grouping", "run_folder", "live",
+    "config", "inputs", "ranges",
+    "foreign_values", "foreign_configs", "hydra_overrides",
+    "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters", "saved_adapter",
     "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",

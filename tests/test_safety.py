@@ -14,16 +14,20 @@ from tests.conftest import TINY, Command
 register()
 MARK = "hf_MadeUpTokenOfThisTest123"
 FOREIGN = {
-    "target": ("lora/evil.yaml", "_target_: os.system\ncommand: touch ran\n", "has _target_"),
+    "target": (
+        "lora/evil.yaml",
+        "_target_: os.system\ncommand: touch ran\n",
+        "lora._target_ is not a setting",
+    ),
     "callback": (
         "experiment/evil.yaml",
         "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.system\n",
-        "has callbacks",
+        "hydra.callbacks can change what Hydra runs",
     ),
     "environment": (
         "experiment/evil.yaml",
         "# @package _global_\nhydra:\n  job:\n    env_set:\n      LD_PRELOAD: evil.so\n",
-        "has env_set",
+        "hydra.job can change what Hydra runs",
     ),
     "bomb": (
         "lora/evil.yaml",
@@ -58,24 +62,9 @@ def test_a_searched_folder_is_as_foreign(tmp_path: Path) -> None:
     (tmp_path / "lora" / "evil.yaml").write_text("_target_: os.system\n", encoding="utf-8")
     for place in (str(tmp_path), f"file://{tmp_path}"):
         (problem,) = find_override_problems([f"hydra.searchpath=[{place}]"], multirun=False)
-        assert "has _target_" in problem
+        assert "lora._target_ is not a setting" in problem
     (problem,) = find_override_problems([], multirun=False, config_dir=str(tmp_path / "none"))
     assert "there is no such folder" in problem
-
-
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "+hydra.callbacks.x={_target_: os.system}",
-        "hydra.job.env_set.LD_PRELOAD=evil.so",
-        "hydra.launcher._target_=os.system",
-        "+lora={_target_: os.system}",
-    ],
-)
-def test_an_override_that_runs_code_is_refused(typed: str) -> None:
-    """The same typed by hand."""
-    problems = find_override_problems([typed], multirun=False)
-    assert any("runs code" in problem for problem in problems)
 
 
 @pytest.mark.slow

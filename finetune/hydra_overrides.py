@@ -1,0 +1,131 @@
+"""The keys of Hydra's own config that may be typed: none that runs code or sets the environment."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+
+from finetune.foreign_values import find_grid_problems, is_option
+
+KEYS = (
+    "hydra.mode", "hydra.verbose", "hydra.searchpath", "hydra.output_subdir", "hydra.run.dir",
+    "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.name",
+)  # fmt: skip
+LOGGING = ("default", "disabled", "none", "stdout")  # what Hydra brings along
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "hydra/launcher": ("basic", "joblib", "ray", "submitit_local", "submitit_slurm"),
+    "hydra/sweeper": ("finetune",),
+    "hydra/job_logging": LOGGING,
+    "hydra/hydra_logging": LOGGING,
+}
+LAUNCHER = "hydra.launcher."  # its parameters
+GRID = "hydra.sweeper.params"
+SEARCHPATH = "hydra.searchpath"
+KNOWN = f"{', '.join([*KEYS, *GROUPS])}, {LAUNCHER}PARAMETER and {GRID}"
+
+
+def is_hydra(override: Override) -> bool:
+    """Return whether an override is of Hydra's own config."""
+    return override.key_or_group.replace("/", ".").partition(".")[0] == "hydra"
+
+
+def find_hydra_problems(override: Override) -> Iterator[str]:
+    """Yield why an override may not be typed: of Hydra's own config, or into another package."""
+    typed, key = override.input_line, override.key_or_group
+    if override.package is not None:
+        yield f"{typed}: an option cannot be moved into another package; leave out @..."
+    elif not is_hydra(override):
+        return
+    elif override.is_delete():
+        yield f"{typed}: takes away a part of Hydra; leave it out"
+    elif key in GROUPS:
+        yield from _problems_of_group(override)
+    elif key == SEARCHPATH:
+        yield from _problems_of_searchpath(override)
+    elif key == GRID or key.startswith(f"{GRID}."):
+        yield from _problems_of_grid(override)
+    elif key.startswith(LAUNCHER):
+        if any(name.startswith("_") for name in _names(key, override._value)):
+            yield f"{typed}: names code to run; a launcher's parameters have no _ before them"
+    elif key not in KEYS:
+        yield (
+            f"{typed}: {key} can run code or change the process's environment; of Hydra's own "
+            f"settings these can be typed: {KNOWN}"
+        )
+    elif isinstance(override._value, Mapping):
+        yield f"{typed}: {key} is a single value"
+
+
+def _problems_of_group(override: Override) -> Iterator[str]:
+    known = GROUPS[override.key_or_group]
+    if str(override._value) not in known:
+        yield f"{override.input_line}: {override.key_or_group} is one of {', '.join(known)}"
+
+
+def _problems_of_grid(override: Override) -> Iterator[str]:
+    below = override.key_or_group.removeprefix(GRID).removeprefix(".")
+    value = override._value
+    lines = {below: value} if below else value
+    if not isinstance(lines, Mapping):
+        yield f"{override.input_line}: {GRID} is a mapping of settings to values"
+        return
+    for key, values in lines.items():
+        plain = values.text if isinstance(values, QuotedString) else values
+        yield from (f"{GRID}: {problem}" for problem in find_grid_problems(key, plain))
+
+
+def _names(key: str, value: Any) -> Iterator[str]:
+    """Yield every part of a key and every key inside its value."""
+    yield from key.split(".")
+    if isinstance(value, Mapping):
+        for below, item in value.items():
+            yield from _names(str(below), item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _names("", item)
+
+
+def _problems_of_searchpath(override: Override) -> Iterator[str]:
+    typed = override.input_line
+    for place in _places(override):
+        if "${" in place or ("://" in place and not place.startswith(("file://", "pkg://"))):
+            yield f"{typed}: {place} is not a folder; name it as it is, or as file://FOLDER"
+        elif place.startswith("pkg://"):
+            name = place.removeprefix("pkg://").replace("/", ".").partition(".")[0]
+            if not is_installed(name):
+                yield f"{typed}: the package {name} is not installed; name its folder instead"
+        elif not Path(place.removeprefix("file://")).is_dir():
+            yield f"{typed}: there is no folder {place}"
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package lies where pip installs, found without importing anything."""
+    places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    places |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
+    return is_option(package) and PathFinder.find_spec(package, sorted(places)) is not None
+
+
+def searched_folders(arguments: Sequence[str]) -> Iterator[Path]:
+    """Yield the folders of `hydra.searchpath`; packages are installed, and trusted as such."""
+    for argument in arguments:
+        with suppress(HydraException):  # reported where it is parsed
+            override = OverridesParser.create().parse_override(argument)
+            if override.key_or_group == SEARCHPATH:
+                for place in _places(override):
+                    if not place.startswith("pkg://"):
+                        yield Path(place.removeprefix("file://"))
+
+
+def _places(override: Override) -> list[str]:
+    value = override._value
+    places = value if isinstance(value, list) else [value]
+    return [place.text if isinstance(place, QuotedString) else str(place) for place in places]
