@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune import distributed
 from finetune.config import Refused, conf_dir, register
 from finetune.overrides import find_override_problems, first_line
+from finetune.store_address import without_secrets
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def refuse(problems: list[str]) -> NoReturn:
     heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     print(f"finetune: {heading}, nothing was started", file=sys.stderr)
     for problem in problems:
-        print(f"  - {problem}", file=sys.stderr)
+        print(f"  - {without_secrets(problem)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -221,8 +221,9 @@ class EvaluationConfig:
 class TrackingConfig:
     """Where MLflow keeps the runs."""
 
-    uri: str = "sqlite:///mlflow.db"  # MLflow store or server
-    experiment: str = "finetune"  # MLflow experiment
+    uri: str | None = None  # MLflow store or server; null: MLFLOW_TRACKING_URI, else
+    # sqlite:///mlflow.db
+    experiment: str | None = None  # null: MLFLOW_EXPERIMENT_NAME, else finetune
     enabled: bool = True  # false: the run's own files only
 
 

@@ -4,50 +4,73 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from finetune.run_folder import slug
+from finetune.run_folder import distinct_slug
+from finetune.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE = "sqlite:///"
+log = logging.getLogger("finetune")
 
-
-def absolute_uri(uri: str) -> str:
-    """Return the store's URI, a SQLite file's path made absolute."""
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if _is_file(uri) else uri
-
-
-def is_server(uri: str) -> bool:
-    """Return whether the store has a UI of its own."""
-    return uri.startswith(("http://", "https://"))
+# File systems of several machines, on which SQLite's write-ahead log is not safe.
+NETWORK = (
+    "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "webdav", "lustre", "gpfs", "beegfs",
+    "ceph", "panfs", "wekafs", "9p", "afs", "ocfs2", "gfs2", "orangefs", "pvfs2", "glusterfs",
+    "virtiofs", "vboxsf", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse", "fuse.davfs2",
+    "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.beegfs", "fuse.rclone", "fuse.moosefs",
+)  # fmt: skip
 
 
 def open_store(uri: str) -> MlflowClient:
-    """Open the store, made first where it is a SQLite file."""
+    """Open the store, made first where it is a SQLite file; `uri` may be masked."""
+    file = sqlite_file(uri)
+    if file is not None:
+        make_sqlite_store(file)
+    return open_client(uri)
+
+
+def open_client(uri: str) -> MlflowClient:
+    """Return MLflow's client of a store that is there.
+
+    Raises:
+        ValueError: the secret of a masked address is not in the environment.
+    """
+    _prepare_mlflow()
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=reveal(uri))
+
+
+def _prepare_mlflow() -> None:
+    """Set, before MLflow is imported, what it reads from the environment; a user's value stays."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default blocks one call for minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        # A pool would go on writing to a SQLite file that was deleted.
+        "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     }.items():
         os.environ.setdefault(name, value)
-    import mlflow
-
     for library in ("alembic", "mlflow"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if _is_file(uri):
-        make_sqlite_store(Path(uri.removeprefix(SQLITE)))
-    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Return the id of an experiment, made where there is none of the name."""
+    """Return the id of an experiment, made where there is none of the name.
+
+    Raises:
+        ValueError: it was deleted in MLflow.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -58,14 +81,27 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        raise ValueError(deleted_experiment(uri, name, str(found.experiment_id)))
     return str(found.experiment_id)
+
+
+def deleted_experiment(uri: str, name: str, experiment_id: str) -> str:
+    """Say that an experiment was deleted in MLflow, with both remedies."""
+    variable = "" if MASK in uri else f"{URI_VARIABLE}={shlex.quote(uri)} "
+    return (
+        f"tracking.experiment={name} was deleted in MLflow; restore it with: {variable}"
+        f"mlflow experiments restore --experiment-id {experiment_id}; or set "
+        "tracking.experiment=OTHER"
+    )
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:
     """Return where an experiment's artifacts lie beside a SQLite file; a server decides itself."""
-    if not _is_file(uri):
+    file = sqlite_file(uri)
+    if file is None:
         return None
-    return (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" / slug(experiment)).as_uri()
+    return (file.parent / "mlartifacts" / distinct_slug(experiment)).as_uri()
 
 
 def make_sqlite_store(store: Path) -> None:
@@ -74,22 +110,61 @@ def make_sqlite_store(store: Path) -> None:
     A store that several processes open cold, or that is killed while it is first migrated, is
     broken for good (MLflow 3.17).
     """
-    if store.exists():
+    if store.is_dir():  # MLflow would try for minutes
+        raise IsADirectoryError(f"{store} is a folder")
+    if _is_made(store):
+        _leave_write_ahead(store)
         return
+    _prepare_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
-        if store.exists():
+        if _is_made(store):
             return
         temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
-        made = SqlAlchemyStore(f"{SQLITE}{temporary}", str(store.parent / "mlartifacts"))
+        made = SqlAlchemyStore(sqlite_uri(temporary), (store.parent / "mlartifacts").as_uri())
         made.engine.dispose()
-        connection = sqlite3.connect(temporary)
-        connection.execute("pragma journal_mode=wal")
-        connection.close()
+        mode = "wal" if network_type(store.parent) is None else "delete"
+        with closing(sqlite3.connect(temporary)) as connection:
+            connection.execute(f"pragma journal_mode={mode}")
         os.replace(temporary, store)
+        if mode == "delete":
+            log.info(_told(store))
 
 
-def _is_file(uri: str) -> bool:
-    return uri.startswith(SQLITE)
+def _is_made(store: Path) -> bool:
+    """Return whether the file has a store in it; an empty one is replaced."""
+    return store.exists() and store.stat().st_size > 0
+
+
+def _leave_write_ahead(store: Path) -> None:
+    """Take a store that was made elsewhere out of its write-ahead log on a network file system."""
+    if network_type(store.parent) is None:
+        return
+    with store.open("rb") as file:
+        if file.read(20)[18:20] != b"\2\2":  # format.html#file_format_version_numbers
+            return
+    with suppress(sqlite3.Error), closing(sqlite3.connect(store, timeout=5)) as connection:
+        connection.execute("pragma journal_mode=delete")
+        log.info(_told(store))
+
+
+def _told(store: Path) -> str:
+    return (
+        f"{store} is on a network file system ({network_type(store.parent)}), where SQLite's "
+        "write-ahead log is not safe: journal_mode=delete"
+    )
+
+
+def network_type(folder: Path) -> str | None:
+    """Return the type of a folder's file system where several machines share it, else None."""
+    import psutil
+
+    place = folder.resolve()
+    found = "", ""
+    for mount in psutil.disk_partitions(all=True):
+        if place.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= len(found[0]):
+            found = mount.mountpoint, mount.fstype.lower()
+    return found[1] if found[1] in NETWORK else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from finetune.config import (
     ALL_LINEAR,
@@ -21,6 +20,7 @@ from finetune.config import (
     TrainingConfig,
     nearest,
 )
+from finetune.store_address import has_secret
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -185,11 +185,16 @@ def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
 
 
 def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
-    if urlsplit(tracking.uri).password:  # it would be written into files and logs
+    if tracking.uri is not None and has_secret(tracking.uri):
         yield (
-            "tracking.uri has a password in it; leave it out and set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD for a server, or what a database reads, such as PGPASSWORD"
+            "tracking.uri has a password or token in it, which would be written into files; leave "
+            "it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or "
+            "MLFLOW_TRACKING_TOKEN for a server, what a database reads, such as PGPASSWORD, or "
+            "MLFLOW_TRACKING_URI to the address as it is"
         )
+    for key in ("uri", "experiment"):
+        if getattr(tracking, key) is not None and not getattr(tracking, key).strip():
+            yield f"tracking.{key} is empty; leave it out, or set tracking.{key}=null"
 
 
 def _at_least(key: str, value: float | None, lowest: float) -> Iterator[str]:

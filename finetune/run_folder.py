@@ -78,6 +78,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or "run"
 
 
+def distinct_slug(text: str) -> str:
+    """Return a slug that no other text has: with a digest where the slug leaves something out."""
+    name = slug(text)
+    if name == text:
+        return name
+    return f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
+
+
 def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted names and values of nested settings; a list is one value."""
     for key, value in settings.items():

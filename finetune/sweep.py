@@ -44,6 +44,7 @@ from finetune.results import (
     write_csv,
 )
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status
+from finetune.store_check import store_checked
 from finetune.tracking import Tracker, build_tracker
 from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries
 
@@ -69,7 +70,8 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     found = [p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)]
     found += _folder_problems(jobs[0].config)
     with build_worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
-        sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
+        with store_checked(jobs[0].config.tracking):
+            sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
             for line in render_groups(sweep):

@@ -9,6 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from finetune.overrides import first_line
+from finetune.results import read_results
+from finetune.store_address import without_secrets
 from finetune.tracking import Mirror, send
 
 
@@ -42,12 +44,25 @@ def _sync(folder: Path) -> bool:
 
 def _send_rest(folder: Path, mirror: Mirror, path: Path) -> bool:
     try:
+        if mirror.state == "running":
+            _conclude(mirror, folder)
         num_events = send(mirror, path)
     except Exception as error:  # whatever the store raises
-        print(f"{folder}: {mirror.uri}: {first_line(error)}", file=sys.stderr)
+        print(f"{folder}: {mirror.uri}: {without_secrets(first_line(error))}", file=sys.stderr)
         return False
     print(f"{folder}: {num_events} events sent to {mirror.uri}")
     return True
+
+
+def _conclude(mirror: Mirror, folder: Path) -> None:
+    """End a sweep whose process was killed before it could say how it ended."""
+    results = read_results(folder)
+    states = {row["status"] for row in results.rows}
+    if states <= {"finished", "failed", "diverged"}:
+        mirror.state = "finished" if states == {"finished"} else "failed"
+    else:
+        mirror.state = "interrupted"
+    mirror.champion, mirror.metrics = results.best_run(), results.drawn_metrics()
 
 
 if __name__ == "__main__":

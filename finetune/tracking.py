@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -18,26 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config import TrackingConfig
-from finetune.mlflow_store import absolute_uri, find_experiment, is_server, open_store
+from finetune.event_sending import END_STATES, create_run, run_info, send_events
+from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
 from finetune.run_folder import RunFolder, State, write_atomic
 from finetune.showcase import register_champion, save_view
+from finetune.store_address import find_address, is_server, masked, ui_command, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger("finetune")
 
-END_STATES = {
-    "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED",
-    "diverged": "FAILED", "interrupted": "KILLED",
-}  # fmt: skip
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
 CLOSE_SECONDS = 20.0  # that the end of a sweep waits for the store
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
-LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
-METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
 
 
 class Tracker(Protocol):
@@ -87,13 +83,14 @@ class Child:
     path: str
     run_id: str | None = None
     offset: int = 0  # bytes of its event log that MLflow has
+    ended: int | None = None  # when it last ended, in milliseconds since the epoch
 
 
 @dataclass
 class Mirror:
     """What `mlflow.json` of a sweep says: where its runs are tracked and how far."""
 
-    uri: str
+    uri: str  # absolute, what is secret in it masked
     experiment: str
     name: str
     swept: list[str]
@@ -104,9 +101,12 @@ class Mirror:
     metrics: list[str] = field(default_factory=list)  # that its view draws
     view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
+    started: int | None = None  # when the sweep was first conducted, in milliseconds
 
     def __post_init__(self) -> None:
+        self.uri = masked(self.uri)
         self._changing = threading.RLock()  # the sweep adds runs while a thread sends them
+        self.verified: set[str] = set()  # runs that this process has seen in the store
 
     @classmethod
     def load(cls, path: Path) -> Mirror:
@@ -142,13 +142,16 @@ def build_tracker(
     """
     if not tracking.enabled:
         return NullTracker()
-    uri, path = absolute_uri(tracking.uri), sweep_dir / "mlflow.json"
-    mirror = Mirror(uri, tracking.experiment, sweep_name, list(swept))
+    address, path = find_address(tracking), sweep_dir / "mlflow.json"
+    mirror = Mirror(address.uri, address.experiment, sweep_name, list(swept))
+    mirror.started = int(time.time() * 1000)
     if path.exists():
         stored = Mirror.load(path)
-        if (stored.uri, stored.experiment) == (uri, tracking.experiment):
+        if (stored.uri, stored.experiment) == (address.uri, address.experiment):
             mirror = stored
-            mirror.state = "running"
+            mirror.state, mirror.champion, mirror.metrics = "running", None, []
+    if (line := address.describe()) is not None:
+        log.info(line)
     mirror.save(path)
     return MlflowTracker(mirror, path)
 
@@ -163,11 +166,7 @@ class MlflowTracker:
         self._error: str | None = None
         self._thread = threading.Thread(target=self._keep_sending, daemon=True)
         self._thread.start()
-        self.how_to_look = (
-            f"open {mirror.uri}"
-            if is_server(mirror.uri)
-            else f"mlflow ui --backend-store-uri {mirror.uri}"
-        )
+        self.how_to_look = ui_command(mirror.uri)
 
     def follow(self, run: RunFolder) -> None:
         self._mirror.add(run, self._path)
@@ -182,6 +181,10 @@ class MlflowTracker:
         self._mirror.state = state
         self._mirror.champion = champion
         self._mirror.metrics = list(metrics)
+        try:
+            self._mirror.save(self._path)  # what sync ends the sweep by, should MLflow be away
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._path, error)
         self._closing.set()
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive() and self._error is None:
@@ -191,7 +194,7 @@ class MlflowTracker:
             return None
         return (
             f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
-            f"send the rest with: python -m finetune.sync {self._path.parent}"
+            f"send the rest with: python -m finetune.sync {shlex.quote(str(self._path.parent))}"
         )
 
     def _keep_sending(self) -> None:
@@ -209,7 +212,7 @@ class MlflowTracker:
         except Exception as error:  # whatever a store may raise, the runs go on
             if self._error is None:
                 log.warning("MLflow at %s cannot be reached; going on without", self._mirror.uri)
-            self._error = f"{type(error).__name__}: {first_line(error)[:200]}"
+            self._error = without_secrets(f"{type(error).__name__}: {first_line(error)}")[:200]
             return False
         self._error = None
         return True
@@ -220,29 +223,89 @@ def send(mirror: Mirror, path: Path) -> int:
 
     The mirror's file is saved after each run, so that a kill repeats one run's events at most.
     """
-    client = open_store(mirror.uri)
-    if mirror.experiment_id is None:
-        mirror.experiment_id = find_experiment(client, mirror.uri, mirror.experiment)
-    if mirror.run_id is None:
-        mirror.run_id = _create_run(client, mirror, mirror.name, {"finetune.sweep": mirror.name})
+    try:
+        client = open_store(mirror.uri)
+        _find_parent(client, mirror, path)
+        num_events = sum(_send_child(client, mirror, path, name) for name in mirror.names())
+        _describe_parent(client, mirror)
+    except Exception:
+        mirror.verified.clear()  # it may be of a run or store that is gone
+        raise
+    mirror.save(path)
+    return num_events
+
+
+def _find_parent(client: MlflowClient, mirror: Mirror, path: Path) -> None:
+    """Find the sweep's own run; made anew where the store, experiment or run was deleted."""
+    info = run_info(client, mirror.run_id)
+    if info is not None:
+        mirror.experiment_id = str(info.experiment_id)
+        return
+    mirror.experiment_id = find_experiment(client, mirror.uri, mirror.experiment)
+    mirror.view = None
+    mirror.verified.clear()
+    tags = {"finetune.sweep": mirror.name}
+    mirror.run_id = create_run(client, mirror.experiment_id, mirror.name, tags, _started(mirror))
+    mirror.save(path)
+    client.log_param(mirror.run_id, "swept", ", ".join(mirror.swept) or "nothing")
+
+
+def _started(mirror: Mirror) -> int:
+    """Return when the sweep began: as recorded, or its first run's begin."""
+    if mirror.started is not None:
+        return mirror.started
+    logs = [_new_events(Child(child.path))[0] for child in mirror.children.values()]
+    return min((_first_time(events) for events in logs), default=int(time.time() * 1000))
+
+
+def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> int:
+    """Send what is new of one run, all of it where MLflow no longer has the run."""
+    child = mirror.children[name]
+    if _is_begun_anew(child) or not _is_tracked(client, mirror, name):
+        child.run_id, child.offset, child.ended = None, 0, None
+    events, offset = _new_events(child)
+    if not events:
+        return 0
+    if child.run_id is None:
+        assert mirror.run_id is not None
+        assert mirror.experiment_id is not None
+        tags = {"mlflow.parentRunId": mirror.run_id, "finetune.sweep": mirror.name}
+        started = _first_time(events)
+        child.run_id = create_run(client, mirror.experiment_id, name, tags, started)
+        mirror.verified.add(name)
         mirror.save(path)
-        client.log_param(mirror.run_id, "swept", ", ".join(mirror.swept) or "nothing")
-    num_events = 0
-    for name in mirror.names():
-        child = mirror.children[name]
-        if _is_begun_anew(child):
-            child.run_id, child.offset = None, 0
-        if child.run_id is None:
-            tags = {"mlflow.parentRunId": mirror.run_id, "finetune.sweep": mirror.name}
-            child.run_id = _create_run(client, mirror, name, tags)
-            mirror.save(path)
-        events, offset = _new_events(child)
-        if events:
-            _send_events(client, child, events)
-            child.offset = offset
-            mirror.save(path)
-            num_events += len(events)
-    client.update_run(mirror.run_id, status=END_STATES[mirror.state])
+    send_events(client, child.run_id, Path(child.path), events)
+    statuses = [event for event in events if event["event"] == "status"]
+    if statuses:
+        child.ended = statuses[-1]["time"] if statuses[-1]["state"] != "running" else None
+    child.offset = offset
+    mirror.save(path)
+    return len(events)
+
+
+def _is_tracked(client: MlflowClient, mirror: Mirror, name: str) -> bool:
+    """Return whether the store has a run that was sent, asked once; bind it to its parent."""
+    child = mirror.children[name]
+    if child.run_id is None or name in mirror.verified:
+        return child.run_id is not None
+    info = run_info(client, child.run_id)
+    if info is None or str(info.experiment_id) != mirror.experiment_id:
+        return False
+    assert mirror.run_id is not None
+    client.set_tag(child.run_id, "mlflow.parentRunId", mirror.run_id)
+    mirror.verified.add(name)
+    return True
+
+
+def _describe_parent(client: MlflowClient, mirror: Mirror) -> None:
+    """Say of the sweep's own run how it stands; once it has ended, with its champion and view."""
+    assert mirror.run_id is not None
+    if mirror.state == "running":
+        client.update_run(mirror.run_id, status="RUNNING")
+    else:
+        ends = [child.ended for child in mirror.children.values() if child.ended is not None]
+        ended = max([*ends, _started(mirror)]) if ends else None
+        client.set_terminated(mirror.run_id, END_STATES[mirror.state], end_time=ended)
     if mirror.metrics:
         mirror.view = save_view(client, mirror.run_id, mirror.name, mirror.swept, mirror.metrics)
     champion = mirror.children.get(mirror.champion or "")
@@ -250,8 +313,13 @@ def send(mirror: Mirror, path: Path) -> int:
         for artifact in ("adapter", "model"):
             if (Path(champion.path) / artifact).exists():
                 register_champion(client, mirror.name, champion.run_id, artifact)
-    mirror.save(path)
-    return num_events
+
+
+def _first_time(events: Sequence[dict[str, Any]]) -> int:
+    """Return when a run began, by its own log."""
+    now = int(time.time() * 1000)
+    begun = [event["time"] for event in events if event["event"] == "status"]
+    return int(begun[0]) if begun else next((int(e["time"]) for e in events if "time" in e), now)
 
 
 def _is_begun_anew(child: Child) -> bool:
@@ -274,85 +342,3 @@ def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
         return [], child.offset
     whole = new[: new.rfind(b"\n") + 1]
     return [json.loads(line) for line in whole.splitlines()], child.offset + len(whole)
-
-
-def _send_events(client: MlflowClient, child: Child, events: Sequence[dict[str, Any]]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
-
-    assert child.run_id is not None
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        by_kind.setdefault(event["event"], []).append(event)
-    _send_params(client, child.run_id, by_kind.get("param", []))
-    metrics = [
-        Metric(_key(e["key"]), e["value"], e["time"], e["step"]) for e in by_kind.get("metric", [])
-    ]
-    for start in range(0, len(metrics), METRICS_A_CALL):
-        client.log_batch(child.run_id, metrics=metrics[start : start + METRICS_A_CALL])
-    for event in by_kind.get("tag", []):
-        client.set_tag(child.run_id, _key(event["key"]), event["value"])
-    for event in by_kind.get("dataset", []):
-        source = json.dumps({"uri": event["source"]})
-        profile = json.dumps({"num_rows": event["rows"]})
-        digest = event["digest"][-36:]  # the longest that MLflow takes
-        dataset = Dataset(event["name"], digest, "local", source, profile=profile)
-        tags = [InputTag("mlflow.data.context", event["context"])]
-        client.log_inputs(child.run_id, [DatasetInput(dataset, tags)])
-    # An artifact may be told again after a resume: it is sent as it is now, once.
-    for path, folder in {(e["path"], e["folder"]) for e in by_kind.get("artifact", [])}:
-        local = Path(child.path) / path
-        if local.is_dir():
-            client.log_artifacts(child.run_id, str(local), folder)
-        elif local.exists():
-            client.log_artifact(child.run_id, str(local), folder)
-    if "status" in by_kind:
-        _send_status(client, child.run_id, by_kind["status"][-1])
-
-
-def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
-    """Send each parameter once; one that changed since is told in a tag, as MLflow keeps both."""
-    from mlflow.entities import Param
-
-    stored = client.get_run(run_id).data.params
-    params = {_key(event["key"]): _shortened(event["value"]) for event in events}
-    drift = [f"{k}: {stored[k]} -> {v}" for k, v in params.items() if stored.get(k, v) != v]
-    if drift:
-        client.set_tag(run_id, "param_drift", "; ".join(drift)[:4000])
-    fresh = [Param(key, value) for key, value in params.items() if key not in stored]
-    for start in range(0, len(fresh), PARAMS_A_CALL):
-        client.log_batch(run_id, params=fresh[start : start + PARAMS_A_CALL])
-
-
-def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> None:
-    client.set_tag(run_id, "finetune.state", event["state"])
-    if event["reason"]:
-        client.set_tag(run_id, "finetune.reason", event["reason"][:4000])
-    if event["state"] == "running":
-        client.update_run(run_id, status="RUNNING")
-    else:
-        client.set_terminated(run_id, END_STATES[event["state"]], end_time=event["time"])
-
-
-def _create_run(client: MlflowClient, mirror: Mirror, name: str, tags: dict[str, str]) -> str:
-    from mlflow.tracking.context.registry import resolve_tags
-
-    assert mirror.experiment_id is not None
-    created = client.create_run(
-        mirror.experiment_id,
-        start_time=int(time.time() * 1000),
-        tags=resolve_tags(tags),
-        run_name=name,
-    )
-    return str(created.info.run_id)
-
-
-def _key(name: str) -> str:
-    """Return a name in the letters that MLflow allows."""
-    return re.sub(r"[^\w./ -]", "_", name)
-
-
-def _shortened(value: str) -> str:
-    if len(value) <= LONGEST_PARAM:
-        return value
-    note = f"... [{len(value)} characters]"
-    return value[: LONGEST_PARAM - len(note)] + note

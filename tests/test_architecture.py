@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "escaping", "tables", "pages",
-    "config", "inputs", "ranges",
+    "config", "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides",
     "overrides", "distributed", "grouping", "run_folder", "live",
     "quantization", "fused_kernels", "models", "adapters", "saved_adapter",
@@ -21,7 +21,8 @@ ORDER = [
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "tasks", "bootstrap", "evaluation", "forecast",
-    "samples", "showcase", "mlflow_store", "tracking", "comparison", "results", "shape", "memory",
+    "samples", "showcase", "mlflow_store", "store_check", "event_sending", "tracking",
+    "comparison", "results", "shape", "memory",
     "figures", "report", "identity_0_1", "identity",
     "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "sync",

@@ -1,0 +1,121 @@
+"""Turn the events of a run's log into MLflow's metrics, parameters, tags, data sets, artifacts.
+
+Sending twice adds nothing, since MLflow keeps one row for equal key, value, time and step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
+
+END_STATES = {
+    "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED",
+    "diverged": "FAILED", "interrupted": "KILLED",
+}  # fmt: skip
+LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
+
+
+def send_events(
+    client: MlflowClient, run_id: str, folder: Path, events: Sequence[dict[str, Any]]
+) -> None:
+    """Send events of a run's log; its artifacts are read from the run's folder."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_kind.setdefault(event["event"], []).append(event)
+    _send_params(client, run_id, by_kind.get("param", []))
+    metrics = [
+        Metric(_key(e["key"]), e["value"], e["time"], e["step"]) for e in by_kind.get("metric", [])
+    ]
+    for start in range(0, len(metrics), METRICS_A_CALL):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
+    for event in by_kind.get("tag", []):
+        client.set_tag(run_id, _key(event["key"]), event["value"])
+    for event in by_kind.get("dataset", []):
+        source = json.dumps({"uri": event["source"]})
+        profile = json.dumps({"num_rows": event["rows"]})
+        digest = event["digest"][-36:]  # the longest that MLflow takes
+        dataset = Dataset(event["name"], digest, "local", source, profile=profile)
+        tags = [InputTag("mlflow.data.context", event["context"])]
+        client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+    # An artifact may be told again after a resume: it is sent as it is now, once.
+    for path, target in {(e["path"], e["folder"]) for e in by_kind.get("artifact", [])}:
+        local = folder / path
+        if local.is_dir():
+            client.log_artifacts(run_id, str(local), target)
+        elif local.exists():
+            client.log_artifact(run_id, str(local), target)
+    if "status" in by_kind:
+        _send_status(client, run_id, by_kind["status"][-1])
+
+
+def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
+    """Send each parameter once; one that changed since is told in a tag, as MLflow keeps both."""
+    from mlflow.entities import Param
+
+    stored = client.get_run(run_id).data.params
+    params = {_key(event["key"]): _shortened(event["value"]) for event in events}
+    drift = [f"{k}: {stored[k]} -> {v}" for k, v in params.items() if stored.get(k, v) != v]
+    if drift:
+        client.set_tag(run_id, "param_drift", "; ".join(drift)[:4000])
+    fresh = [Param(key, value) for key, value in params.items() if key not in stored]
+    for start in range(0, len(fresh), PARAMS_A_CALL):
+        client.log_batch(run_id, params=fresh[start : start + PARAMS_A_CALL])
+
+
+def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> None:
+    client.set_tag(run_id, "finetune.state", event["state"])
+    if event["reason"]:
+        client.set_tag(run_id, "finetune.reason", event["reason"][:4000])
+    if event["state"] == "running":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, END_STATES[event["state"]], end_time=event["time"])
+
+
+def create_run(
+    client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], start_time: int
+) -> str:
+    """Make a run that began at `start_time` (milliseconds since the epoch); return its id."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    created = client.create_run(
+        experiment_id, start_time=start_time, tags=resolve_tags(tags), run_name=name
+    )
+    return str(created.info.run_id)
+
+
+def run_info(client: MlflowClient, run_id: str | None) -> RunInfo | None:
+    """Return what the store says of a run; None for one that it does not have, or has deleted."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        info = client.get_run(run_id).info
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return info if info.lifecycle_stage == "active" else None
+
+
+def _key(name: str) -> str:
+    """Return a name in the letters that MLflow allows."""
+    return re.sub(r"[^\w./ -]", "_", name)
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= LONGEST_PARAM:
+        return value
+    note = f"... [{len(value)} characters]"
+    return value[: LONGEST_PARAM - len(note)] + note
