@@ -34,7 +34,7 @@ class ActiveRun:
     @property
     def is_trained(self) -> bool:
         training = self.config.training
-        return training.is_skipped or self.folder.read_json("training.json") is not None
+        return training.is_skipped or self.folder.is_trained
 
     def begin(self, job: Job) -> None:
         _describe(job, self.inputs, self.folder, self.events)
@@ -56,6 +56,8 @@ class ActiveRun:
         if self.state is not None:
             return
         self.state = state
+        if state == "finished":
+            self.folder.forget_missing()
         lines = self.folder.last_lines() if reason else []
         self.folder.write_status(Status(state, reason, self.started, time.time(), lines))
         self.events.status(state, reason)
@@ -76,9 +78,8 @@ def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
 
 def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
     """Write down, before anything runs, what is about to run and where."""
-    (folder.path / "config.yaml").write_text(job.yaml, encoding="utf-8")
-    overrides = OmegaConf.to_yaml(OmegaConf.create(job.overrides))
-    (folder.path / "overrides.yaml").write_text(overrides, encoding="utf-8")
+    folder.write_text("config.yaml", job.yaml)
+    folder.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
     environment = describe_environment(inputs.device)
     folder.write_json("environment.json", environment | {"base": inputs.model.quantization})
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
@@ -97,20 +98,23 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     events.artifact("config.yaml", "config")
     template = prompts.load_template(job.config.data.prompt_template)
     if template.file_text is not None:
-        folder.prompt_template.write_text(template.file_text, encoding="utf-8")
+        folder.write_text(folder.prompt_template.name, template.file_text)
         events.artifact(folder.prompt_template.name, "config")
 
 
 @contextmanager
 def _recording(folder: RunFolder) -> Iterator[EventLog]:
-    """Keep the run's events, and a copy of its log lines."""
-    events = EventLog(folder.events)
+    """Keep the run's events, and a copy of its log lines; set aside what was damaged."""
     handler = logging.FileHandler(folder.log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
-        yield events
+        folder.set_damaged_aside()
+        events = EventLog(folder.events)
+        try:
+            yield events
+        finally:
+            events.close()
     finally:
         log.removeHandler(handler)
         handler.close()
-        events.close()

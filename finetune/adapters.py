@@ -34,9 +34,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from finetune import run_files
 from finetune.config import ALL_LINEAR, LoraConfig, PeftConfig
+from finetune.files import Damaged, digest, file_digest
 from finetune.grouping import CHANGE_THE_BASE
-from finetune.run_folder import digest, file_digest, replaced
+from finetune.run_folder import RunFolder, replaced
 
 ADAPTER = "default"  # PEFT's name for the only one
 FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it
@@ -370,6 +372,7 @@ def saved_digest(folder: Path) -> str:
 
     Raises:
         FileNotFoundError: the folder holds none.
+        Damaged: it is not what was saved there.
     """
     files = [folder / name for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME)]
     for file in files:
@@ -377,7 +380,19 @@ def saved_digest(folder: Path) -> str:
             raise FileNotFoundError(
                 f"model.adapter={folder} is no adapter's folder: there is no {file.absolute()}"
             )
+    _refuse_damaged(folder, files)
     return digest([file_digest(file) for file in files])
+
+
+def _refuse_damaged(folder: Path, files: Sequence[Path]) -> None:
+    """Look at each file; those of a run of ours are compared with what the run wrote."""
+    run = RunFolder(folder.absolute().parent)
+    for file in files:
+        problem = run_files.find_misfit(file, file.name)
+        if folder.absolute() == run.adapter:
+            problem = run.find_problem(f"{folder.name}/{file.name}")
+        if problem:
+            raise Damaged(f"model.adapter={folder}: {file.name} is damaged: {problem}")
 
 
 def take_off(adapted: PeftModel) -> None:

@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.run_folder import file_digest, write_atomic
+from finetune.files import file_digest, write_atomic
 
 log = logging.getLogger("finetune")
 
@@ -134,8 +135,7 @@ def find_problem(path: Path) -> str | None:
     Without the checkpoint of the best adapter so far it is not whole either.
     """
     try:
-        marked = (path / MARKER).read_text(encoding="utf-8").strip()
-        if file_digest(path / MANIFEST) != marked:
+        if not _is_marked(path):
             return f"{MANIFEST} is not the one that was marked complete"
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest["files"].items():
@@ -146,6 +146,8 @@ def find_problem(path: Path) -> str | None:
                 return f"{name} was altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read: {error}"
     best = manifest["best"]
     if best is None or best == manifest["step"]:
         return None
@@ -154,13 +156,16 @@ def find_problem(path: Path) -> str | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint that was completed, without verifying it."""
-    steps = [
-        int(path.name.removeprefix("step-"))
-        for path in _newest_first(folder)
-        if (path / MARKER).exists()
-    ]
-    return steps[0] if steps else None
+    """Return the step of the newest checkpoint that was completed, without verifying its files."""
+    for path in _newest_first(folder):
+        with suppress(OSError):
+            if _is_marked(path):
+                return int(path.name.removeprefix("step-"))
+    return None
+
+
+def _is_marked(path: Path) -> bool:
+    return (path / MARKER).read_bytes().strip() == file_digest(path / MANIFEST).encode()
 
 
 def _path(folder: Path, step: int) -> Path:

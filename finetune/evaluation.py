@@ -21,9 +21,11 @@ from lm_eval import evaluator
 
 from finetune import bootstrap
 from finetune.config import EvaluationConfig
-from finetune.run_folder import digest, write_atomic
+from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
 from finetune.scoring import Scoring, SharedContextLM
 from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
+
+log = logging.getLogger("finetune")
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,16 @@ class ScoreStore:
     folder: Path
 
     def read(self, task: str, identity: str) -> TaskScore | None:
-        """Return the score, or None where there is none or its file was altered."""
+        """Return the score, or None where there is none or its file is damaged."""
+        path = self._path(task, identity)
         try:
-            stored = json.loads(self._path(task, identity).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except json.JSONDecodeError:
-            stored = {}
-        if stored.get("sha256") != digest(stored.get("score")):
-            logging.getLogger(__name__).warning(
-                "the stored score %s was altered; it is computed again", self._path(task, identity)
-            )
+            stored = read_json(path, dict)
+            if stored is None:
+                return None
+            if stored.get("sha256") != digest(stored.get("score")):
+                raise Damaged("it was altered")
+        except Damaged as damage:
+            log.warning("the stored score %s is damaged (%s); it is computed again", path, damage)
             return None
         fields = stored["score"]
         items = [Item(**item) for item in fields["items"]]
@@ -148,7 +149,10 @@ class ScoreStore:
         fields = asdict(score)
         text = json.dumps({"sha256": digest(fields), "score": fields})
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path(score.task, identity), text)
+        path = self._path(score.task, identity)
+        if path.exists():
+            set_aside(path, "it holds no such score")
+        write_atomic(path, text)
 
     def locked(self, task: str, identity: str) -> FileLock:
         """Return a lock under which one process computes what the others then read."""

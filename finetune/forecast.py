@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from finetune.run_folder import write_atomic
+from finetune.files import Damaged, read_json, write_atomic
 from finetune.tasks import LoadedTask
 
 
@@ -45,11 +46,10 @@ class Speeds:
         write_atomic(self.file, json.dumps(told))
 
     def _read(self) -> dict[str, float]:
-        try:
-            speeds: dict[str, float] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-        return speeds
+        with suppress(Damaged):  # a speed that is lost is measured again
+            speeds = read_json(self.file, dict) or {}
+            return {name: one for name, one in speeds.items() if isinstance(one, float) and one > 0}
+        return {}
 
 
 def _generates(task: LoadedTask) -> bool:

@@ -79,18 +79,24 @@ def read_progress(run: RunFolder) -> Progress:
             losses.append(event)
         elif event["event"] == "tag":
             told[event["key"]] = event["value"]
-    max_steps = int(told["train.max_steps"]) if "train.max_steps" in told else None
+    max_steps = _count(told.get("train.max_steps"))
     if not losses or max_steps is None:
         return Progress(max_steps=max_steps)
     newest = losses[-SPEED_STEPS:]
     step, seconds = losses[-1]["step"], (newest[-1]["time"] - newest[0]["time"]) / 1000
     if len(newest) < 2 or seconds <= 0:
         return Progress(step, max_steps, losses[-1]["value"])
+    num_tokens = _count(told.get("train.num_tokens"))
     steps_per_second = (step - newest[0]["step"]) / seconds
     return Progress(
         step,
         max_steps,
         losses[-1]["value"],
-        steps_per_second * float(told["train.num_tokens"]) / max_steps,
+        steps_per_second * num_tokens / max_steps if num_tokens and max_steps else None,
         (max_steps - step) / steps_per_second if steps_per_second else None,
     )
+
+
+def _count(told: str | None) -> int | None:
+    """Return a number that the log tells; None where its line was damaged."""
+    return int(told) if told is not None and told.isdecimal() else None

@@ -5,7 +5,6 @@ All of it comes from the run's own files; settings are shown as composed, so tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +67,7 @@ def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | Non
 
 def _composed(folder: RunFolder) -> DictConfig:
     """Return the settings unresolved: what stands in the environment stays there."""
-    composed = OmegaConf.load(folder.path / "config.yaml")
-    assert isinstance(composed, DictConfig)
-    return composed
+    return OmegaConf.create(folder.read_settings())
 
 
 def _sources(folder: RunFolder) -> list[str]:
@@ -87,16 +84,16 @@ def _settings(folder: RunFolder) -> str:
 
 def _scores(folder: RunFolder) -> Iterator[Score]:
     """Yield every reported metric; those that chose the best run are no result."""
-    for path in sorted(folder.evaluation.glob("*.json")):
-        if path.name.endswith(".select.json"):
+    for task in folder.scored_tasks():
+        if task.endswith(".select"):
             continue
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = folder.read_json(f"evaluation/{task}.json")
         for metric in stored["tuned"]["metrics"]:
             if not metric.endswith("_stderr"):
                 yield Score(
-                    path.stem, metric, _with_stderr(stored.get("base"), metric),
+                    task, metric, _with_stderr(stored.get("base"), metric),
                     _with_stderr(stored["tuned"], metric),
-                    _difference(folder, path.stem, metric), stored["tuned"]["num_questions"],
+                    _difference(folder, task, metric), stored["tuned"]["num_questions"],
                 )  # fmt: skip
 
 

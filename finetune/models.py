@@ -40,9 +40,10 @@ from transformers import (
 
 from finetune import distributed, quantization
 from finetune.config import ModelConfig, local_path
+from finetune.files import Damaged, digest, file_digest, read_json, write_atomic
 from finetune.fused_kernels import FLASH
 from finetune.inputs import Source
-from finetune.run_folder import cache_dir, digest, file_digest, replaced, slug, write_atomic
+from finetune.run_folder import cache_dir, replaced, slug
 
 log = logging.getLogger("finetune")
 
@@ -260,10 +261,15 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
 
 def _is_intact(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(known_digest(folder / name) == sha256 for name, sha256 in manifest.items())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
+        manifest = read_json(folder / "manifest.json", dict)
+        if manifest and all(known_digest(folder / n) == sha256 for n, sha256 in manifest.items()):
+            return True
+        why = "a file was altered" if manifest else "it has no manifest"
+    except (Damaged, OSError, ValueError) as error:
+        why = str(error)
+    if folder.exists():
+        log.warning("the cached model %s is damaged, and written anew: %s", folder, why)
+    return False
 
 
 def _write_dequantised(gguf: Path, folder: Path) -> None:

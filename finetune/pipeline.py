@@ -31,7 +31,7 @@ from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
 from finetune.prompts import Prompt
-from finetune.run_folder import Job, NullEventLog, RunFolder, State
+from finetune.run_folder import WEIGHTS, Job, NullEventLog, RunFolder, State
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -291,6 +291,7 @@ def _keep(
         models.save_tuned(trained, dtype, _tokenizer(run), run.folder.model)
     else:
         adapters.save(trained, run.folder.adapter)
+    run.folder.record(*WEIGHTS)
     run.folder.write_json("training.json", asdict(result))
     shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
 
@@ -310,6 +311,7 @@ def _restored(adapted: PeftModel) -> Iterator[PeftModel]:
 def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
     """Give the model that the run came to; at the end the base is what it was, or let go of."""
     config, folder = run.config, run.folder.adapter
+    _refuse_damaged_weights(run)
     if config.training.is_skipped:
         if config.model.adapter is None:
             yield _base(run)
@@ -323,6 +325,13 @@ def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
         return
     with _restored(adapters.load(_base(run), folder)) as adapted:
         yield adapted
+
+
+def _refuse_damaged_weights(run: ActiveRun) -> None:
+    """Look at every byte of what was trained before it is used; set aside what is damaged."""
+    for name, problem in run.folder.find_weights_damage(thorough=True).items():
+        run.folder.set_weights_aside(name, problem)
+        raise OSError(f"{name} is damaged: {problem}; start again, and it is trained anew")
 
 
 def _score_tuned(run: ActiveRun) -> None:
@@ -342,6 +351,8 @@ def _score_tuned(run: ActiveRun) -> None:
     said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
+    if not run.config.training.is_skipped and run.folder.read_json("data.json") is None:
+        run.folder.write_json("data.json", asdict(_spec(run).examples.counts))  # it was damaged
     tell_scores(run.events, *_write_stored_scores(run))
     tell_artifacts(run.folder, run.events)
 

@@ -174,13 +174,15 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
     status = run.status()
     if finished:
         return Point(job, run, FINISHED)
+    for name, problem in run.find_damage().items():
+        log.warning("%s: %s is damaged, and made anew: %s", run.name, name, problem)
     if status is not None and status.state == "diverged":
         return Point(job, run, "diverged, left as it is", left="diverged")
     if status is not None and status.state == "failed" and not job.config.sweep.retry_failed:
         return Point(job, run, "failed, left as it is", left="failed")
     if job.config.training.is_skipped:
         return Point(job, run, "to be evaluated")
-    if run.read_json("training.json") is not None:
+    if run.is_trained:
         return Point(job, run, "trained, to be evaluated")
     step = newest_step(run.checkpoints)
     if step is not None:

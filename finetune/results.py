@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from rich.table import Table
 
 from finetune.comparison import Comparison, Outcomes, compare
 from finetune.escaping import for_csv
-from finetune.run_folder import RunFolder, write_atomic
+from finetune.files import Damaged, read_json, read_yaml, write_atomic
+from finetune.run_folder import REMEDY, RunFolder
 from finetune.tables import add_row, build_table
 from finetune.tables import print_table as print_table  # beside the tables made here
 
@@ -57,13 +58,30 @@ class SweepRecord:
             ValueError: there is none, or it is no record of a sweep.
         """
         try:
-            stored = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+            stored = read_yaml(folder / RECORD, dict)
+            if stored is None:
+                raise ValueError(f"{folder} is no sweep's folder: it has no {RECORD}")
             runs = [RunRecord(**run) for run in stored.pop("runs")]
-            return cls(**stored, runs=runs)
-        except FileNotFoundError:
-            raise ValueError(f"{folder} is no sweep's folder: it has no {RECORD}") from None
-        except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{folder / RECORD} cannot be read: {error}") from None
+            record = cls(**stored, runs=runs)
+            if not record.is_sound():
+                raise Damaged("it holds no record of a sweep")
+        except (Damaged, TypeError, KeyError) as error:
+            fault = error if isinstance(error, Damaged) else "it holds no record of a sweep"
+            raise ValueError(
+                f"{folder / RECORD} is damaged: {fault}; the sweep's command writes it anew"
+            ) from None
+        return record
+
+    def is_sound(self) -> bool:
+        """Return whether every field has its type; what was read may be anything."""
+        texts = [self.name, *(run.folder for run in self.runs)]
+        lists = [self.command, self.swept, self.tasks]
+        if not all(isinstance(one, list) for one in lists):
+            return False
+        texts += [one for names in lists for one in names]
+        return all(isinstance(one, str) for one in texts) and all(
+            isinstance(run.swept, dict) and set(run.swept) == set(self.swept) for run in self.runs
+        )
 
 
 @dataclass
@@ -140,6 +158,8 @@ def read_results(folder: Path) -> Results:
         for run, place in zip(runs, record.runs, strict=True)
     ]
     results = Results(folder, record, runs, rows)
+    for run in runs:
+        results.remarks += find_damage(run)
     for task in record.tasks:
         for metric in _compared_metrics(task, rows):
             _compare(results, task, metric)
@@ -148,11 +168,21 @@ def read_results(folder: Path) -> Results:
 
 def _tracked(folder: Path) -> dict[str, str | None]:
     """Return the MLflow run of each run that is mirrored."""
-    path = folder / "mlflow.json"
-    if not path.exists():
-        return {}
-    children = json.loads(path.read_text(encoding="utf-8"))["children"]
-    return {name: child["run_id"] for name, child in children.items()}
+    with suppress(Damaged, KeyError, TypeError, AttributeError):  # tracking names it
+        stored = read_json(folder / "mlflow.json", dict) or {"children": {}}
+        return {name: child["run_id"] for name, child in stored["children"].items()}
+    return {}
+
+
+def find_damage(run: RunFolder) -> list[str]:
+    """Return a line for each damaged file that a report would read; it is left out there."""
+    status = run.status()
+    if status is not None and status.state == "running":
+        return []  # its process writes them now
+    return [
+        f"{run.name}: {name} is damaged and left out: {problem}; {REMEDY}"
+        for name, problem in run.find_damage(of_weights=False).items()
+    ]
 
 
 def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked: Any) -> Row:
@@ -170,12 +200,12 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
         scores = run.read_json(f"evaluation/{task}.json")
         if scores:
             row.update(_task_columns(task, scores))
-            seconds += scores["tuned"]["seconds"]
+            seconds += scores["tuned"].get("seconds", 0.0)
         chosen = run.read_json(f"evaluation/{task}.select.json")
         if scores and chosen:
             metrics = chosen["tuned"]["metrics"].items()
             row.update({f"{task}/select_{name}": value for name, value in metrics})
-            seconds += chosen["tuned"]["seconds"]
+            seconds += chosen["tuned"].get("seconds", 0.0)
     row["train/loss"] = trained.get("loss")
     row[VALIDATION] = trained.get("validation_loss")
     row["evaluation_seconds"] = seconds or None
@@ -192,7 +222,7 @@ def _task_columns(task: str, scores: Mapping[str, Any]) -> Row:
     for name, value in base.items():
         if not name.endswith("_stderr"):
             columns[f"{task}/base_{name}"] = value
-            columns[f"{task}/{name}_diff"] = tuned[name] - value
+            columns[f"{task}/{name}_diff"] = tuned[name] - value if name in tuned else None
     return columns
 
 
@@ -228,11 +258,9 @@ def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Out
 def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, float]]:
     """Return the outcomes of a run's `base` and `tuned` model; none where one was not asked."""
     sides: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
-    path = run.evaluation / f"{task}.items.jsonl"
-    if run.read_json(f"evaluation/{task}.json") is None or not path.exists():
+    if run.read_json(f"evaluation/{task}.json") is None:
         return sides
-    for line in path.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    for item in run.read_items(task):
         for side, outcomes in sides.items():
             if metric in item.get(side, {}):
                 key = f"{item['hash']}:{item['prompt']}"

@@ -6,34 +6,37 @@ can read runs at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, get_args
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from finetune import run_files
 from finetune.config import Config, Refused, build_config
+from finetune.events import EventLog as EventLog
+from finetune.events import NullEventLog as NullEventLog
+from finetune.events import State as State
+from finetune.events import blank_damaged_lines, read_lines
+from finetune.events import read_events as read_events
+from finetune.files import Damaged, parse_lines, read_json, read_yaml, set_aside
+from finetune.files import digest as digest
+from finetune.files import file_digest as file_digest
+from finetune.files import write_atomic as write_atomic
 from finetune.grouping import NOT_TRAINED, Limit
 from finetune.inputs import Inputs
 
 log = logging.getLogger("finetune")
-
-State = Literal["running", "finished", "failed", "interrupted", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,6 @@ class Plan:
     finished: bool = False  # whether it has all that is asked for
     limit: Limit = NOT_TRAINED  # of the runs that share its step
     forecasts: Sequence[str] = ()  # one line a task that is still to be scored
-
-
-def digest(value: Any) -> str:
-    """Return the sha256 (hex) of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def slug(text: str) -> str:
@@ -102,16 +94,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
@@ -134,6 +116,10 @@ class Status:
     started: float | None = None
     ended: float | None = None
     last_lines: list[str] = field(default_factory=list)  # of the log, where a run failed
+
+
+WEIGHTS = ("adapter", "model")
+REMEDY = "the command that made the run makes it anew"
 
 
 @dataclass(frozen=True)
@@ -186,6 +172,19 @@ class RunFolder:
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 
+    def read_settings(self) -> dict[str, Any]:
+        """Return `config.yaml` as composed, interpolations as they stand.
+
+        Raises:
+            Refused: this is no run's folder, or the file is damaged.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise Refused([f"{self.path} is no run's folder: config.yaml is missing"])
+        if problem := self.find_problem("config.yaml"):
+            raise Refused([f"{path} is damaged: {problem}; {REMEDY}"])
+        return read_yaml(path, dict) or {}
+
     def read_config(self) -> Config:
         """Return the settings that the run was composed of.
 
@@ -193,35 +192,159 @@ class RunFolder:
             Refused: this is no run's folder, or its settings are not this version's.
         """
         try:
-            composed = OmegaConf.load(self.path / "config.yaml")
-            return build_config(cast(DictConfig, composed))
-        except FileNotFoundError:
-            raise Refused([f"{self.path} is no run's folder: config.yaml is missing"]) from None
-        except (OmegaConfBaseException, OSError, YAMLError) as error:
+            return build_config(OmegaConf.create(self.read_settings()))
+        except (OmegaConfBaseException, AttributeError, TypeError) as error:
             fault = str(error).splitlines()[0]
             raise Refused([f"{self.path / 'config.yaml'} cannot be read: {fault}"]) from None
 
     def status(self) -> Status | None:
-        """Return the recorded status, or None for a run that never started."""
+        """Return the recorded status; None for a run that never started, or a damaged file."""
         try:
-            return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, NotADirectoryError):
+            return self._load_status()
+        except Damaged:
             return None
+
+    def _load_status(self) -> Status | None:
+        stored = read_json(self.path / "status.json", dict)
+        if stored is None:
+            return None
+        try:
+            status = Status(**stored)
+        except TypeError:
+            raise Damaged("it holds other fields than a status") from None
+        times = (status.started, status.ended)
+        if (
+            status.state not in get_args(State)
+            or not isinstance(status.reason, str | None)
+            or not isinstance(status.last_lines, list)
+            or not all(isinstance(line, str) for line in status.last_lines)
+            or not all(isinstance(time, int | float | None) for time in times)
+        ):
+            raise Damaged("it holds no status")
+        return status
 
     def write_status(self, status: Status) -> None:
-        self.write_json("status.json", asdict(status))
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Return the JSON file `name` of this run, or None if it is not there."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        """Return the JSON file `name` of this run; None if it is not there, or damaged."""
+        with suppress(Damaged):
+            return None if self.find_problem(name) else read_json(self.path / name, object)
+        return None
+
+    def read_items(self, task: str) -> list[dict[str, Any]]:
+        """Return a task's outcomes, one object a question; none where they are damaged."""
+        path = self.evaluation / f"{task}.items.jsonl"
+        if not path.is_file() or self.find_problem(f"evaluation/{path.name}"):
+            return []
+        return parse_lines(path.read_bytes(), run_files.is_item).values
+
+    def scored_tasks(self) -> list[str]:
+        """Return the tasks whose scores can be read; NAME.select chose the best run."""
+        names = [f"evaluation/{path.name}" for path in sorted(self.evaluation.glob("*.json"))]
+        return [Path(name).stem for name in names if not self.find_problem(name)]
 
     def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run, and record its digest."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(value, indent=1) + "\n")
+        run_files.forget(self.path, name)  # a kill must not leave a new file under an old digest
+        write_atomic(path, text)
+        run_files.record(self.path, name)
+
+    def record(self, *names: str) -> None:
+        """Record the digests of files or folders that were written otherwise."""
+        run_files.record(self.path, *names)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a training came to its end here, and what it left is what it wrote."""
+        if self.read_json("training.json") is None or not self.weights():
+            return False
+        return not self.find_weights_damage()
+
+    def find_weights_damage(self, *, thorough: bool = False) -> dict[str, str]:
+        """Return what is wrong with the adapter or the model, by the names of its files."""
+        names = [name for name in self._names() if name.startswith(WEIGHTS)]
+        problems = {name: self.find_problem(name, thorough=thorough) for name in names}
+        return {name: problem for name, problem in problems.items() if problem}
+
+    def find_problem(self, name: str, *, thorough: bool = True) -> str | None:
+        """Return what is wrong with one file; None where it is as written, or was never there."""
+        file = self.path / name
+        try:
+            entry = run_files.read_entries(self.path).get(name)
+        except Damaged:
+            entry = None
+        if entry is not None:
+            problem = run_files.find_difference(file, entry, thorough=thorough)
+            if problem is not None:
+                return problem
+        return run_files.find_misfit(file, name) if file.exists() else None
+
+    def read_overrides(self) -> list[str]:
+        """Return what was typed for the run; nothing where that is lost."""
+        if self.find_problem("overrides.yaml"):
+            return []
+        return read_yaml(self.path / "overrides.yaml", list) or []
+
+    def find_damage(self, *, of_weights: bool = True) -> dict[str, str]:
+        """Return what is wrong with the run's files, by name; its weights may be left out."""
+        names = [name for name in self._names() if of_weights or not name.startswith(WEIGHTS)]
+        problems = {name: self.find_problem(name, thorough=False) for name in names}
+        for name, check in (
+            ("status.json", self._load_status),
+            (run_files.DIGESTS, lambda: run_files.read_entries(self.path)),
+        ):
+            try:
+                check()
+            except Damaged as damage:
+                problems[name] = str(damage)
+        is_begun = of_weights and self.read_json("training.json") is not None
+        if is_begun and not self.weights():
+            problems.setdefault("adapter", "it is missing")
+        lost = len(read_lines(self.events).damaged)
+        problems["events.jsonl"] = f"{lost} of its lines cannot be read" if lost else None
+        return {name: problem for name, problem in problems.items() if problem}
+
+    def _names(self) -> list[str]:
+        """Return the files that are recorded, or are there to be read."""
+        patterns = ("*.json", "*.yaml", "adapter/*", "model/*", "evaluation/*.json*")
+        there = (path for pattern in patterns for path in self.path.glob(pattern))
+        names = {path.relative_to(self.path).as_posix() for path in there if path.is_file()}
+        with suppress(Damaged):
+            names |= run_files.read_entries(self.path).keys()
+        return sorted(names - {"status.json", run_files.DIGESTS})
+
+    def set_damaged_aside(self) -> None:
+        """Rename what is damaged, so that it is made anew; its holder calls this.
+
+        The weights go as one folder, with what their training came to. Of the events only the
+        damaged lines go.
+        """
+        for name, problem in self.find_damage().items():
+            path = self.path / name
+            if name == "events.jsonl":
+                blank_damaged_lines(path)
+            elif name.startswith(WEIGHTS):
+                self.set_weights_aside(name, problem)
+            elif path.exists():
+                set_aside(path, problem)
+
+    def set_weights_aside(self, name: str, problem: str) -> None:
+        """Rename the folder of a damaged file of the weights, so that they are trained anew."""
+        folder = self.path / name.partition("/")[0]
+        if folder.is_dir():
+            set_aside(folder, f"{name}: {problem}")
+        (self.path / "training.json").unlink(missing_ok=True)
+
+    def forget_missing(self) -> None:
+        """Record no longer what was set aside and is not asked for any more."""
+        run_files.forget_missing(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -237,112 +360,3 @@ class RunFolder:
             yield
         finally:
             lock.release()
-
-
-class EventLog:
-    """Append every metric, parameter and state of a run to `events.jsonl` as it happens.
-
-    One JSON object a line, told apart by `event`: metric (key, value, step, time), param and tag
-    (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
-    to the run's folder and to the artifact root), status (state, reason, time). Times are
-    milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
-    holds is not written again, so a resumed run has each once.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step: dict[str, int] = {}
-        self._last_score: dict[str, float] = {}
-        self._told: set[str] = set()
-        self._recover(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def _recover(self, path: Path) -> None:
-        """Cut off a line that a kill left half-written; remember what the others told."""
-        if not path.exists():
-            return
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            os.truncate(path, len(kept))
-        for line in kept.decode().splitlines():
-            event = json.loads(line)
-            self._told.add(line)
-            if event["event"] == "metric":
-                key, step = event["key"], event["step"]
-                self._last_step[key] = max(step, self._last_step.get(key, -1))
-                if step == 0:
-                    self._last_score[key] = event["value"]
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record finite metrics at `step`; a non-finite one belongs into a status' reason."""
-        for key, value in values.items():
-            if step > self._last_step.get(key, -1) and math.isfinite(value):
-                self._write("metric", key=key, value=float(value), step=step, time=_now_ms())
-                self._last_step[key] = step
-
-    def scores(self, values: Mapping[str, float]) -> None:
-        """Record scores, at step 0; those of another evaluation of the run come behind them."""
-        for key, value in values.items():
-            if self._last_score.get(key) != value and math.isfinite(value):
-                self._write("metric", key=key, value=float(value), step=0, time=_now_ms())
-                self._last_score[key] = value
-
-    def params(self, values: Mapping[str, str]) -> None:
-        for key, value in values.items():
-            self._write_once("param", key=key, value=value)
-
-    def tag(self, key: str, value: str) -> None:
-        self._write_once("tag", key=key, value=value)
-
-    def dataset(self, name: str, *, digest: str, source: str, context: str, rows: int) -> None:
-        fields = {"name": name, "digest": digest, "source": source}
-        self._write_once("dataset", **fields, context=context, rows=rows)
-
-    def artifact(self, path: str, folder: str) -> None:
-        self._write("artifact", path=path, folder=folder)
-
-    def status(self, state: State, reason: str | None = None) -> None:
-        self._write("status", state=state, reason=reason, time=_now_ms())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
-
-    def _write_once(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, **fields})
-        if line not in self._told:
-            self._told.add(line)
-            self._file.write(line + "\n")
-
-
-class NullEventLog(EventLog):
-    """Write nothing: another process tells of the same run."""
-
-    def __init__(self) -> None:
-        self._last_step = {}
-        self._last_score = {}
-        self._told = set()
-
-    def close(self) -> None:
-        pass
-
-    def _write(self, event: str, **fields: Any) -> None:
-        pass
-
-    def _write_once(self, event: str, **fields: Any) -> None:
-        pass
-
-
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of an event log; a half-written last line is left out."""
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 
 from finetune.comparison import compare
-from finetune.results import read_sides
+from finetune.results import find_damage, read_sides
 from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table, print_table
 
@@ -27,17 +26,29 @@ def main() -> None:
         if len(given.compare) != 2:
             parser.error("give two runs to compare, or none to list all")
         runs = [RunFolder(path) for path in given.compare]
-        missing = [str(run.path) for run in runs if run.status() is None]
+        missing = [str(run.path) for run in runs if not is_run(run)]
         if missing:
-            print(f"no run in {', '.join(missing)}: status.json is missing", file=sys.stderr)
+            print(f"no run in {', '.join(missing)}: config.yaml is missing", file=sys.stderr)
             sys.exit(2)
+        tell_damage(runs)
         print_table(render_pair(runs[0], runs[1]))
         return
-    found = [RunFolder(path.parent) for path in sorted(given.outputs.glob("*/status.json"))]
+    found = [run for path in sorted(given.outputs.glob("*")) if is_run(run := RunFolder(path))]
     if not found:
         print(f"no runs in {given.outputs}/", file=sys.stderr)
         sys.exit(2)
+    tell_damage(found)
     print_table(render_list(found))
+
+
+def is_run(folder: RunFolder) -> bool:
+    """Return whether a folder is a run's, also where one of its files is lost."""
+    return any((folder.path / name).exists() for name in ("status.json", "config.yaml"))
+
+
+def tell_damage(runs: Sequence[RunFolder]) -> None:
+    for line in (line for run in runs for line in find_damage(run)):
+        print(line, file=sys.stderr)
 
 
 def render_list(runs: Sequence[RunFolder]) -> Table:
@@ -45,24 +56,19 @@ def render_list(runs: Sequence[RunFolder]) -> Table:
     table = build_table("run", "state", "ended", "settings", "scores")
     for run in runs:
         status = run.status()
-        assert status is not None, "the list is of folders with a status"
-        ended = datetime.fromtimestamp(status.ended).strftime("%m-%d %H:%M") if status.ended else ""
-        settings = " ".join(map(str, _overrides(run)))
-        add_row(table, run.name, status.state, ended, settings, _scores(run))
+        state: str = status.state if status else "unknown"
+        ended = status.ended if status else None
+        when = datetime.fromtimestamp(ended).strftime("%m-%d %H:%M") if ended else ""
+        add_row(table, run.name, state, when, " ".join(run.read_overrides()), _scores(run))
     return table
-
-
-def _overrides(run: RunFolder) -> list[str]:
-    path = run.path / "overrides.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or [] if path.exists() else []
 
 
 def _scores(run: RunFolder) -> str:
     parts = []
-    for path in sorted(run.evaluation.glob("*.json")):
-        metrics = (run.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]
+    for task in run.scored_tasks():
+        metrics = run.read_json(f"evaluation/{task}.json")["tuned"]["metrics"]
         shown = [f"{name} {metrics[name]:.4f}" for name in ("acc", "acc_norm") if name in metrics]
-        parts.append(f"{path.stem}: {', '.join(shown)}")
+        parts.append(f"{task}: {', '.join(shown)}")
     return "; ".join(parts)
 
 
@@ -70,10 +76,10 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
     """Return a table of two runs' scores on the same questions, with what is proven."""
     numbers = (one.name, other.name, "difference", "95 %", "now right / wrong", "p")
     table = build_table("metric", *numbers, right=numbers)
-    for path in sorted(one.evaluation.glob("*.json")):
-        for metric in (one.read_json(f"evaluation/{path.name}") or {})["tuned"]["metrics"]:
-            first, second = (read_sides(run, path.stem, metric)["tuned"] for run in (one, other))
-            name = f"{path.stem}/{metric}"
+    for task in one.scored_tasks():
+        for metric in one.read_json(f"evaluation/{task}.json")["tuned"]["metrics"]:
+            first, second = (read_sides(run, task, metric)["tuned"] for run in (one, other))
+            name = f"{task}/{metric}"
             if not first or not second:
                 continue
             try:

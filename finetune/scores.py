@@ -23,7 +23,7 @@ from finetune.evaluation import ScoreStore, TaskScore
 from finetune.forecast import Speeds
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs, Source
-from finetune.run_folder import EventLog, RunFolder, cache_dir, digest, write_atomic
+from finetune.run_folder import EventLog, RunFolder, cache_dir, digest
 from finetune.scoring import SharedContextLM
 from finetune.tasks import SEED, LoadedTask, load_task
 
@@ -187,7 +187,7 @@ def write_scores(
                 )
                 line[side] = item.outcomes
         lines = "".join(json.dumps(line) + "\n" for line in items.values())
-        write_atomic(folder.evaluation / f"{name}.items.jsonl", lines)
+        folder.write_text(f"evaluation/{name}.items.jsonl", lines)
 
 
 def tell_scores(
@@ -212,7 +212,7 @@ def tell_artifacts(folder: RunFolder, events: EventLog) -> None:
 def is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
     """Return whether the run finished, also for the tasks and limits asked for now."""
     status = folder.status()
-    if status is None or status.state != "finished":
+    if status is None or status.state != "finished" or folder.find_damage():
         return False
     tasks = load_tasks(config, inputs.source)
     return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetune.files import Damaged
 from finetune.overrides import first_line
 from finetune.results import read_results
 from finetune.store_address import without_secrets
@@ -37,6 +38,12 @@ def _sync(folder: Path) -> bool:
     try:
         with FileLock(folder / ".lock", timeout=0):
             return _send_rest(folder, Mirror.load(path), path)
+    except Damaged as damage:
+        print(
+            f"{path} is damaged: {damage}; the sweep's command makes it anew, and sends all",
+            file=sys.stderr,
+        )
+        return False
     except Timeout:
         print(f"{folder}: its sweep is running, and sends by itself", file=sys.stderr)
         return False

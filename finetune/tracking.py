@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config import TrackingConfig
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
+from finetune.events import parse_events
+from finetune.files import Damaged, read_json, set_aside, write_atomic
 from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
-from finetune.run_folder import RunFolder, State, write_atomic
+from finetune.run_folder import RunFolder, State
 from finetune.showcase import register_champion, save_view
 from finetune.store_address import find_address, is_server, masked, ui_command, without_secrets
 
@@ -110,9 +112,36 @@ class Mirror:
 
     @classmethod
     def load(cls, path: Path) -> Mirror:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        children = {name: Child(**child) for name, child in stored.pop("children").items()}
-        return cls(**stored, children=children)
+        """Read what is tracked where.
+
+        Raises:
+            Damaged: the file does not hold what was written there.
+        """
+        stored = read_json(path, dict) or {}
+        try:
+            children = {name: Child(**child) for name, child in stored.pop("children").items()}
+            mirror = cls(**stored, children=children)
+        except (TypeError, KeyError, AttributeError):
+            raise Damaged("it holds no record of what is tracked") from None
+        if not mirror.is_sound():
+            raise Damaged("it holds other values than those of what is tracked")
+        return mirror
+
+    def is_sound(self) -> bool:
+        """Return whether every field has its type; what was read may be anything."""
+        children = self.children.values()
+        texts = [self.uri, self.experiment, self.name, *(child.path for child in children)]
+        ids = [self.experiment_id, self.run_id, self.champion, self.view]
+        ids += [child.run_id for child in children]
+        return (
+            isinstance(self.swept, list)
+            and isinstance(self.metrics, list)
+            and self.state in END_STATES
+            and isinstance(self.started, int | None)
+            and all(isinstance(one, str) for one in (*texts, *self.swept, *self.metrics))
+            and all(one is None or isinstance(one, str) for one in ids)
+            and all(isinstance(child.offset, int) and child.offset >= 0 for child in children)
+        )
 
     def save(self, path: Path) -> None:
         with self._changing:
@@ -145,15 +174,22 @@ def build_tracker(
     address, path = find_address(tracking), sweep_dir / "mlflow.json"
     mirror = Mirror(address.uri, address.experiment, sweep_name, list(swept))
     mirror.started = int(time.time() * 1000)
-    if path.exists():
-        stored = Mirror.load(path)
-        if (stored.uri, stored.experiment) == (address.uri, address.experiment):
-            mirror = stored
-            mirror.state, mirror.champion, mirror.metrics = "running", None, []
+    stored = _load_or_set_aside(path) if path.exists() else None
+    if stored is not None and (stored.uri, stored.experiment) == (address.uri, address.experiment):
+        mirror = stored
+        mirror.state, mirror.champion, mirror.metrics = "running", None, []
     if (line := address.describe()) is not None:
         log.info(line)
     mirror.save(path)
     return MlflowTracker(mirror, path)
+
+
+def _load_or_set_aside(path: Path) -> Mirror | None:
+    try:
+        return Mirror.load(path)
+    except Damaged as damage:
+        set_aside(path, f"{damage}; its runs are sent to MLflow anew")
+        return None
 
 
 class MlflowTracker:
@@ -341,4 +377,4 @@ def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
     except FileNotFoundError:
         return [], child.offset
     whole = new[: new.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], child.offset + len(whole)
+    return parse_events(whole), child.offset + len(whole)

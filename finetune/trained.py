@@ -22,7 +22,7 @@ from finetune.config import Config, ModelConfig, Refused
 from finetune.grouping import CHANGE_THE_BASE
 from finetune.identity import model_identity
 from finetune.inputs import Source
-from finetune.run_folder import RunFolder
+from finetune.run_folder import REMEDY, RunFolder
 
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -77,6 +77,8 @@ def find_trained(path: Path) -> Trained:
     """
     folder = RunFolder(path.resolve())
     config = folder.read_config()
+    if why := folder.find_problem(folder.prompt_template.name):
+        raise Refused([f"{folder.prompt_template} is damaged: {why}; {REMEDY}"])
     if folder.prompt_template.is_file():  # as it was; the file that the settings name may be gone
         template = replace(config.data, prompt_template=str(folder.prompt_template))
         config = replace(config, data=template)
@@ -89,6 +91,8 @@ def find_trained(path: Path) -> Trained:
                 f"{f' ({status.state})' if status else ''}; the command that began it finishes it"
             ]
         )
+    if damage := folder.find_weights_damage(thorough=True):
+        raise Refused([f"{path}: {n} is damaged: {why}; {REMEDY}" for n, why in damage.items()])
     model = config.model
     if is_full:
         model = replace(model, path=str(folder.model), revision=None, quantization="none")

@@ -14,10 +14,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import adapters, chat, conversation, worker
+from finetune import adapters, chat, conversation, run_files, worker
 from finetune.config import DataConfig, LoraConfig, Refused
 from finetune.conversation import Conversation, Sampling
 from finetune.prompts import Unusable, load_template
+from finetune.run_folder import RunFolder
 from finetune.trained import Trained, find_trained
 from tests.conftest import train_tiny, write_rows
 
@@ -131,7 +132,7 @@ def change(run: Path, key: str, value: str) -> None:
     """Change a setting that a run recorded."""
     settings = OmegaConf.load(run / "config.yaml")
     OmegaConf.update(settings, key, value)
-    OmegaConf.save(settings, run / "config.yaml")
+    RunFolder(run).write_text("config.yaml", OmegaConf.to_yaml(settings))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,7 @@ def full_copy(run: Path, into: Path) -> Path:
     shutil.copytree(run, into, ignore=shutil.ignore_patterns("adapter"))
     adapted: Any = adapters.load(trained.load_base(), trained.folder.adapter)
     adapted.merge_and_unload().save_pretrained(into / "model")
+    run_files.forget(into, "adapter")
     change(into, "peft.method", "full")
     return into
 

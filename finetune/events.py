@@ -1,0 +1,171 @@
+"""A run's event log, `events.jsonl`: every metric, parameter and state as it happened.
+
+It is only appended to. A line that was damaged since is left out by its readers and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.files import ASIDE, JsonLines, parse_lines
+
+log = logging.getLogger("finetune")
+
+State = Literal["running", "finished", "failed", "interrupted", "diverged"]
+
+# The fields of each kind of event, with the types of their values.
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "metric": {"key": (str,), "value": (int, float), "step": (int,), "time": (int,)},
+    "param": {"key": (str,), "value": (str,)},
+    "tag": {"key": (str,), "value": (str,)},
+    "dataset": {
+        "name": (str,), "digest": (str,), "source": (str,), "context": (str,), "rows": (int,)
+    },
+    "artifact": {"path": (str,), "folder": (str,)},
+    "status": {"state": (str,), "reason": (str, type(None)), "time": (int,)},
+}  # fmt: skip
+
+
+class EventLog:
+    """Append every metric, parameter and state of a run to `events.jsonl` as it happens.
+
+    One JSON object a line, told apart by `event`: metric (key, value, step, time), param and tag
+    (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
+    to the run's folder and to the artifact root), status (state, reason, time). Times are
+    milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
+    holds is not written again, so a resumed run has each once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._steps: set[tuple[str, int]] = set()  # of each metric
+        self._last_score: dict[str, float] = {}
+        self._told: set[str] = set()
+        self._recover(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def _recover(self, path: Path) -> None:
+        """Cut off a line that a kill left half-written; remember what the others told."""
+        if not path.exists():
+            return
+        whole = path.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept != whole:
+            os.truncate(path, len(kept))
+        for event in read_lines(path).values:
+            self._told.add(json.dumps(event))
+            if event["event"] == "metric":
+                self._steps.add((event["key"], event["step"]))
+                if event["step"] == 0:
+                    self._last_score[event["key"]] = event["value"]
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record finite metrics at `step`; a non-finite one belongs into a status' reason."""
+        for key, value in values.items():
+            if (key, step) not in self._steps and math.isfinite(value):
+                self._write("metric", key=key, value=float(value), step=step, time=_now_ms())
+                self._steps.add((key, step))
+
+    def scores(self, values: Mapping[str, float]) -> None:
+        """Record scores, at step 0; those of another evaluation of the run come behind them."""
+        for key, value in values.items():
+            if self._last_score.get(key) != value and math.isfinite(value):
+                self._write("metric", key=key, value=float(value), step=0, time=_now_ms())
+                self._last_score[key] = value
+
+    def params(self, values: Mapping[str, str]) -> None:
+        for key, value in values.items():
+            self._write_once("param", key=key, value=value)
+
+    def tag(self, key: str, value: str) -> None:
+        self._write_once("tag", key=key, value=value)
+
+    def dataset(self, name: str, *, digest: str, source: str, context: str, rows: int) -> None:
+        fields = {"name": name, "digest": digest, "source": source}
+        self._write_once("dataset", **fields, context=context, rows=rows)
+
+    def artifact(self, path: str, folder: str) -> None:
+        self._write("artifact", path=path, folder=folder)
+
+    def status(self, state: State, reason: str | None = None) -> None:
+        self._write("status", state=state, reason=reason, time=_now_ms())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: str, **fields: Any) -> None:
+        assert event in FIELDS, f"{event} has no line in FIELDS"
+        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def _write_once(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields})
+        if line not in self._told:
+            self._told.add(line)
+            self._file.write(line + "\n")
+
+
+class NullEventLog(EventLog):
+    """Write nothing: another process tells of the same run."""
+
+    def __init__(self) -> None:
+        self._steps = set()
+        self._last_score = {}
+        self._told = set()
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, event: str, **fields: Any) -> None:
+        pass
+
+    def _write_once(self, event: str, **fields: Any) -> None:
+        pass
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log; a half-written last line is left out, and damaged ones are."""
+    yield from read_lines(path).values
+
+
+def parse_events(raw: bytes) -> list[dict[str, Any]]:
+    """Return the events in a piece of a log, as `read_events` does."""
+    return parse_lines(raw, is_event).values
+
+
+def read_lines(path: Path) -> JsonLines:
+    try:
+        return parse_lines(path.read_bytes(), is_event)
+    except (FileNotFoundError, NotADirectoryError):
+        return JsonLines([], [])
+
+
+def blank_damaged_lines(path: Path) -> None:
+    """Move damaged lines to NAME.damaged; spaces stay, since MLflow's mirror counts bytes."""
+    damaged = read_lines(path).damaged
+    aside = path.with_name(path.name + ASIDE)
+    with path.open("r+b") as file, aside.open("ab") as kept:
+        for start, length in damaged:
+            file.seek(start)
+            kept.write(file.read(length) + b"\n")
+            file.seek(start)
+            file.write(b" " * length)
+    log.warning("%s: %d damaged lines moved to %s", path, len(damaged), aside.name)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def is_event(line: Mapping[str, Any]) -> bool:
+    """Return whether a line is an event of a run, with all that belongs to one of its kind."""
+    fields = FIELDS.get(str(line.get("event")))
+    return fields is not None and all(
+        name in line and isinstance(line[name], kinds) for name, kinds in fields.items()
+    )

@@ -1,0 +1,147 @@
+"""Files from disk, written atomically and checked as they are read.
+
+A file is damaged where it does not hold what was written there: bytes that are no text, text that
+is no JSON, JSON of another shape, another digest than the recorded one. Readers of files go
+through here; who holds the file's folder sets a damaged one aside, so that it is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+log = logging.getLogger("finetune")
+
+ASIDE = ".damaged"  # the end of a name under which a damaged file is kept
+
+T = TypeVar("T")
+
+
+class Damaged(ValueError):
+    """A file that does not hold what was written there; the message says why, without a path."""
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 (hex) of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: temporary name, sync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_text(path: Path) -> str | None:
+    """Return a file's text; None where there is no such file.
+
+    Raises:
+        Damaged: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        raise Damaged(f"its byte {error.start} is not UTF-8") from None
+    except OSError as error:
+        raise Damaged(f"it cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """Return the JSON value in a file; None where there is no such file.
+
+    Raises:
+        Damaged: it is no JSON, or not of this kind.
+    """
+    text = read_text(path)
+    return None if text is None else parse_json(text, kind)
+
+
+def parse_json(text: str, kind: type[T]) -> T:
+    """Return a text's JSON value; raises Damaged where it is not of this kind."""
+    if not text.strip():
+        raise Damaged("it is empty")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"it is not JSON: {error}") from None
+    return _checked(value, kind)
+
+
+def read_yaml(path: Path, kind: type[T]) -> T | None:
+    """Return the YAML value in a file, interpolations as they stand; None without the file.
+
+    Raises:
+        Damaged: it is no YAML, or not of this kind.
+    """
+    text = read_text(path)
+    if text is None:
+        return None
+    if not text.strip():
+        raise Damaged("it is empty")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damaged(f"it is not YAML: {' '.join(str(error).split())}") from None
+    return _checked(value, kind)
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise Damaged(f"it holds {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The objects of a file of JSON lines, and where lines were that cannot be used."""
+
+    values: list[dict[str, Any]]
+    damaged: list[tuple[int, int]]  # first byte and length, without the line's end
+
+
+def parse_lines(raw: bytes, is_valid: Callable[[dict[str, Any]], bool]) -> JsonLines:
+    """Read JSON lines; a blank one and a half-written last one are neither good nor damaged."""
+    lines, start = JsonLines([], []), 0
+    while (end := raw.find(b"\n", start)) >= 0:
+        line = raw[start:end]
+        if line.strip():
+            try:
+                value = json.loads(line.decode())
+                if not isinstance(value, dict) or not is_valid(value):
+                    raise Damaged("it is of another shape")
+                lines.values.append(value)
+            except (ValueError, RecursionError):
+                lines.damaged.append((start, len(line)))
+        start = end + 1
+    return lines
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged file or folder to NAME.damaged, in place of an earlier one, and say so."""
+    aside = path.with_name(path.name + ASIDE)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    os.replace(path, aside)
+    log.warning("%s is damaged: %s; kept as %s", path, why, aside.name)

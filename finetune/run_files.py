@@ -1,0 +1,213 @@
+"""The files of a run as they were written: their digests in `digests.json`, and their shapes.
+
+A run of an older release has no digests; of its files the shape alone is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.files import (
+    Damaged,
+    digest,
+    file_digest,
+    parse_lines,
+    read_json,
+    read_yaml,
+    write_atomic,
+)
+
+DIGESTS = "digests.json"
+# The settings that every run's config.yaml has, by which one that was cut off is known.
+SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
+LARGE_FILE = 64 * 2**20  # bytes from which a check that is not thorough goes by size and time
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file as it was written."""
+
+    sha256: str
+    size: int  # bytes
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileEntry:
+        stat = file.stat()
+        return cls(file_digest(file), stat.st_size, stat.st_mtime_ns)
+
+
+def read_entries(folder: Path) -> dict[str, FileEntry]:
+    """Return the files of a run's folder as they were recorded, by name; none in older runs.
+
+    Raises:
+        Damaged: what was recorded is lost.
+    """
+    stored = read_json(folder / DIGESTS, dict)
+    if stored is None:
+        return {}
+    if stored.get("sha256") != digest(stored.get("files")):
+        raise Damaged("it was altered")
+    return {name: FileEntry(**entry) for name, entry in stored["files"].items()}
+
+
+def record(folder: Path, *names: str) -> None:
+    """Record files, given by their names or those of the folders that hold them, as they are."""
+    files = [file for name in names for file in _files_of(folder / name)]
+    kept = {n: e for n, e in _entries_or_none(folder).items() if not _is_within(n, names)}
+    found = {file.relative_to(folder).as_posix(): FileEntry.of(file) for file in files}
+    _write(folder, {**kept, **found})
+
+
+def forget(folder: Path, *names: str) -> None:
+    """Drop files from the record: what stands there next is another file."""
+    known = _entries_or_none(folder)
+    kept = {name: entry for name, entry in known.items() if not _is_within(name, names)}
+    if kept != known:
+        _write(folder, kept)
+
+
+def forget_missing(folder: Path) -> None:
+    """Drop the files from the record that are not there any more."""
+    known = _entries_or_none(folder)
+    forget(folder, *(name for name in known if not (folder / name).exists()))
+
+
+def _entries_or_none(folder: Path) -> dict[str, FileEntry]:
+    try:
+        return read_entries(folder)
+    except Damaged:
+        return {}
+
+
+def _is_within(name: str, names: Iterable[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}/") for one in names)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return a file, or those below a folder, without the pages that are there to be edited."""
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
+
+
+def _write(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+    files = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    text = json.dumps({"sha256": digest(files), "files": files}, indent=1)
+    write_atomic(folder / DIGESTS, text + "\n")
+
+
+def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> str | None:
+    """Return in what a file is not what was recorded; None where it is the same.
+
+    Args:
+        file: that is looked at.
+        entry: what was recorded.
+        thorough: False takes a large file of the recorded size and time for the same.
+    """
+    try:
+        stat = file.stat()
+        if stat.st_size != entry.size:
+            return f"it has {stat.st_size} bytes of {entry.size}"
+        if not thorough and stat.st_size > LARGE_FILE and stat.st_mtime_ns == entry.mtime_ns:
+            return None
+        return None if file_digest(file) == entry.sha256 else "it was altered since it was written"
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+
+
+def find_misfit(file: Path, name: str) -> str | None:
+    """Return why a file's content cannot be used, whatever was recorded; None where it can."""
+    try:
+        if name.endswith(".safetensors"):
+            return _find_safetensors_misfit(file)
+        if name.endswith(".items.jsonl"):
+            lines = parse_lines(file.read_bytes(), is_item)
+            return f"{len(lines.damaged)} lines are damaged" if lines.damaged else None
+        if name == "samples.json":
+            return _find_samples_misfit(read_json(file, list) or [])
+        if name == "config.yaml":
+            return _find_config_misfit(read_yaml(file, dict) or {})
+        if name == "overrides.yaml":
+            given = read_yaml(file, list) or []
+            return None if all(isinstance(one, str) for one in given) else "it holds no overrides"
+        if name.endswith(".json"):
+            return find_json_misfit(name, read_json(file, dict) or {})
+    except Damaged as damage:
+        return str(damage)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return None
+
+
+def _find_config_misfit(settings: Mapping[str, Any]) -> str | None:
+    absent = [name for name in SECTIONS if not isinstance(settings.get(name), dict)]
+    return f"{', '.join(absent)} is not in it" if absent else None
+
+
+def find_json_misfit(name: str, value: Mapping[str, Any]) -> str | None:
+    """Return in what a run's JSON file is of another shape than its readers rely on."""
+    if name.startswith("evaluation/") and name.count("/") == 1:
+        sides = [value[side] for side in ("tuned", "base") if side in value]
+        if "tuned" not in value or not all(_is_side(side) for side in sides):
+            return "it holds no scores"
+    if name == "training.json" and not all(_is_plain(one) for one in value.values()):
+        return "it holds other values than numbers and texts"
+    if name == "environment.json" and not isinstance(value.get("versions", {}), dict):
+        return "it holds no versions"
+    return None
+
+
+def is_item(line: Mapping[str, Any]) -> bool:
+    """Return whether a line is a question's outcomes."""
+    sides = [line[side] for side in ("tuned", "base") if side in line]
+    named = isinstance(line.get("hash"), str) and isinstance(line.get("prompt"), str)
+    return named and all(isinstance(one, dict) and _are_numbers(one) for one in sides)
+
+
+def _is_side(side: Any) -> bool:
+    return (
+        isinstance(side, dict)
+        and isinstance(side.get("metrics"), dict)
+        and _are_numbers(side["metrics"])
+        and isinstance(side.get("seconds", 0.0), int | float)
+    )
+
+
+def _are_numbers(values: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values.values())
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, int | float | str)
+
+
+def _find_samples_misfit(samples: list[Any]) -> str | None:
+    good = all(
+        isinstance(one, dict)
+        and all(isinstance(one.get(name), str) for name in ("prompt", "base", "tuned"))
+        for one in samples
+    )
+    return None if good else "it holds no samples"
+
+
+def _find_safetensors_misfit(file: Path) -> str | None:
+    """Check that a file's header fits its length, as safetensors lays it out."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size
+        if not 0 < length <= size - 8:
+            return "it is no safetensors file"
+        try:
+            header = json.loads(opened.read(length))
+            ends = [one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"]
+            end = max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "its header cannot be read"
+    return None if size == 8 + length + end else f"it has {size} bytes of {8 + length + end}"
