@@ -12,24 +12,30 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import distributed
+from finetune import distributed, signals
 from finetune.config import Refused, conf_dir, register
 from finetune.overrides import find_override_problems, first_line
 from finetune.store_address import without_secrets
+from finetune.streams import keep_streams
 
 
 def main() -> None:
     """Run `python -m finetune`; under a launcher, the first process does and the others follow.
 
-    Exit codes: 0 all runs finished, 1 a run failed or diverged, 2 refused before the start,
-    130 interrupted.
+    Exit codes: 0 all runs finished, 1 a run failed or diverged or the results could not be
+    written, 2 refused before the start, 75 stopped by a signal of the machine (SIGTERM, SIGHUP),
+    to be run again, 130 interrupted by a person (Ctrl-C).
     """
+    keep_streams()
     if not distributed.is_main():
         from finetune.worker import follow
 
         distributed.leave(follow())
-    with distributed.leading():
-        command()
+    with signals.stops_raised(), distributed.leading():
+        try:
+            command()
+        except KeyboardInterrupt:
+            sys.exit(signals.end_stopped(signals.first_stop()))
 
 
 def command() -> None:
@@ -57,10 +63,6 @@ def command() -> None:
         refuse(refused.problems)
     except (HydraException, OmegaConfBaseException) as error:
         refuse([first_line(error)])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # such as `--help | head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(composed: DictConfig) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Refused
+from finetune.streams import is_gone, keep_streams
 
 if TYPE_CHECKING:
     from finetune.conversation import Conversation, Sampling
@@ -29,6 +30,7 @@ or by the run's own template, whose fields are given as FIELD: VALUE where it ha
 
 def main() -> None:
     """Talk on the terminal or through a pipe; exit code 0, or 2 where there is nothing to load."""
+    keep_streams()
     parser = argparse.ArgumentParser(
         prog="python -m finetune.chat", description=__doc__, epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,9 +91,11 @@ def read_lines() -> Iterator[str]:
 
 
 def talk(conversation: Conversation, sampling: Sampling, lines: Iterable[str]) -> None:
-    """Answer line by line until /quit or the end."""
+    """Answer line by line until /quit or the end, or until nobody reads the answers."""
     introduce(conversation)
     for line in lines:
+        if is_gone(sys.stdout):
+            return
         if not line.strip():
             continue
         if line.startswith("/"):

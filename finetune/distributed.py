@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
+from finetune import signals
 from finetune.config import Config
 from finetune.inputs import Inputs
 
@@ -183,14 +184,16 @@ def training_together(config: Config, inputs: Inputs, alike: type[Exception]) ->
         config: what they are to train.
         inputs: and from what, as planned.
         alike: an error that comes in all processes at once. Any other one, in this process alone,
-            leaves them waiting for its gradients; only the launcher can end them then.
+            leaves them waiting for its gradients; only the launcher can end them then. A stop
+            that all have agreed on is as expected; a second request ends this process alone.
     """
     if is_launched():
         _tell("train", (config, inputs))
     try:
         yield
-    except Exception as error:
-        if is_launched() and not isinstance(error, alike):
+    except (Exception, KeyboardInterrupt) as error:
+        is_expected = isinstance(error, alike) or error is signals.first_stop()
+        if is_launched() and not is_expected:
             _parted.append(error)
             log.error("the other processes cannot go on without this one; the same command resumes")
         raise

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Refused
+from finetune.streams import keep_streams
 
 if TYPE_CHECKING:
     from finetune.merging import Check
@@ -28,6 +29,7 @@ class NotExported(Exception):
 
 def main() -> None:
     """Export; exit code 0, 1 (the check or the upload failed) or 2 (refused)."""
+    keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.export", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
     parser.add_argument(

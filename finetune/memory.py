@@ -34,6 +34,7 @@ from finetune.quantization import as_loaded
 from finetune.ranges import FROM_FLOATS, find_problems
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape, find_shape, load_config
+from finetune.streams import keep_streams
 from finetune.tables import add_row, build_table, print_table
 
 GIB = 2**30
@@ -281,6 +282,7 @@ def render(need: Estimate, place: Place) -> Table:
 
 def main() -> None:
     """Print the estimate of the composed run; exit code 0 where it fits, 1 where it does not."""
+    keep_streams()
     parser = argparse.ArgumentParser(
         prog="python -m finetune.memory",
         description="Estimate a run's memory by parts, without loading a weight. Batches are taken "

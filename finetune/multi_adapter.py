@@ -189,7 +189,7 @@ def train_together(
     newest whole checkpoints.
 
     Raises:
-        KeyboardInterrupt: SIGINT or SIGTERM came; all steps were ended, checkpoints written.
+        KeyboardInterrupt: a stop was asked for; all steps were ended, checkpoints written.
     """
     signals, shared = StopSignals(), SharedBase(base, precision)
     reset_peak_memory(shared.device)
@@ -209,10 +209,10 @@ def train_together(
         signals.watched(),
         _progress(list(live.values())) as bar,
     ):
-        interrupted = False
+        interrupted: KeyboardInterrupt | None = None
         while live:
             if signals.stop_requested and (leaving := _take_between_steps(live)):
-                interrupted = True
+                interrupted = signals.request
                 for number, one in leaving.items():
                     try:
                         one.save_checkpoint()
@@ -221,8 +221,8 @@ def train_together(
             else:
                 for number, outcome in _advance(shared, live, bar):
                     yield number, live.pop(number).weights, outcome
-        if interrupted:
-            raise KeyboardInterrupt
+        if interrupted is not None:
+            raise interrupted
 
 
 def _advance(

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, distributed, models, multi_adapter, training
+from finetune import adapters, data, distributed, models, multi_adapter, signals, training
 from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
@@ -93,10 +93,9 @@ def _run_stages(runs: Sequence[ActiveRun]) -> None:
                 if run.state is None:
                     _score_tuned(run)
                     run.end("finished")
-    except KeyboardInterrupt:
-        by = "the user or the launcher" if distributed.is_launched() else "the user"
+    except KeyboardInterrupt as stop:
         for run in runs:
-            run.end("interrupted", f"interrupted by {by}")
+            run.end("interrupted", signals.describe(stop))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from finetune.comparison import LEVEL, Difference, SeedDifference, compare_seeds
 from finetune.pages import build_pages
 from finetune.results import VALIDATION, Results, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder, write_atomic
+from finetune.streams import keep_streams
 
 log = logging.getLogger("finetune")
 
@@ -231,6 +232,7 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     """Write the report of the folder given on the command line."""
+    keep_streams()
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: python -m finetune.report multirun_reports/SWEEP", file=sys.stderr)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)

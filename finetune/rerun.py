@@ -14,6 +14,7 @@ import yaml
 from finetune.config import CONDUCT, Config, marked
 from finetune.results import read_sides
 from finetune.run_folder import RunFolder, file_digest, flatten, read_events
+from finetune.streams import keep_streams
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
 FLIP_TOLERANCE = 0.01  # share of answers
@@ -21,6 +22,7 @@ FLIP_TOLERANCE = 0.01  # share of answers
 
 def main() -> None:
     """Rerun and compare; exit codes: 0 identical or within tolerance, 1 different, 2, 130."""
+    keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
     parser.add_argument("--into", type=Path, help="where to run it (default: a new folder reruns/)")

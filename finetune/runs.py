@@ -13,11 +13,13 @@ from rich.table import Table
 from finetune.comparison import compare
 from finetune.results import find_damage, read_sides
 from finetune.run_folder import RunFolder
+from finetune.streams import keep_streams
 from finetune.tables import add_row, build_table, print_table
 
 
 def main() -> None:
     """List the runs of a folder, or compare two; exit code 2 where there is none."""
+    keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.runs", description=__doc__)
     parser.add_argument("compare", nargs="*", type=Path, help="two runs' folders to compare")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs lie")

@@ -26,6 +26,7 @@ from transformers import (
 from finetune import distributed
 from finetune.checkpoints import Checkpoint, find_step
 from finetune.run_folder import EventLog
+from finetune.signals import STOP_SIGNALS, StopHandler
 from finetune.validation import Validations
 
 log = logging.getLogger("finetune")
@@ -186,32 +187,46 @@ def log_resume(checkpoint: Checkpoint) -> None:
 
 
 class StopSignals:
-    """Let the first SIGINT or SIGTERM end a training after its step, the second one at once."""
+    """Let the first request to stop end a training after its step, the second one at once."""
 
     def __init__(self) -> None:
-        self.stop_requested = False
+        self.request: KeyboardInterrupt | None = None
+        self._handlers: dict[int, StopHandler] = {}
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.request is not None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._stop) for number in kinds}
+        """Take the process' stop signals until the end; those that it ignores stay ignored."""
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        taken = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]
+        other = StopHandler()  # where another launcher's process has none of ours
+        for number in taken:
+            handler = before[number]
+            self._handlers[number] = handler if isinstance(handler, StopHandler) else other
+            signal.signal(number, self._stop)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in taken:
+                signal.signal(number, before[number])
 
     def is_stop_agreed(self) -> bool:
         """Return whether to stop, in all processes after the same step."""
         if any(distributed.from_all(self.stop_requested)):
-            self.stop_requested = True
+            self.request = self.request or KeyboardInterrupt()
             return True
         return False
 
     def _stop(self, number: int, frame: object) -> None:
-        if self.stop_requested:
-            raise KeyboardInterrupt
-        self.stop_requested = True
+        try:
+            self._handlers[number](number, frame)
+        except KeyboardInterrupt as request:
+            if self.request is not None:
+                raise
+            self.request = request
 
 
 def reset_peak_memory(device: torch.device) -> None:

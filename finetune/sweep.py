@@ -7,13 +7,12 @@ folders; if it dies, a fresh one goes on with the rest.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from statistics import fmean
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from finetune import distributed
+from finetune import distributed, signals
 from finetune.config import Config, Refused
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
@@ -45,6 +44,7 @@ from finetune.results import (
 )
 from finetune.run_folder import EventLog, Job, RunFolder, State, Status
 from finetune.store_check import store_checked
+from finetune.streams import keep_streams
 from finetune.tracking import Tracker, build_tracker
 from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries
 
@@ -53,6 +53,7 @@ log = logging.getLogger("finetune")
 Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, given jobs' overrides
 
 INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
+ROOM_BYTES = 2**16  # that a folder must have room for
 
 
 def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
@@ -69,7 +70,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     has = launch is not None
     found = [p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)]
     found += _folder_problems(jobs[0].config)
-    with build_worker(is_quiet=is_terminal()) as worker, _termination_interrupts():
+    with build_worker(is_quiet=is_terminal()) as worker:
         with store_checked(jobs[0].config.tracking):
             sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
@@ -92,7 +93,8 @@ def _conduct(
         sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
     )
     states: list[State] = []
-    report: Future[Results] = Future()
+    stopped: KeyboardInterrupt | None = None
+    report: Future[object] = Future()
     # Reports are written while the next run trains, or while an interrupted one saves.
     with ThreadPoolExecutor(max_workers=1) as reporter:
         try:
@@ -106,13 +108,48 @@ def _conduct(
                     report = reporter.submit(_write_report, sweep)
                 if states:
                     wait([report])
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             report.cancel()
-            log.info("interrupted: waiting for a checkpoint; once more ends at once")
-            with suppress(KeyboardInterrupt):
-                worker.interrupt(INTERRUPT_SECONDS)
+            _end_runs(sweep, worker, stop)
+            stopped = stop
             states.append("interrupted")
-    return _report(sweep, tracker, states)
+    code = _report(sweep, tracker, states)
+    return code if stopped is None else signals.exit_code(stopped)
+
+
+def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
+    """Let the runs at work write a checkpoint; at a second request they are ended at once.
+
+    Raises:
+        KeyboardInterrupt: the second request.
+    """
+    reason = signals.describe(stop)
+    log.info("%s: waiting for a checkpoint; a second signal ends at once", reason)
+    is_ended = False
+    try:
+        is_ended = worker.interrupt(stop, INTERRUPT_SECONDS)
+    finally:
+        if not is_ended:
+            worker.stop(0)
+        for point in sweep.points:
+            _write_cut_off(point.run, f"{reason}, without a checkpoint of its last steps")
+
+
+def _write_cut_off(run: RunFolder, reason: str) -> None:
+    """Record the end of a run whose process was ended at work; one of another sweep goes on."""
+    status = run.status()
+    if status is None or status.state != "running":
+        return
+    try:
+        with FileLock(run.path / ".lock", timeout=0):
+            run.write_status(replace(status, state="interrupted", reason=reason, ended=time.time()))
+            events = EventLog(run.events)
+            events.status("interrupted", reason)
+            events.close()
+    except Timeout:  # another process works on it
+        return
+    except OSError as error:
+        log.error("%s: its end cannot be recorded: %s", run.name, error)
 
 
 def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
@@ -129,7 +166,7 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
         for point in points:
             begun += 1
             log.info("[%d/%d] %s%s", begun, len(sweep.points), point, left)
-            tracker.follow(point.run)
+            _follow(tracker, point.run)
         started = time.monotonic()
         settled = [point.left for point in points if point.left]
         states = settled or _run_group(points, worker)
@@ -141,12 +178,20 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
             return
 
 
+def _follow(tracker: Tracker, run: RunFolder) -> None:
+    """Mirror a run; bookkeeping that cannot be written costs no run its training."""
+    try:
+        tracker.follow(run)
+    except OSError as error:
+        log.error("%s: its place in MLflow cannot be written down: %s", run.name, error)
+
+
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
     """Let another launcher run what is to be run; return the points as it left them."""
     waiting = [p for p in points if p.left is None and p.prospect != FINISHED]
     before = [point.run.status() for point in waiting]
     for point in waiting:
-        tracker.follow(point.run)
+        _follow(tracker, point.run)
     started, lost = time.time(), "the launcher ended without it"
     try:
         launch([point.job.overrides for point in waiting])
@@ -167,6 +212,7 @@ def run_alone(composed: DictConfig) -> State:
     """Run one job in the process that another launcher gave it."""
     from finetune import pipeline  # loads torch, which the sweep's own process never does
 
+    keep_streams()
     quieten_libraries()
     return pipeline.run([build_job(composed, swept=[])])[0]
 
@@ -177,20 +223,6 @@ def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
         return ""
     waiting = sum(point.left is None and point.prospect != FINISHED for point in points)
     return f" (about {waiting * fmean(took) / 60:.0f} min left)"
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that a stopped sweep still leaves checkpoint and report."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -216,8 +248,8 @@ def _folder_problems(config: Config) -> list[str]:
     for key, folder in (("output_dir", config.output_dir), ("report_dir", config.report_dir)):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(ROOM_BYTES))  # a full disk still makes empty files
         except OSError as error:
             problems.append(f"{key}={folder} cannot be written to ({error.strerror}); set another")
     return problems
@@ -256,19 +288,23 @@ def _write_failure(run: RunFolder, reason: str, started: float) -> State:
     return "failed"
 
 
-def _write_report(sweep: Sweep) -> Results:
-    """Write the report; pictures and pages that fail are said, and cost no run its result."""
+def _write_report(sweep: Sweep) -> tuple[Results, bool]:
+    """Write the report; return the results, and whether `results.csv` has them.
+
+    Pictures and pages that fail are said, and cost no run its result.
+    """
     try:
-        return write_report(sweep.folder)
+        return write_report(sweep.folder), True
     except Exception as error:
-        log.error("the report of %s is not whole: %s", sweep.folder, error)
+        log.error("the report of %s is not complete: %s", sweep.folder, error)
         log.debug("where it failed", exc_info=error)
     results = read_results(sweep.folder)
     try:
         write_csv(results)
     except OSError as error:
         log.error("%s cannot be written: %s", sweep.folder / "results.csv", error)
-    return results
+        return results, False
+    return results, True
 
 
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
@@ -279,16 +315,22 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     failed = unfinished or any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
     behind = tracker.close(state=state, champion=so_far.best_run(), metrics=so_far.drawn_metrics())
-    results = _write_report(sweep)
+    results, is_written = _write_report(sweep)
     print_table(render_table(results))
     for row in results.rows:
         if row["reason"]:
             print(f"{row['run']}: {row['status']}: {row['reason']}", file=sys.stderr)
     if results.best_run() is not None:
         print(f"\n{verdict(results)}")
-    print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
+    if is_written:
+        print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
+    else:
+        again = f"python -m finetune.report {sweep.folder}"
+        print(f"the runs are kept; once there is room, write the report: {again}", file=sys.stderr)
     if behind:
         print(behind, file=sys.stderr)
     elif sweep.config.tracking.enabled:
         print(f"compare: {tracker.how_to_look}")
-    return 130 if interrupted else int(failed)
+    if interrupted:  # where nobody stopped the sweep, a scheduler stopped its launched jobs
+        return signals.STOPPED_BY_MACHINE
+    return int(failed or not is_written)

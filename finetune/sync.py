@@ -12,11 +12,13 @@ from finetune.files import Damaged
 from finetune.overrides import first_line
 from finetune.results import read_results
 from finetune.store_address import without_secrets
+from finetune.streams import keep_streams
 from finetune.tracking import Mirror, send
 
 
 def main() -> None:
     """Send the rest of the named sweeps, or of all; exit code 0, or 1 where that failed."""
+    keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.sync", description=__doc__)
     parser.add_argument(
         "sweeps", nargs="*", type=Path, help="folders of sweeps (default: multirun_reports/*)"

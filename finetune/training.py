@@ -113,7 +113,7 @@ def train(
 
     Raises:
         Diverged: a loss or the gradient's norm is not finite.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the step was ended and a checkpoint written.
+        KeyboardInterrupt: a stop was asked for; the step was ended and a checkpoint written.
         ValueError: rows are joined, and this model cannot keep them apart.
     """
     folder = Path(str(arguments.output_dir))
@@ -135,8 +135,8 @@ def train(
         with trainer.laid_out():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         seconds = trainer.seconds()
-    if signals.stop_requested:
-        raise KeyboardInterrupt
+    if signals.request is not None:
+        raise signals.request
     steps, planned = trainer.state.global_step, trainer.state.max_steps
     if (kept := find_kept(folder, validations, steps, planned)) is not None:
         trainer._load_from_checkpoint(str(kept))

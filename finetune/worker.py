@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, cast
 
-from finetune import distributed
+from finetune import distributed, signals
 from finetune.run_folder import Job, Plan, State
+from finetune.streams import keep_streams
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
+ALIVE_SECONDS = 5.0  # between two looks whether a silent worker still lives
+LONGEST_FAULT = 300  # characters of a library's error
 
 
 class WorkerDied(RuntimeError):
@@ -31,6 +36,7 @@ class Worker:
         self._is_quiet = is_quiet  # since a table on the same terminal shows what it does
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._stops: Connection | None = None  # signals that the worker is to heed
 
     def __enter__(self) -> Worker:
         return self
@@ -41,7 +47,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.stop(0 if isinstance(error, KeyboardInterrupt) else STOP_SECONDS)
 
     def prepare(self, job: Job) -> Plan:
         """Check a job and name its run."""
@@ -51,37 +57,45 @@ class Worker:
         """Run jobs together to their end, or until their time is up."""
         return cast(list[State], self._ask("run", list(jobs), timeout_seconds))
 
-    def interrupt(self, timeout_seconds: float) -> None:
-        """Let the job at hand write a checkpoint and end."""
-        if self._process is None or self._pipe is None or self._process.pid is None:
-            return
-        os.kill(self._process.pid, signal.SIGINT)
-        if self._pipe.poll(timeout_seconds):
-            with suppress(EOFError, ConnectionResetError):  # it ended before it had a job
-                self._pipe.recv()
+    def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
+        """Let the job at hand write a checkpoint and end, for the reason that the sweep stops.
 
-    def stop(self) -> None:
+        Returns:
+            whether it has ended in time.
+        """
+        if self._process is None or self._pipe is None or self._stops is None:
+            return True
+        try:
+            self._stops.send(stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT)
+            os.kill(self._process.pid or 0, signal.SIGINT)
+            if not self._answers_within(timeout_seconds):
+                return False
+            self._pipe.recv()
+        except (EOFError, OSError):  # it ended before it had a job
+            pass
+        return True
+
+    def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
         """End the process; it has nothing to save."""
-        if self._process is not None and self._pipe is not None:
-            self._pipe.close()  # an idle worker ends at this
-            self._process.join(STOP_SECONDS)
-            self._process.kill()
-            self._process.join()
-            self._process = self._pipe = None
+        process, pipe = self._process, self._pipe
+        if process is None or pipe is None:
+            return
+        try:
+            pipe.close()  # an idle worker ends at this
+            process.join(grace_seconds)
+        finally:
+            process.kill()
+            process.join()
+            self._process = self._pipe = self._stops = None
 
     def _ask(self, verb: str, given: Any, timeout_seconds: float | None = None) -> Any:
         if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(
-                target=_serve, args=(theirs, self._is_quiet), daemon=True
-            )
-            self._process.start()
-            theirs.close()
+            self._start()
+        assert self._process is not None
         assert self._pipe is not None
         try:
             self._pipe.send((verb, given))
-            if not self._pipe.poll(timeout_seconds):
+            if not self._answers_within(timeout_seconds):
                 self._process.kill()
                 self._how_it_ended()
                 raise WorkerDied(f"it took longer than {timeout_seconds:g} s (sweep.job_timeout)")
@@ -92,11 +106,47 @@ class Worker:
             raise answer
         return answer
 
+    def _start(self) -> None:
+        """Start the process; until it listens to the sweep, stop signals wait there."""
+        context = multiprocessing.get_context("spawn")
+        try:
+            resource_tracker.ensure_running()  # which would let go of the signals held back
+            pipe, theirs = context.Pipe()
+            heard, stops = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_serve, args=(theirs, heard, self._is_quiet), daemon=True
+            )
+            with signals.held_back():
+                process.start()
+                self._process, self._pipe, self._stops = process, pipe, stops
+            theirs.close()
+            heard.close()
+        except OSError as error:  # no process, pipe or memory left, or it died at once
+            fault = error.strerror or str(error)
+            raise WorkerDied(f"the worker process cannot be started: {fault}") from None
+
+    def _answers_within(self, timeout_seconds: float | None) -> bool:
+        """Wait for an answer; return whether there is one.
+
+        Raises:
+            EOFError: the process has ended without.
+        """
+        assert self._process is not None
+        assert self._pipe is not None
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while not self._pipe.poll(min(ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                return False
+            # A process that it left behind may hold the pipe open.
+            if not self._process.is_alive() and not self._pipe.poll():
+                raise EOFError
+        return True
+
     def _how_it_ended(self) -> str:
         assert self._process is not None
         self._process.join()
         code = self._process.exitcode or 0
-        self._process = self._pipe = None
+        self._process = self._pipe = self._stops = None
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -135,13 +185,13 @@ class LaunchedWorker:
         assert timeout_seconds is None, "distributed.find_problems refuses it"
         states = pipeline.run(jobs)
         if "interrupted" in states:
-            raise KeyboardInterrupt
+            raise signals.first_stop()
         return states
 
-    def interrupt(self, timeout_seconds: float) -> None:
-        pass
+    def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
+        return True
 
-    def stop(self) -> None:
+    def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
         pass
 
 
@@ -156,7 +206,7 @@ def follow() -> int:
     """Take part in the trainings of the first process until it ends; return its exit code."""
     quieten_libraries(is_quiet=True)
     distributed.join()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the first process decides, and tells
     from finetune import pipeline
 
@@ -171,19 +221,21 @@ def follow() -> int:
         pipeline.take_part(*given)
 
 
-def _serve(pipe: Connection, is_quiet: bool) -> None:
-    """Answer requests until the sweep is gone."""
+def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
+    """Answer requests until the sweep is gone, and stop when the sweep says so."""
+    keep_streams()
     if os.name == "posix":
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
-        quieten_libraries(is_quiet=is_quiet)
-        from finetune import pipeline, preflight
-
-        verbs: dict[str, Callable[[Any], Any]] = {
-            "prepare": lambda job: preflight.prepare(job.config),
-            "run": pipeline.run,
-        }
+        # A scheduler signals every process; what counts is what the sweep makes of it.
+        signals.listen_to(lambda number: stops.recv() if stops.poll() else None)
+        try:
+            verbs = _load_verbs(is_quiet=is_quiet)
+        except (Exception, SystemExit) as error:  # whatever a library's import may raise
+            pipe.recv()
+            pipe.send(WorkerDied(_why_not_started(error)))
+            return
         while True:
             verb, given = pipe.recv()
             try:
@@ -191,8 +243,24 @@ def _serve(pipe: Connection, is_quiet: bool) -> None:
             except (ValueError, OSError) as error:
                 answer = error
             pipe.send(answer)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):  # the sweep is gone, or wants it to end
         pass
+
+
+def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
+    """Import torch and the rest; return what a worker can be asked to do."""
+    quieten_libraries(is_quiet=is_quiet)
+    from finetune import pipeline, preflight
+
+    return {"prepare": lambda job: preflight.prepare(job.config), "run": pipeline.run}
+
+
+def _why_not_started(error: BaseException) -> str:
+    fault = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_FAULT]}"
+    return (
+        f"the worker process cannot start: {fault}; mend the installation, "
+        "python -c 'import finetune.pipeline' shows where it fails"
+    )
 
 
 def _end_with_the_sweep() -> None:
@@ -216,6 +284,7 @@ def quieten_libraries(*, is_quiet: bool = False) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
     logging.getLogger("finetune").setLevel(logging.DEBUG)
     warnings.simplefilter("ignore")
+    logging.raiseExceptions = False  # a log on a full disk: its lines are lost, no traceback comes
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
     from transformers.utils.logging import disable_progress_bar
 

@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
+    "streams", "signals",
     "escaping", "tables", "pages",
     "config", "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides",

@@ -1,0 +1,127 @@
+"""Signals that stop a sweep: who asked, whether it is a new request, and the exit code for it.
+
+Ctrl-C is a person's. SIGTERM and SIGHUP are the machine's (a scheduler, a container, a terminal
+that is gone): the same command is to be run again.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED_BY_PERSON, STOPPED_BY_MACHINE = 130, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h
+# A scheduler that signals the process group as well as its leader (timeout, torchrun) sends twice.
+REPEAT_SECONDS = 0.3
+
+
+class Stopped(KeyboardInterrupt):
+    """A request to stop; its text says who asked, as a run's reason."""
+
+    def __init__(self, number: int) -> None:
+        name = signal.Signals(number).name
+        by_person = number == signal.SIGINT
+        super().__init__("interrupted by the user" if by_person else f"stopped by {name}")
+        self.number = int(number)
+        self.exit_code = STOPPED_BY_PERSON if by_person else STOPPED_BY_MACHINE
+
+
+class StopHandler:
+    """Raise `Stopped` at a stop signal, unless it repeats the request before it.
+
+    Args:
+        heard: returns the signal that a signal stands for, or None where it is not meant.
+    """
+
+    def __init__(self, heard: Callable[[int], int | None] = lambda number: number) -> None:
+        self.first: Stopped | None = None
+        self._heard = heard
+        self._last = 0.0
+
+    def __call__(self, number: int, frame: object) -> None:
+        asked, before = self._heard(number), self._last
+        if asked is None:
+            return
+        self._last = time.monotonic()
+        # A terminal that closes sends SIGHUP from the kernel and from the shell.
+        is_repeated = asked == signal.SIGHUP or self._last - before < REPEAT_SECONDS
+        if self.first is not None and is_repeated:
+            return
+        stop = Stopped(asked)
+        self.first = self.first or stop
+        raise stop
+
+
+@contextmanager
+def stops_raised() -> Iterator[None]:
+    """Raise `Stopped` at every stop signal; one that is ignored (nohup) stays ignored."""
+    with _handled_by(StopHandler()):
+        yield
+
+
+def first_stop() -> KeyboardInterrupt:
+    """Return the first request to stop that this process has had."""
+    for number in STOP_SIGNALS:
+        handler = signal.getsignal(number)
+        if isinstance(handler, StopHandler) and handler.first is not None:
+            return handler.first
+    return KeyboardInterrupt()
+
+
+def end_stopped(stop: KeyboardInterrupt) -> int:
+    """Say why the process ends; return its exit code."""
+    print(f"finetune: {describe(stop)}; the same command goes on", file=sys.stderr)
+    return exit_code(stop)
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    return stop.exit_code if isinstance(stop, Stopped) else STOPPED_BY_PERSON
+
+
+def describe(stop: KeyboardInterrupt) -> str:
+    """Say who asked to stop."""
+    return str(stop) or "interrupted by the user"
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let stop signals wait until the end; a process that is started here begins with them so."""
+    came: list[int] = []
+    with _handled_by(lambda number, frame: came.append(number)):  # by any of the threads
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the stop signals that this process does not ignore."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler can be set
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    taken = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def listen_to(heard: Callable[[int], int | None]) -> None:
+    """Leave stop signals to another process: only a SIGINT that it speaks of is one here."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, StopHandler(heard))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,0 +1,171 @@
+"""A stop says who asked for it, counts once, and ends in the exit code that scripts wait for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from finetune import distributed, signals, sweep
+from finetune.config import Config
+from finetune.inputs import Inputs
+from finetune.run_folder import RunFolder, Status, read_events
+from finetune.signals import Stopped
+from finetune.steps import Diverged, StopSignals
+from finetune.worker import Worker
+
+ENDS = {
+    signal.SIGINT: (130, "interrupted by the user"),
+    signal.SIGTERM: (75, "stopped by SIGTERM"),
+    signal.SIGHUP: (75, "stopped by SIGHUP"),
+}
+
+
+@pytest.fixture(autouse=True)
+def dispositions() -> Iterator[None]:
+    """Let a test change what signals do."""
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_stop_has_its_code_and_its_reason(number: signal.Signals) -> None:
+    """A person's is 130, the machine's 75: the same command is to be run again."""
+    with signals.stops_raised():
+        with pytest.raises(Stopped) as stop:
+            send(number)
+        assert signals.first_stop() is stop.value
+    code, reason = ENDS[number]
+    assert (signals.exit_code(stop.value), signals.describe(stop.value)) == (code, reason)
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_what_is_ignored_stays_ignored(number: signal.Signals) -> None:
+    """nohup, and a shell's background job."""
+    signal.signal(number, signal.SIG_IGN)
+    with signals.stops_raised(), StopSignals().watched():
+        send(number)
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("again", "seconds", "is_new"),
+    [
+        (signal.SIGTERM, 0.0, False),  # to the process and to its group
+        (signal.SIGTERM, 0.35, True),
+        (signal.SIGINT, 0.35, True),
+        (signal.SIGHUP, 0.35, False),  # of a terminal, which sends it twice
+    ],
+)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_request_that_is_sent_twice_counts_once(
+    again: signal.Signals, seconds: float, is_new: bool, is_training: bool
+) -> None:
+    """What comes at once is the same request; what comes later ends at once."""
+    with signals.stops_raised():
+        training = StopSignals()
+        if is_training:
+            with training.watched():
+                send(signal.SIGTERM)
+                time.sleep(seconds)
+                with pytest.raises(Stopped) if is_new else nullcontext():
+                    send(again)
+            assert str(training.request) == "stopped by SIGTERM"
+        else:
+            with pytest.raises(Stopped):
+                send(signal.SIGTERM)
+            time.sleep(seconds)
+            with pytest.raises(Stopped) if is_new else nullcontext():
+                send(again)
+        assert signals.exit_code(signals.first_stop()) == 75
+
+
+def test_a_worker_leaves_signals_to_the_sweep() -> None:
+    """Whatever its process is sent, it stops for what the sweep says and why."""
+    heard, stops = multiprocessing.Pipe(duplex=False)
+    signals.listen_to(lambda number: heard.recv() if heard.poll() else None)
+    for number in signals.STOP_SIGNALS:
+        send(number)
+    stops.send(signal.SIGTERM)
+    training = StopSignals()
+    with training.watched():
+        send(signal.SIGINT)  # a scheduler's, or the sweep's
+        send(signal.SIGINT)
+    assert str(training.request) == "stopped by SIGTERM"
+
+
+def test_another_launchers_process_is_stopped_in_training() -> None:
+    """Where no handler is ours, the first signal ends the step; a repeated one is no second."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    training = StopSignals()
+    with training.watched():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+    assert str(training.request) == "stopped by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_request_parts_the_processes_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that all have agreed on leaves them together; this process' alone does not."""
+    parted: list[BaseException] = []
+    monkeypatch.setattr(distributed, "_parted", parted)
+    monkeypatch.setattr(distributed, "is_launched", lambda: True)
+    monkeypatch.setattr(distributed, "_tell", lambda verb, given: None)
+    inputs = cast(Inputs, None)  # of no use before others are told
+    with signals.stops_raised():
+        with pytest.raises(Stopped), distributed.training_together(Config(), inputs, Diverged):
+            send(signal.SIGTERM)
+        assert not parted
+        time.sleep(signals.REPEAT_SECONDS)
+        with pytest.raises(Stopped), distributed.training_together(Config(), inputs, Diverged):
+            send(signal.SIGTERM)
+        assert len(parted) == 1
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_run_that_is_ended_at_once_is_recorded(tmp_path: Path, is_locked: bool) -> None:
+    """It does not stay `running`, unless another process works on it."""
+    run = RunFolder(tmp_path)
+    run.write_status(Status("running", started=1.0))
+    if is_locked:
+        with run.locked():
+            sweep._write_cut_off(run, "stopped by SIGTERM")
+        assert run.status() == Status("running", started=1.0)
+        return
+    sweep._write_cut_off(run, "stopped by SIGTERM")
+    status = run.status()
+    assert status is not None
+    assert (status.state, status.reason, status.started) == ("interrupted", "stopped by SIGTERM", 1)
+    assert [event["state"] for event in read_events(run.events)] == ["interrupted"]
+
+
+def test_signals_wait_until_a_process_is_started() -> None:
+    """None is lost, and none comes in between."""
+    came_to: list[str] = []
+    with signals.stops_raised(), pytest.raises(Stopped):  # noqa: PT012  # raised at the end
+        with signals.held_back():
+            send(signal.SIGTERM)
+            came_to.append("the end of the block")
+        came_to.append("what follows")
+    assert came_to == ["the end of the block"]
+
+
+def test_a_worker_that_is_not_there_is_not_waited_for() -> None:
+    """A stop before the first request."""
+    started = time.monotonic()
+    with Worker() as worker:
+        assert worker.interrupt(Stopped(signal.SIGTERM), 60)
+    assert time.monotonic() - started < 1
