@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Refused
+from finetune.ranges import LARGEST_SEED
 from finetune.streams import is_gone, keep_streams
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def main() -> None:
         parser.error(f"--max-new-tokens is {given.max_new_tokens}; it must be at least 1")
     if not 0 <= given.temperature < float("inf"):
         parser.error(f"--temperature is {given.temperature}; it must be at least 0")
+    if not 0 <= given.seed <= LARGEST_SEED:
+        parser.error(f"--seed is {given.seed}; it must be from 0 to {LARGEST_SEED}")
     # Only now, so that help and mistakes come at once.
     from finetune.worker import quieten_libraries
 

@@ -66,7 +66,7 @@ def find_override_problems(
     for argument in arguments:
         try:
             override = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: a number of 5,000 digits
             problems.append(f"{argument}: {first_line(error)}")
             continue
         found = list(_problems_of(override, folders, elsewhere=has_packages))

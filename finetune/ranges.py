@@ -41,6 +41,11 @@ SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
 TEMPLATES = ("alpaca", "chat", "text")
+LARGEST_INT = 2**31 - 1  # what libraries and files count with
+LARGEST_SEED = 2**32 - 1  # numpy's; transformers seeds it beside torch and Python
+LARGEST_FLOAT = 3.4e38  # that fp32 holds
+MOST_EPOCHS = 1_000_000
+LONGEST_TIMEOUT = 2_000_000  # seconds; a pipe is waited for in milliseconds of 31 bits
 
 
 def find_problems(config: Config) -> list[str]:
@@ -109,10 +114,9 @@ def _lora_problems(lora: LoraConfig) -> Iterator[str]:
 
 
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
-    if not optimizer.lr > 0:
-        yield f"optimizer.lr is {optimizer.lr}; it must be above 0"
-    yield from _at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
-    yield from _at_least("optimizer.max_grad_norm", optimizer.max_grad_norm, 0)
+    yield from _above_0("optimizer.lr", optimizer.lr, LARGEST_FLOAT)
+    yield from _from_to("optimizer.weight_decay", optimizer.weight_decay, 0, LARGEST_FLOAT)
+    yield from _from_to("optimizer.max_grad_norm", optimizer.max_grad_norm, 0, LARGEST_FLOAT)
     yield from _share("optimizer.warmup_ratio", optimizer.warmup_ratio)
     yield from _one_of("optimizer.scheduler", optimizer.scheduler, SCHEDULERS)
 
@@ -132,13 +136,11 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                 f"own; set data.{key}=null, or start from data=mix"
             )
     for number, source in enumerate(data.mix):
-        if not 0 < source.weight < float("inf"):
-            yield f"data.mix.{number}.weight is {source.weight}; it must be above 0"
+        yield from _above_0(f"data.mix.{number}.weight", source.weight, LARGEST_FLOAT)
 
 
 def _training_problems(training: TrainingConfig) -> Iterator[str]:
-    if not training.epochs > 0:
-        yield f"training.epochs is {training.epochs}; it must be above 0"
+    yield from _above_0("training.epochs", training.epochs, MOST_EPOCHS)
     yield from _at_least("training.max_steps", training.max_steps, 0)
     yield from _at_least("training.max_length", training.max_length, 2)
     for name in (
@@ -148,7 +150,7 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
     for name in ("validate_every", "early_stopping"):
         yield from _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("seed", "data_seed"):
-        yield from _at_least(f"training.{name}", getattr(training, name), 0)
+        yield from _from_to(f"training.{name}", getattr(training, name), 0, LARGEST_SEED)
     yield from _one_of("training.device", training.device, DEVICES)
     yield from _one_of("training.precision", training.precision, DTYPES)
 
@@ -180,8 +182,8 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
 
 def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
     yield from _at_least("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1)
-    if sweep.job_timeout is not None and not sweep.job_timeout > 0:
-        yield f"sweep.job_timeout is {sweep.job_timeout}; it must be above 0, in seconds"
+    if sweep.job_timeout is not None:
+        yield from _above_0("sweep.job_timeout", sweep.job_timeout, LONGEST_TIMEOUT)
 
 
 def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
@@ -197,14 +199,33 @@ def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
             yield f"tracking.{key} is empty; leave it out, or set tracking.{key}=null"
 
 
-def _at_least(key: str, value: float | None, lowest: float) -> Iterator[str]:
+def _at_least(key: str, value: int | None, lowest: int) -> Iterator[str]:
+    """Check a whole number, which every part of the stack is to hold."""
     if value is not None and not value >= lowest:
-        yield f"{key} is {value}; it must be at least {lowest}"
+        yield f"{key} is {_render(value)}; it must be at least {lowest}"
+    elif value is not None:
+        yield from _from_to(key, value, lowest, LARGEST_INT)
+
+
+def _from_to(key: str, value: float | None, lowest: float, highest: float) -> Iterator[str]:
+    if value is not None and not lowest <= value <= highest:  # NaN is neither
+        yield f"{key} is {_render(value)}; it must be from {lowest} to {highest}"
+
+
+def _above_0(key: str, value: float, highest: float) -> Iterator[str]:
+    if not 0 < value <= highest:
+        yield f"{key} is {_render(value)}; it must be above 0, and at most {highest}"
+
+
+def _render(value: float) -> str:
+    """Return a number, a very long one by its beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
 
 
 def _share(key: str, value: float) -> Iterator[str]:
     if not 0 <= value < 1:
-        yield f"{key} is {value}; it must be from 0 up to below 1"
+        yield f"{key} is {_render(value)}; it must be from 0 up to below 1"
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
