@@ -45,6 +45,7 @@ LARGEST_INT = 2**31 - 1  # what libraries and files count with
 LARGEST_SEED = 2**32 - 1  # numpy's; transformers seeds it beside torch and Python
 LARGEST_FLOAT = 3.4e38  # that fp32 holds
 MOST_EPOCHS = 1_000_000
+MOST_ADAPTERS = 1024  # in one step, far beyond what pays
 LONGEST_TIMEOUT = 2_000_000  # seconds; a pipe is waited for in milliseconds of 31 bits
 
 
@@ -181,7 +182,8 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
 
 
 def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
-    yield from _at_least("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1)
+    most = MOST_ADAPTERS
+    yield from _from_to("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1, most)
     if sweep.job_timeout is not None:
         yield from _above_0("sweep.job_timeout", sweep.job_timeout, LONGEST_TIMEOUT)
 
