@@ -17,15 +17,6 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
-from httpx2 import HTTPError  # what huggingface_hub's requests raise
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,13 +33,13 @@ from finetune import distributed, quantization
 from finetune.config import ModelConfig, local_path
 from finetune.files import Damaged, digest, file_digest, read_json, write_atomic
 from finetune.fused_kernels import FLASH
+from finetune.hub import hub_commit
 from finetune.inputs import Source
 from finetune.run_folder import cache_dir, replaced, slug
 
 log = logging.getLogger("finetune")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_TIMEOUT_SECONDS = 10.0
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja")  # weights, settings, tokenizer
 # The tiny model's: each turn begins with <s> and its role, and ends with </s>.
 TINY_CHAT_TEMPLATE = (
@@ -80,48 +71,6 @@ def find_model(model: ModelConfig) -> Source:
         )
     commit = hub_commit(model.path, model.revision, repo_type="model", key="model.path")
     return Source(model.path, f"hub:{model.path}@{commit}", commit)
-
-
-def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
-    """Return the commit of a hub repository, from the hub or else from the local hub cache.
-
-    Raises:
-        FileNotFoundError: neither has it, or the hub refuses it.
-    """
-    try:
-        info = HfApi().repo_info(
-            path, revision=revision, repo_type=repo_type, timeout=HUB_TIMEOUT_SECONDS
-        )
-        assert info.sha is not None
-        return str(info.sha)
-    except GatedRepoError:
-        raise FileNotFoundError(
-            f"{key}={path}: the hub asks for a licence to be accepted first; do so on its page "
-            "and set HF_TOKEN"
-        ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        at = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(
-            f"{key}={path}: neither a local folder nor on the hub{at} (a private one: set HF_TOKEN)"
-        ) from None
-    except (HTTPError, OfflineModeIsEnabled):
-        return _cached_commit(path, revision, repo_type=repo_type, key=key)
-
-
-def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    try:
-        folder = snapshot_download(
-            path, revision=revision, repo_type=repo_type, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"{key}={path} is not on this machine: there is no such folder, the hub cache "
-            f"{HF_HUB_CACHE} does not hold it, and the hub cannot be reached (see HF_ENDPOINT, "
-            "HF_HUB_OFFLINE); name a local folder or file"
-        ) from None
-    return Path(folder).name
 
 
 def load_config(model: ModelConfig, source: Source) -> PreTrainedConfig:

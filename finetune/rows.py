@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import SourceConfig, local_path
+from finetune.hub import hub_commit
 from finetune.inputs import DataSource
-from finetune.models import hub_commit
 from finetune.run_folder import file_digest
 
 Row = Mapping[str, Any]

@@ -28,6 +28,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
+from finetune import hub
 from finetune.config import EvaluationConfig, nearest
 from finetune.prefix_tree import count_tokens
 from finetune.rows import Row, read_file
@@ -154,6 +155,8 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
         return dict(TaskManager(include_defaults=False).load([task_config()]))
     manager = _find_manager(name)
     local = _local_entries(name, manager.task_index, evaluation)
+    if not local:
+        hub.is_reached()  # else datasets would try again and again
     with patch.dict(manager.task_index, local):
         loaded = dict(manager.load([name]))
     for task in loaded["tasks"].values():

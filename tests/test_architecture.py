@@ -17,7 +17,7 @@ ORDER = [
     "foreign_values", "foreign_configs", "hydra_overrides",
     "overrides", "distributed", "grouping",
     "files", "events", "run_files", "run_folder", "live",
-    "quantization", "fused_kernels", "models", "adapters", "saved_adapter",
+    "quantization", "fused_kernels", "hub", "models", "adapters", "saved_adapter",
     "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",

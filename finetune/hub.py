@@ -1,0 +1,80 @@
+"""The hub: asked once whether it answers; where it does not, the cache is all there is.
+
+Each library that reads from the hub would otherwise try several times, for every job anew.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+from httpx2 import HTTPError, InvalidURL  # what huggingface_hub's requests raise
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+FIRST_ANSWER_SECONDS = 3.0
+TIMEOUT_SECONDS = 10.0
+FIRST_SERVER_FAULT = 500  # of HTTP statuses; a proxy answers so for a hub that it cannot reach
+
+
+@lru_cache(maxsize=1)
+def is_reached() -> bool:
+    """Ask the hub for any answer, once in a process; without one, go on as HF_HUB_OFFLINE=1."""
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=FIRST_ANSWER_SECONDS)
+        found = int(answer.status_code) < FIRST_SERVER_FAULT
+    except (HTTPError, InvalidURL, OfflineModeIsEnabled):
+        found = False
+    if not found:
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+    return found
+
+
+def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+    """Return the commit of a hub repository, from the hub or else from the local hub cache.
+
+    Raises:
+        FileNotFoundError: neither has it, or the hub refuses it.
+    """
+    if not is_reached():
+        return _cached_commit(path, revision, repo_type=repo_type, key=key)
+    try:
+        info = HfApi().repo_info(
+            path, revision=revision, repo_type=repo_type, timeout=TIMEOUT_SECONDS
+        )
+        assert info.sha is not None
+        return str(info.sha)
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{key}={path}: the hub asks for a licence to be accepted first; do so on its page "
+            "and set HF_TOKEN"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{key}={path}: neither a local folder nor on the hub{at} (a private one: set HF_TOKEN)"
+        ) from None
+    except (HTTPError, OfflineModeIsEnabled):
+        return _cached_commit(path, revision, repo_type=repo_type, key=key)
+
+
+def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+    try:
+        folder = snapshot_download(
+            path, revision=revision, repo_type=repo_type, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{key}={path} is not on this machine: there is no such folder, the hub cache "
+            f"{constants.HF_HUB_CACHE} does not hold it, and the hub cannot be reached (see "
+            "HF_ENDPOINT, HF_HUB_OFFLINE); name a local folder or file"
+        ) from None
+    return Path(folder).name

@@ -1,0 +1,116 @@
+"""The hub: one that is not reached is asked once, briefly, for model, data set and task data."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import datasets
+import pytest
+from huggingface_hub import close_session, constants
+
+from finetune import hub, preflight
+from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from finetune.tasks import load_task
+
+CONFIG = Config(
+    model=ModelConfig(path="owner/model"),
+    data=DataConfig(path="owner/rows"),
+    evaluation=EvaluationConfig(["arc_easy"]),
+)
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let each test ask anew, and leave the libraries as they were."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "FIRST_ANSWER_SECONDS", 0.3)
+    hub.is_reached.cache_clear()
+    close_session()
+    yield
+    hub.is_reached.cache_clear()
+    close_session()
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Accept connections and never answer; return them."""
+    taken: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            while True:
+                try:
+                    taken.append(listening.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        yield taken
+        listening.shutdown(socket.SHUT_RDWR)
+    for connection in taken:
+        connection.close()
+
+
+def test_model_data_and_task_ask_once_for_all_jobs(
+    silent_server: list[socket.socket], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three lines, each with its key, no retry printed, one connection for two jobs."""
+    started = time.monotonic()
+    for _ in range(2):
+        problems = preflight.prepare(CONFIG).problems
+        assert [problem.partition("=")[0] for problem in problems] == [
+            "model.path", "data.path", "evaluation.tasks",
+        ]  # fmt: skip
+        assert not any("\n" in problem for problem in problems)
+    assert time.monotonic() - started < 5
+    assert len(silent_server) == 1
+    assert "etry" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no.such.host.invalid", "huh"])
+def test_a_hub_that_is_not_there_is_no_retry(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A refused connection, an unknown name and a wrong address end alike."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises((OSError, ValueError)):
+        load_task("arc_easy", EvaluationConfig(["arc_easy"]))
+    assert constants.is_offline_mode()
+    assert "etry" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "is_reached"), [(200, True), (404, True), (503, False)])
+def test_any_answer_of_its_own_counts(
+    status: int, is_reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that cannot reach the hub answers in its place."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.is_reached() is is_reached
+    assert constants.is_offline_mode() is not is_reached
+
+
+def test_whoever_is_offline_by_choice_asks_nothing(
+    silent_server: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_HUB_OFFLINE=1 costs no second."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub.is_reached()
+    assert silent_server == []
