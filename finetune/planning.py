@@ -16,7 +16,7 @@ from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
 from finetune.grouping import Group, Limit, find_groups
 from finetune.results import RunRecord, SweepRecord
-from finetune.run_folder import Job, RunFolder, State, digest, slug
+from finetune.run_folder import Job, RunFolder, State, digest, distinct_slug, slug
 from finetune.worker import AnyWorker, WorkerDied
 
 log = logging.getLogger("finetune")
@@ -96,12 +96,22 @@ def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
     What only tracks or conducts the sweep is left out of the digest.
     """
     if jobs[0].config.sweep.name:
-        return slug(jobs[0].config.sweep.name)
-    choices = HydraConfig.get().runtime.choices
-    about = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+        return distinct_slug(jobs[0].config.sweep.name)
     neutral = ("tracking", "sweep.", "hydra")
     told = sorted(a for a in arguments if not a.lstrip("+").startswith(neutral))
-    return slug(f"{about}-{digest(told)[:8]}")
+    return f"{slug(_subject(jobs))[:71].rstrip('-.')}-{digest(told)[:8]}"
+
+
+def _subject(jobs: Sequence[Job]) -> str:
+    """Return the experiment, or model and data; `model.path` names a model that no option does."""
+    choices = HydraConfig.get().runtime.choices
+    typed = any(o.lstrip("+").startswith("model.path=") for job in jobs for o in job.overrides)
+    paths = dict.fromkeys(Path(job.config.model.path).name or "model" for job in jobs)
+    model = "-".join(paths) if typed else choices["model"]
+    experiment = choices.get("experiment")
+    if experiment:
+        return f"{experiment}-{model}" if typed else str(experiment)
+    return f"{model}-{choices['data']}"
 
 
 def plan_sweep(

@@ -101,7 +101,7 @@ def _find_form_problem(uri: str) -> str | None:
     name = re.split(r"[+:]", scheme)[0].lower()
     if re.match(r"(\[[\da-fA-F:]+\]|[\w.-]+):\d+(/|$)", uri):
         return f"has no scheme; write http://{uri} for a server"
-    if name == "file" or not mark:
+    if name == "file" or not (mark or name == "databricks"):
         return _folder_problem(uri)
     if name == "sqlite":
         return _sqlite_problem(uri, rest)
@@ -207,7 +207,7 @@ def _find_database_problems(address: Address, said: str) -> list[str]:
             return [f"{said} {problem}"]
         if not file.exists() or file.stat().st_size == 0:
             return []  # it is made when the runs begin
-        connect = partial(sqlite3.connect, f"file:{quote(str(file))}?mode=ro", uri=True, timeout=2)
+        connect = partial(sqlite3.connect, f"file:{quote(str(file))}?mode=rw", uri=True, timeout=1)
         engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     else:
         engine = create_engine(reveal(address.uri), poolclass=NullPool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,22 @@ def finetune(tmp_path: Path) -> Command:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Migrate one empty store, which takes seconds, for all tests to copy."""
+    from finetune.mlflow_store import make_sqlite_store
+
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    make_sqlite_store(store)
+    return store
+
+
+@pytest.fixture
+def uri(template_store: Path, tmp_path: Path) -> str:
+    shutil.copy(template_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from finetune.run_folder import (
     RunFolder,
     Status,
     digest,
+    distinct_slug,
     read_events,
     slug,
     write_atomic,
@@ -115,3 +116,19 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
         assert time.monotonic() - started > 0.5
     holder.wait()
     holder.stdout.close()
+
+
+NAMES = [
+    "Два", "Три", "四", "五", "é", "e", "È", "", "run", "My Sweep", "my-sweep", "my sweep",
+    "a/b", "a-b", "x" * 80, "x" * 81, "x" * 82, "x" * 200, "..", ".",
+]  # fmt: skip
+
+
+def test_two_names_never_share_a_folder() -> None:
+    """Any script, case and length; a name that is a folder's already stays as it is."""
+    names = [distinct_slug(text) for text in NAMES]
+    assert len(set(names)) == len(NAMES)
+    assert max(map(len, names)) <= 80
+    assert [distinct_slug(name) for name in ("my-sweep", "a_b.c", "tiny-demo-0a1b2c3d")] == [
+        "my-sweep", "a_b.c", "tiny-demo-0a1b2c3d",
+    ]  # fmt: skip

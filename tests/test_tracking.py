@@ -26,22 +26,6 @@ from tests.conftest import TINY, Command
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 
 
-@pytest.fixture(scope="session")
-def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Migrate one empty store, which takes seconds, for all tests to copy."""
-    from finetune.mlflow_store import make_sqlite_store
-
-    store = tmp_path_factory.mktemp("store") / "mlflow.db"
-    make_sqlite_store(store)
-    return store
-
-
-@pytest.fixture
-def uri(template_store: Path, tmp_path: Path) -> str:
-    shutil.copy(template_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
 def recorded_run(folder: Path, num_steps: int = 50) -> RunFolder:
     """A run that logged one of everything and `num_steps` losses."""
     run = RunFolder(folder)
