@@ -44,6 +44,11 @@ def main() -> None:
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what a temperature draws (0)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that a run's model brings along, where the run did",
+    )
     given = parser.parse_args()
     if given.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {given.max_new_tokens}; it must be at least 1")
@@ -60,7 +65,10 @@ def main() -> None:
     from finetune import conversation, trained
 
     try:
-        runs = [trained.find_trained(path) for path in dict.fromkeys(given.runs)]
+        runs = [
+            trained.find_trained(path, trusts_remote_code=given.trust_remote_code)
+            for path in dict.fromkeys(given.runs)
+        ]
         loaded = conversation.load(runs)
         set_seed(given.seed)
         sampling = conversation.Sampling(given.max_new_tokens, given.temperature)

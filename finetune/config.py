@@ -288,6 +288,8 @@ def local_path(path: str) -> Path:
     if not path.startswith("package://"):
         return Path(path).expanduser()
     name, _, file = path.removeprefix("package://").partition("/")
+    if not name.isidentifier():  # to find the package a of a.b would be to import it
+        raise FileNotFoundError(f"{path}: write package://PACKAGE/FILE, for a folder below it too")
     package = importlib.util.find_spec(name)
     if package is None or not package.submodule_search_locations:
         raise FileNotFoundError(

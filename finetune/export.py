@@ -43,12 +43,17 @@ def main() -> None:
         "--push", metavar="OWNER/NAME", help="upload it too; the token is HF_TOKEN or hf's login"
     )
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run Python code that the run's model brings along, where the run did",
+    )  # fmt: skip
     given = parser.parse_args()
     if given.private and not given.push:
         parser.error("--private says how to --push OWNER/NAME")
     into = given.into or Path("exports") / given.run.resolve().name
     try:
-        export(given.run, into, is_merged=given.merge, repo=given.push)
+        trusts = given.trust_remote_code
+        export(given.run, into, is_merged=given.merge, repo=given.push, trusts_remote_code=trusts)
         print(f"written: {into}")
         if given.push:
             print(f"pushed: {push(into, given.push, is_private=given.private)}")
@@ -62,7 +67,14 @@ def main() -> None:
         sys.exit(130)
 
 
-def export(path: Path, into: Path, *, is_merged: bool = False, repo: str | None = None) -> None:
+def export(
+    path: Path,
+    into: Path,
+    *,
+    is_merged: bool = False,
+    repo: str | None = None,
+    trusts_remote_code: bool = False,
+) -> None:
     """Write a run's model into a new folder, and print what its check found.
 
     Raises:
@@ -81,7 +93,7 @@ def export(path: Path, into: Path, *, is_merged: bool = False, repo: str | None 
     from finetune.model_card import render_card
     from finetune.trained import find_trained
 
-    run = find_trained(path)
+    run = find_trained(path, trusts_remote_code=trusts_remote_code)
     if is_merged and (problem := find_merge_problem(run)):
         raise Refused([problem])
     with written_whole(into) as folder:

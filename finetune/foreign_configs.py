@@ -100,11 +100,8 @@ def _problems_of_file(path: Path, group: str, *, is_chosen: bool) -> Iterator[st
         if not path.is_file():
             yield "is not a regular file; leave it out"
             return
-        if path.stat().st_size > LARGEST_CONFIG:
-            yield f"is larger than a config of settings ({LARGEST_CONFIG} bytes)"
-            return
-        text = path.read_text(encoding="utf-8")
-        fault = _find_syntax_problem(text)
+        text = read_small(path)
+        fault = find_syntax_problem(text)
         if fault is not None:
             yield fault
             return
@@ -125,7 +122,18 @@ def _problems_of_file(path: Path, group: str, *, is_chosen: bool) -> Iterator[st
         yield f"cannot be read: {' '.join(str(error).split())}"
 
 
-def _find_syntax_problem(text: str) -> str | None:
+def read_small(path: Path) -> str:
+    """Return the text of a config.
+
+    Raises:
+        ValueError: it is larger than any config of settings, or no text.
+    """
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"it is larger than a config of settings ({LARGEST_CONFIG} bytes)")
+    return path.read_text(encoding="utf-8")
+
+
+def find_syntax_problem(text: str) -> str | None:
     """Return what unfolds to more than it shows, or names a type; nothing of it is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -155,16 +155,7 @@ def find_unknown_key(name: str) -> str | None:
 
 def find_value_problems(name: str, value: Any) -> Iterator[str]:
     """Yield why a value of somebody else's config needs the command line, with what to type."""
-    text = value if isinstance(value, str) else ""
-    reason = _find_interpolation_problem(text)
-    if reason is None and name == "model.trust_remote_code" and value is not False:
-        reason = "runs Python code that a model brings along"
-    elif reason is None and name == "tracking.uri" and not LOCAL_STORE.fullmatch(text):
-        reason = "sends runs and credentials to a server, or writes elsewhere"
-    elif reason is None and name == "evaluation.tasks" and not TASK.fullmatch(text):
-        reason = "names no task of lm-eval, and the file of another can run code"
-    elif reason is None and PATHS.fullmatch(name):
-        reason = _find_package_problem(text)
+    reason = find_reason_to_type(name, value)
     if reason is not None:
         # The address of a server may hold a password.
         shown = name if name == "tracking.uri" else f"{name}={shortened(value)}"
@@ -172,13 +163,28 @@ def find_value_problems(name: str, value: Any) -> Iterator[str]:
         yield f"{shown} {reason}; {remedy}"
 
 
-def _find_interpolation_problem(text: str) -> str | None:
+def find_reason_to_type(name: str, value: Any) -> str | None:
+    """Return what a value does that only its user may ask for; None where it is a plain setting."""
+    text = value if isinstance(value, str) else ""
+    if reads_elsewhere(text):
+        return "reads more than other settings, such as secrets of the environment"
+    if name == "model.trust_remote_code" and value is not False:
+        return "runs Python code that a model brings along"
+    if name == "tracking.uri" and not (value is None or LOCAL_STORE.fullmatch(text)):
+        return "sends runs and credentials to a server, or writes elsewhere"
+    if name == "evaluation.tasks" and not TASK.fullmatch(text):
+        return "names no task of lm-eval, and the file of another can run code"
+    return _find_package_problem(text) if PATHS.fullmatch(name) else None
+
+
+def reads_elsewhere(text: str) -> bool:
+    """Return whether a value has interpolations that read more than other settings."""
     for start in (found.start() for found in re.finditer(r"\$\{", text)):
         node, resolver = NODE.match(text, start), RESOLVER.match(text, start)
         is_node = node is not None and "hydra" not in node[1].split(".")
         if not is_node and not (resolver is not None and resolver[1] in RESOLVERS):
-            return "reads more than other settings, such as secrets of the environment"
-    return None
+            return True
+    return False
 
 
 def _find_package_problem(path: str) -> str | None:

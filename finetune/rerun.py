@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from finetune.config import CONDUCT, Config, marked
+from finetune.foreign_runs import find_rerun_problems
 from finetune.results import read_sides
 from finetune.run_folder import RunFolder, file_digest, flatten, read_events
 from finetune.streams import keep_streams
@@ -25,16 +27,25 @@ def main() -> None:
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE",
+        help="of the run, typed again since it would run code: model.trust_remote_code=true",
+    )  # fmt: skip
     parser.add_argument("--into", type=Path, help="where to run it (default: a new folder reruns/)")
     given = parser.parse_args()
     before = RunFolder(given.run)
     if before.status() is None or not (before.path / "overrides.yaml").is_file():
         print(f"{given.run} is no run's folder: status.json or overrides.yaml is missing")
         sys.exit(2)
+    overrides = yaml.safe_load((before.path / "overrides.yaml").read_text(encoding="utf-8")) or []
+    overrides = [o for o in overrides if not is_conduct(str(o).lstrip("+").partition("=")[0])]
+    again = f"python -m finetune.rerun {shlex.quote(str(given.run))}"
+    problems = list(find_rerun_problems(overrides, given.overrides, again))
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        sys.exit(2)
     Path("reruns").mkdir(exist_ok=True)
     into = given.into or Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
-    overrides = yaml.safe_load((before.path / "overrides.yaml").read_text(encoding="utf-8")) or []
-    overrides = [o for o in overrides if not is_conduct(o.lstrip("+").partition("=")[0])]
     process = subprocess.Popen(
         [
             sys.executable, "-m", "finetune", *overrides, "tracking=none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,22 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+IMPORTING = ("megatron_config", "megatron_core")
+
+
+def find_code_problems(folder: Path) -> list[str]:
+    """Return which settings of a saved adapter let PEFT import a module of their choice."""
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return []  # reported where it is read
+    named = [key for key in IMPORTING if isinstance(settings, dict) and settings.get(key)]
+    return [
+        f"{folder / CONFIG_NAME}: {key} lets PEFT import a Python module; remove it"
+        for key in named
+        if (key, settings[key]) != ("megatron_core", "megatron.core")  # PEFT's default
+    ]
+
 
 def find_problems(model: PreTrainedModel, folder: Path) -> list[str]:
     """Return why a saved adapter cannot be put onto a model, or taken off; changes the model.
@@ -22,6 +39,8 @@ def find_problems(model: PreTrainedModel, folder: Path) -> list[str]:
         folder: of the adapter.
     """
     key = f"model.adapter={folder}"
+    if problems := find_code_problems(folder):
+        return problems
     try:
         settings: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

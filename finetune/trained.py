@@ -19,10 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import models, quantization
 from finetune.config import Config, ModelConfig, Refused
+from finetune.foreign_runs import find_config_problems
 from finetune.grouping import CHANGE_THE_BASE
 from finetune.identity import model_identity
 from finetune.inputs import Source
 from finetune.run_folder import REMEDY, RunFolder
+from finetune.saved_adapter import find_code_problems
 
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -69,13 +71,19 @@ class Trained:
         return models.load_tokenizer(self.model, self.source)
 
 
-def find_trained(path: Path) -> Trained:
+def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     """Find what a run's folder holds and the base that it needs, without loading weights.
 
+    Args:
+        path: of the run's folder, which may come from somebody else.
+        trusts_remote_code: whether the user lets Python code of its model run.
+
     Raises:
-        Refused: it is no run's folder, has nothing trained yet, or its base is not there.
+        Refused: it is no run's folder, has nothing trained yet, its base is not there, or it asks
+            for what only the user may.
     """
     folder = RunFolder(path.resolve())
+    _refuse_code(folder, trusts_remote_code=trusts_remote_code)
     config = folder.read_config()
     if why := folder.find_problem(folder.prompt_template.name):
         raise Refused([f"{folder.prompt_template} is damaged: {why}; {REMEDY}"])
@@ -103,6 +111,19 @@ def find_trained(path: Path) -> Trained:
         raise Refused([f"{path}: its base is missing: {error}"]) from None
     # The device says where, not what: a run of another machine may be used on this one.
     return Trained(folder, config, model, source, models.pick_device("auto"))
+
+
+def _refuse_code(folder: RunFolder, *, trusts_remote_code: bool) -> None:
+    """Refuse a run's folder that asks for what only the user may.
+
+    Raises:
+        Refused: it would run code, or show what it reads from the environment.
+    """
+    problems = [*find_config_problems(folder.path, trusts_remote_code=trusts_remote_code)]
+    if (folder.adapter / CONFIG_NAME).is_file():
+        problems += find_code_problems(folder.adapter)
+    if problems:
+        raise Refused(problems)
 
 
 def find_difference(one: Trained, other: Trained) -> str | None:

@@ -14,7 +14,7 @@ ORDER = [
     "streams", "signals",
     "escaping", "tables", "pages",
     "config", "inputs", "store_address", "ranges",
-    "foreign_values", "foreign_configs", "hydra_overrides",
+    "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "grouping",
     "files", "events", "run_files", "run_folder", "live",
     "quantization", "fused_kernels", "hub", "models", "adapters", "saved_adapter",

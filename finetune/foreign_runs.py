@@ -1,0 +1,102 @@
+"""What the folder of somebody else's run may not ask for: code, secrets, other servers.
+
+Its files are read by chat, export, rerun and sync; what they would run, show or send needs the
+command line.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf._utils import get_yaml_loader
+
+from finetune.foreign_configs import find_syntax_problem, read_small
+from finetune.foreign_values import (
+    find_reason_to_type,
+    reads_elsewhere,
+    shortened,
+    single_values,
+)
+from finetune.hydra_overrides import is_hydra
+
+# Settings whose values are printed, and published with an exported model.
+SHOWN = (("peft", "method"), ("data", "prompt_template"), ("lora", "init"))
+TRUST = "model.trust_remote_code"
+
+
+def find_config_problems(run: Path, *, trusts_remote_code: bool) -> Iterator[str]:
+    """Yield what a run's config.yaml asks for that only the user may; a missing one is no problem.
+
+    Args:
+        run: the run's folder.
+        trusts_remote_code: whether the user typed --trust-remote-code.
+    """
+    path = run / "config.yaml"
+    try:
+        text = read_small(path)
+        fault = find_syntax_problem(text)
+        if fault is not None:
+            yield f"{path}: {fault}"
+            return
+        settings = yaml.load(text, Loader=get_yaml_loader())  # noqa: S506  # as OmegaConf reads it
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # the one who reads the settings says so
+    trust = _value(settings, "model", "trust_remote_code")
+    if trust not in (None, False) and not trusts_remote_code:
+        model = shortened(_value(settings, "model", "path"))
+        yield (
+            f"{path}: {TRUST}={shortened(trust)} runs Python code of the model {model}; if you "
+            "trust it, add --trust-remote-code"
+        )
+    for section, key in SHOWN:
+        value = _value(settings, section, key)
+        if isinstance(value, str) and reads_elsewhere(value):
+            yield (
+                f"{path}: {section}.{key}={shortened(value)} would show what it reads from the "
+                "environment; write the value out in this file"
+            )
+
+
+def _value(settings: Any, section: str, key: str) -> Any:
+    below = settings.get(section) if isinstance(settings, Mapping) else None
+    return below.get(key) if isinstance(below, Mapping) else below
+
+
+def find_rerun_problems(
+    recorded: Sequence[Any], typed: Sequence[str], command: str
+) -> Iterator[str]:
+    """Yield which of a run's overrides need to be typed again for a rerun, and the unknown typed.
+
+    Args:
+        recorded: the run's overrides.
+        typed: those that the user has typed again.
+        command: that reruns the run.
+    """
+    for override in typed:
+        if override not in recorded:
+            yield f"{override} is not an override of the run; a rerun changes none"
+    for override in recorded:
+        reason = None if override in typed else _find_override_reason(override)
+        if reason is not None:
+            again = f"{command} {shlex.quote(str(override))}"
+            yield f"{shortened(override)} {reason}; if you trust it, type it again: {again}"
+
+
+def _find_override_reason(typed: Any) -> str | None:
+    if not isinstance(typed, str) or typed.startswith("-"):
+        return "is an option of the command, not an override"
+    try:
+        override = OverridesParser.create().parse_override(typed)
+    except HydraException:
+        return None  # the rerun refuses it
+    if is_hydra(override):
+        return "changes Hydra's own config"
+    key = override.key_or_group
+    reasons = (find_reason_to_type(key, value) for value in single_values(override))
+    return next((reason for reason in reasons if reason is not None), None)
