@@ -66,7 +66,8 @@ def test_the_commands_refuse_it_in_one_line(
 @pytest.mark.parametrize("key", ["peft__method", "data__prompt_template", "lora__init"])
 def test_what_is_shown_reads_no_environment(tmp_path: Path, key: str) -> None:
     """A model card is published with it."""
-    run = write_run(tmp_path, **{key: "${oc.env:HF_TOKEN}"})
+    settings: dict[str, Any] = {key: "${oc.env:HF_TOKEN}"}
+    run = write_run(tmp_path, **settings)
     (problem,) = find_config_problems(run, trusts_remote_code=True)
     assert "reads from the environment" in problem
 
@@ -122,7 +123,7 @@ def test_a_rerun_has_it_typed_again(
         assert list(find_rerun_problems([override], [override], RERUN)) == []
     run = write_run(tmp_path, overrides=[override])
     monkeypatch.setattr(sys, "argv", ["rerun", str(run)])
-    monkeypatch.setattr(rerun.subprocess, "Popen", None)  # a run that is not refused fails
+    monkeypatch.setattr("subprocess.Popen", None)  # a run that is not refused fails
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         rerun.main()
