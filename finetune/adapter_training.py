@@ -160,7 +160,7 @@ class AdapterTraining:
     def result(self, device: torch.device) -> TrainResult:
         return TrainResult(
             steps=self.step,
-            loss=self.total_loss / self.step,
+            mean_loss=self.total_loss / self.step,
             validation_loss=self.validations.kept_loss,
             train_seconds=self.seconds,
             tokens_per_second=self.num_tokens / self.seconds,

@@ -2,19 +2,23 @@
 
 Pure: outcomes in, numbers out. Every setting answered the questions that the base answered, so
 only the questions whose outcome changed count. Claims are adjusted for the size of the grid.
+A mean has McNemar's or Student's test; another aggregate is resampled (resampling.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
-Outcomes = Mapping[str, float]  # question's hash -> 1 right, 0 wrong (or a score in between)
+from finetune.metrics import AGGREGATES, MEANS, Metric, Strata
+from finetune.resampling import Resampled, max_t, resample
+
+Outcomes = Mapping[str, Any]  # question's hash -> lm-eval's value: 1 right, 0 wrong, or another
 Matrix = npt.NDArray[np.float64]  # [run, question]
 
 LEVEL = 0.05  # two-sided
@@ -30,12 +34,13 @@ class Difference:
     questions: int
     base: float
     tuned: float
-    low: float  # of tuned - base, 95 %, paired
-    high: float
-    gained: int  # questions that became right
-    lost: int  # questions that became wrong
+    low: float | None  # of tuned - base, 95 %, paired; None where the answers give no interval
+    high: float | None
+    gained: int | None  # questions answered better; None where a question has no score of its own
+    lost: int | None  # questions answered worse
+    changed: int  # questions whose outcome is another
     p: float  # as if this were the only run
-    p_adjusted: float  # for the whole grid
+    p_adjusted: float  # for the grid
 
     @property
     def value(self) -> float:
@@ -51,40 +56,129 @@ class Difference:
 class Comparison:
     """All runs of a grid against the base, on one metric."""
 
+    metric: Metric
     differences: dict[str, Difference]  # by run
     detectable: float  # the smallest difference seen in four of five such experiments
+    is_share: bool  # whether the metric is a share of questions, whose difference is in points
 
-    def best(self) -> str:
-        """Return the run with the highest score; of equal ones the first."""
-        return max(self.differences, key=lambda run: self.differences[run].tuned)
+    def is_improvement(self, run: str) -> bool:
+        """Return whether a run is proven to differ from its base in the metric's direction."""
+        found = self.differences[run]
+        return found.is_proven and found.value * self.metric.sign > 0
+
+    def leaders(self) -> list[str]:
+        """Return the runs with the best score; several are a tie, none without a direction."""
+        if self.metric.higher_is_better is None:
+            return []
+        best = self.metric.best([found.tuned for found in self.differences.values()])
+        return [run for run, found in self.differences.items() if found.tuned == best]
 
 
 def compare(
-    pairs: Mapping[str, tuple[Outcomes, Outcomes]], resamples: int = RESAMPLES
+    pairs: Mapping[str, tuple[Outcomes, Outcomes]],
+    metric: Metric | None = None,
+    members: Mapping[str, str] | None = None,
+    *,
+    resamples: int = RESAMPLES,
 ) -> Comparison:
     """Compare every run with its base, question by question.
 
     Args:
         pairs: by run, the outcomes of its base and its own; at least one run.
-        resamples: sign flips of the adjusted p.
+        metric: what the outcomes are aggregated to; the mean where none is named.
+        members: the task of each question, where several tasks are a group.
+        resamples: sign flips of the adjusted p of a mean.
 
     Raises:
         ValueError: a run was asked other questions than the first one's base.
     """
+    metric = metric or Metric()
     questions = list(next(iter(pairs.values()))[0])
-    before = np.array([_aligned(questions, base, name) for name, (base, _) in pairs.items()])
-    after = np.array([_aligned(questions, tuned, name) for name, (_, tuned) in pairs.items()])
+    before = [_aligned(questions, base, name) for name, (base, _) in pairs.items()]
+    after = [_aligned(questions, tuned, name) for name, (_, tuned) in pairs.items()]
+    scores = AGGREGATES[metric.aggregation].scores
+    befores = np.array([scores(values) for values in before])
+    afters = np.array([scores(values) for values in after])
+    is_share = bool(((befores >= 0) & (befores <= 1) & (afters >= 0) & (afters <= 1)).all())
+    if metric.is_mean:
+        differences, detectable = _compare_means(list(pairs), befores, afters, resamples)
+    else:
+        strata = Strata.build(metric, [(members or {}).get(one) for one in questions])
+        drawn = [resample(metric, *pair, strata) for pair in zip(before, after, strict=True)]
+        differences, detectable = _compare_resampled(list(pairs), drawn, befores, afters)
+    if metric.higher_is_better is False:
+        differences = {name: _turned(found) for name, found in differences.items()}
+    is_share = is_share and metric.aggregation in (*MEANS, "nanmean", "f1")
+    return Comparison(metric, differences, detectable, is_share)
+
+
+def compare_stored(
+    scores: Mapping[str, tuple[float, float]],
+    drawn: Mapping[str, Resampled],
+    changed: Mapping[str, tuple[int, int]],
+    metric: Metric,
+) -> Comparison:
+    """Compare runs in a metric that only lm-eval can compute, by resamples stored at scoring.
+
+    Args:
+        scores: by run, the metric's value of base and tuned model.
+        drawn: by run, its stored resamples; those of runs with equal questions share their swaps.
+        changed: by run, how many questions have another outcome, and how many there are.
+        metric: the metric.
+    """
+    adjusted = max_t(list(drawn.values()))
+    differences = {}
+    for run, p_adjusted in zip(drawn, adjusted, strict=True):
+        num_changed, questions = changed[run]
+        low, high = drawn[run].interval if num_changed else (None, None)
+        p = drawn[run].p if num_changed else 1.0
+        differences[run] = Difference(
+            questions, *scores[run], low, high, None, None, num_changed,
+            p, p if len(drawn) == 1 else float(p_adjusted),
+        )  # fmt: skip
+    detectable = float(np.mean([one.spread for one in drawn.values()])) * sum(POWER_QUANTILES)
+    return Comparison(metric, differences, detectable, is_share=False)
+
+
+def _compare_means(
+    names: Sequence[str], before: Matrix, after: Matrix, resamples: int
+) -> tuple[dict[str, Difference], float]:
     changes = after - before
-    adjusted = adjusted_p(changes, resamples)
+    adjusted = adjusted_p(changes, resamples) if len(names) > 1 else [None]
     differences = {
-        name: _difference(before[number], after[number], float(adjusted[number]))
-        for number, name in enumerate(pairs)
+        name: _difference(before[number], after[number], adjusted[number])
+        for number, name in enumerate(names)
     }
-    changed = float((changes != 0).mean())
-    return Comparison(differences, detectable_difference(changed, len(questions)))
+    if _is_binary(before, after):
+        detectable = detectable_difference(float((changes != 0).mean()), changes.shape[1])
+    else:
+        detectable = _detectable_mean(changes)
+    return differences, detectable
 
 
-def _aligned(questions: Sequence[str], outcomes: Outcomes, name: str) -> list[float]:
+def _compare_resampled(
+    names: Sequence[str], drawn: Sequence[Resampled], before: Matrix, after: Matrix
+) -> tuple[dict[str, Difference], float]:
+    adjusted = max_t(drawn)
+    differences = {}
+    for number, (name, one) in enumerate(zip(names, drawn, strict=True)):
+        rose, fell = (int((sign * (after - before)[number] > 0).sum()) for sign in (1, -1))
+        low, high = one.interval if one.changed else (None, None)
+        p_adjusted = one.p if len(names) == 1 else float(adjusted[number])
+        differences[name] = Difference(
+            before.shape[1], one.base, one.tuned, low, high, rose, fell, one.changed,
+            one.p, p_adjusted,
+        )  # fmt: skip
+    detectable = float(np.mean([one.spread for one in drawn])) * sum(POWER_QUANTILES)
+    return differences, detectable
+
+
+def _turned(found: Difference) -> Difference:
+    """Count a question whose score fell as gained, where lower is better."""
+    return replace(found, gained=found.lost, lost=found.gained)
+
+
+def _aligned(questions: Sequence[str], outcomes: Outcomes, name: str) -> list[Any]:
     other = sorted(set(questions) ^ outcomes.keys())
     if other:
         raise ValueError(
@@ -94,10 +188,16 @@ def _aligned(questions: Sequence[str], outcomes: Outcomes, name: str) -> list[fl
     return [outcomes[question] for question in questions]
 
 
-def _difference(before: npt.NDArray[Any], after: npt.NDArray[Any], adjusted: float) -> Difference:
+def _is_binary(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> bool:
+    return bool(np.isin([before, after], (0, 1)).all())
+
+
+def _difference(
+    before: npt.NDArray[Any], after: npt.NDArray[Any], adjusted: float | None
+) -> Difference:
     gained, lost = int((after > before).sum()), int((after < before).sum())
-    is_binary = bool(np.isin([before, after], (0, 1)).all())
     low, high = paired_interval(before, after)
+    p = mid_p(gained, lost) if _is_binary(before, after) else _paired_p(before, after)
     return Difference(
         questions=len(before),
         base=float(before.mean()),
@@ -106,8 +206,9 @@ def _difference(before: npt.NDArray[Any], after: npt.NDArray[Any], adjusted: flo
         high=high,
         gained=gained,
         lost=lost,
-        p=mid_p(gained, lost) if is_binary else _paired_p(before, after),
-        p_adjusted=adjusted,
+        changed=gained + lost,
+        p=p,
+        p_adjusted=p if adjusted is None else float(adjusted),
     )
 
 
@@ -119,11 +220,12 @@ def mid_p(gained: int, lost: int) -> float:
     return float(min(1.0, exact - stats.binom.pmf(gained, gained + lost, 0.5)))
 
 
-def paired_interval(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference."""
+def paired_interval(
+    before: npt.NDArray[Any], after: npt.NDArray[Any]
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95 % interval of the mean difference; none where all questions change alike."""
     if len(before) < 2 or not (after - before).std():
-        value = float((after - before).mean())
-        return value, value
+        return None, None
     interval = stats.ttest_rel(after, before).confidence_interval(1 - LEVEL)
     return float(interval.low), float(interval.high)
 
@@ -169,6 +271,12 @@ def adjusted_p(changes: Matrix, resamples: int = RESAMPLES) -> npt.NDArray[np.fl
     as_large = (drawn[:, None] >= observed[None, :] - 1e-9).sum(axis=0)
     adjusted: npt.NDArray[np.float64] = (as_large + 1) / (len(drawn) + 1)
     return adjusted
+
+
+def _detectable_mean(changes: Matrix) -> float:
+    """Return the mean difference that a paired test finds in four of five cases."""
+    error = float(np.mean(changes.std(axis=1))) / np.sqrt(changes.shape[1])
+    return float(error * sum(POWER_QUANTILES))
 
 
 def detectable_difference(changed: float, questions: int) -> float:

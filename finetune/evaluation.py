@@ -20,8 +20,11 @@ from filelock import FileLock
 from lm_eval import evaluator
 
 from finetune import bootstrap
+from finetune.aggregation import find_definitions
 from finetune.config import EvaluationConfig
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
+from finetune.metrics import Metric
+from finetune.models import TORCH_DTYPES
 from finetune.scoring import Scoring, SharedContextLM
 from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
 
@@ -30,11 +33,12 @@ log = logging.getLogger("finetune")
 
 @dataclass(frozen=True)
 class Item:
-    """One question's outcome: metric -> value (acc: 0 or 1)."""
+    """One question's outcome: metric -> lm-eval's value (acc: 0 or 1; mcc: gold and predicted)."""
 
     hash: str  # of the question
     prompt_hash: str
-    outcomes: dict[str, float]
+    outcomes: dict[str, Any]
+    member: str | None = None  # the question's task, in a group
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class TaskScore:
     scoring: Scoring
     items: list[Item]
     members: dict[str, dict[str, float]] = field(default_factory=dict)  # a group's tasks' metrics
+    definitions: dict[str, Metric] = field(default_factory=dict)  # by metric
+    setup: dict[str, Any] = field(default_factory=dict)  # what two comparable scores share
 
     def describe(self) -> str:
         """Return one line for the log: what was scored, how long it took, and what to know."""
@@ -81,7 +87,11 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
         )
     assert results is not None
     shots = {results["n-shot"][name] for name in task.tasks}
-    items = [item for samples in results["samples"].values() for item in _items(samples)]
+    items = [
+        item
+        for name, samples in results["samples"].items()
+        for item in _items(samples, None if name == task.name else name)
+    ]
     return TaskScore(
         task=task.name,
         version=str(results["versions"].get(task.name)),
@@ -93,7 +103,20 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
         members={
             name: _metrics(results["results"][name]) for name in task.tasks if name != task.name
         },
+        definitions=find_definitions(task, results["results"][task.name]),
+        setup=_setup(lm, task, evaluation),
     )
+
+
+def _setup(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Return what the scores of two runs have in common where they can be compared."""
+    return {
+        "limit": evaluation.limit,
+        "num_fewshot": evaluation.num_fewshot,
+        "chat_template": evaluation.chat_template,
+        "dtype": str(TORCH_DTYPES.get(evaluation.dtype) or lm.model.dtype).removeprefix("torch."),
+        "digest": task.digest,
+    }
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
@@ -108,19 +131,34 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _items(samples: list[dict[str, Any]]) -> list[Item]:
+def _items(samples: list[dict[str, Any]], member: str | None) -> list[Item]:
     """Return one item a question; a task that filters answers in several ways has all in it."""
     items: dict[int, Item] = {}
     for sample in samples:
         suffix = "" if sample["filter"] == "none" else f"_{sample['filter']}"
-        outcomes = {
-            f"{metric}{suffix}": float(sample[metric])
-            for metric in sample["metrics"]
-            if isinstance(sample[metric], int | float)
-        }
-        empty = Item(sample["doc_hash"], sample["prompt_hash"], {})
-        items.setdefault(sample["doc_id"], empty).outcomes.update(outcomes)
+        outcomes = {f"{metric}{suffix}": _plain(sample[metric]) for metric in sample["metrics"]}
+        known = {metric: value for metric, value in outcomes.items() if value is not None}
+        empty = Item(sample["doc_hash"], sample["prompt_hash"], {}, member)
+        items.setdefault(sample["doc_id"], empty).outcomes.update(known)
     return list(items.values())
+
+
+def _plain(value: Any) -> Any:
+    """Return a metric's value of one question as JSON holds it; None where it cannot."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    try:
+        plain: Any = json.loads(json.dumps(value, default=_from_numpy))
+    except (TypeError, ValueError):
+        return None
+    return float(plain) if isinstance(plain, bool | int | float) else plain
+
+
+def _from_numpy(value: Any) -> Any:
+    """Return numpy's numbers and arrays as Python's, for `json.dumps`."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 @dataclass(frozen=True)
@@ -143,7 +181,15 @@ class ScoreStore:
             return None
         fields = stored["score"]
         items = [Item(**item) for item in fields["items"]]
-        return TaskScore(**{**fields, "items": items, "scoring": Scoring(**fields["scoring"])})
+        definitions = {name: Metric(**kind) for name, kind in fields["definitions"].items()}
+        return TaskScore(
+            **{
+                **fields,
+                "items": items,
+                "scoring": Scoring(**fields["scoring"]),
+                "definitions": definitions,
+            }
+        )
 
     def write(self, identity: str, score: TaskScore) -> None:
         fields = asdict(score)

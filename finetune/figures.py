@@ -28,14 +28,14 @@ def draw_figures(results: Results) -> dict[str, Path]:
     drawn: dict[str, Path] = {}
     metric = results.main_metric
     scored = results.compared_rows()
-    if metric and scored:
+    if metric in results.comparisons:
         _save(
             drawn, folder / "differences.png", f"Difference to the base in {metric}, with 95 %",
             _height(scored), lambda axes: _differences(axes, results, metric),
         )  # fmt: skip
-        if len(scored) > 1 and results.record.swept:
-            name, draw = _grid(results, metric, scored)
-            _save(drawn, folder / "grid.png", name, 3.6, draw)
+    if metric and len(scored) > 1 and results.record.swept:
+        name, draw = _grid(results, metric, scored)
+        _save(drawn, folder / "grid.png", name, 3.6, draw)
     if any(run.events.exists() for run in results.runs):
         _save(drawn, folder / "loss.png", "Training loss", 3.6, lambda a: _losses(a, results))
     trained = [row for row in scored if row["train_seconds"] is not None]
@@ -70,13 +70,17 @@ def _differences(axes: Axes, results: Results, metric: str) -> None:
     for place, row in enumerate(reversed(rows)):
         found = comparison.differences[row["run"]]
         colour = COLOURS[0] if found.is_proven else BASE_COLOUR
-        points = np.array([found.low, found.value, found.high]) * 100
-        axes.plot(points[[0, 2]], [place, place], color=colour, linewidth=2)
+        scale = 100 if comparison.is_share else 1
+        if found.low is not None and found.high is not None:
+            ends = np.array([found.low, found.high]) * scale
+            axes.plot(ends, [place, place], color=colour, linewidth=2)
         face = colour if found.is_proven else "white"
-        axes.plot(points[1], place, "o", color=colour, markerfacecolor=face)
+        axes.plot(found.value * scale, place, "o", color=colour, markerfacecolor=face)
     axes.axvline(0, color=BASE_COLOUR, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(rows)), [results.label(row) for row in reversed(rows)])
-    axes.set_xlabel("points; filled: proven for the whole grid")
+    unit = "points; " if comparison.is_share else ""
+    direction = {True: "higher", False: "lower"}[bool(comparison.metric.higher_is_better)]
+    axes.set_xlabel(f"{unit}{direction} is better; filled: proven for the whole grid")
 
 
 def _grid(results: Results, metric: str, rows: Sequence[Row]) -> tuple[str, Callable[[Axes], None]]:
@@ -93,8 +97,9 @@ def _line(axes: Axes, metric: str, key: str, rows: Sequence[Row]) -> None:
     task, name = metric.rsplit("/", 1)
     places = range(len(rows))
     axes.plot(places, [row[metric] for row in rows], "o-", color=COLOURS[0], label="tuned")
-    base = [row[f"{task}/base_{name}"] for row in rows]
-    axes.plot(places, base, ":", color=BASE_COLOUR, label="base")
+    base = [row[f"{task}/base_{name}"] for row in rows if f"{task}/base_{name}" in row]
+    if len(base) == len(rows):
+        axes.plot(places, base, ":", color=BASE_COLOUR, label="base")
     axes.set_xticks(places, [str(row[key]) for row in rows])
     axes.set_xlabel(key)
     axes.set_ylabel(metric)

@@ -5,33 +5,39 @@ All of it comes from the run's own files; settings are shown as composed, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.comparison import Difference, compare
 from finetune.config import ModelConfig
 from finetune.merging import Check
+from finetune.metrics import Metric, show_score
+from finetune.outcomes import read_metrics, read_scores
 from finetune.pages import build_pages
-from finetune.results import read_outcomes
+from finetune.run_comparison import compare_run
 from finetune.run_folder import RunFolder
+from finetune.score_tables import NO_DIFFERENCE, show_range
 from finetune.trained import Trained
+from finetune.verdict import show_difference
 
+DIRECTIONS = {True: "higher", False: "lower", None: ""}
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of base and tuned model; `difference` where each question's outcome is known."""
+    """One metric of base and tuned model, and what each question's outcome says of them."""
 
     task: str
     metric: str
+    direction: str
     base: str
     tuned: str
-    difference: Difference | None
+    difference: str  # with its interval; empty where there is nothing to compare
+    p: str
     num_questions: int
 
 
@@ -87,31 +93,34 @@ def _scores(folder: RunFolder) -> Iterator[Score]:
     for task in folder.scored_tasks():
         if task.endswith(".select"):
             continue
-        stored = folder.read_json(f"evaluation/{task}.json")
-        for metric in stored["tuned"]["metrics"]:
-            if not metric.endswith("_stderr"):
-                yield Score(
-                    task, metric, _with_stderr(stored.get("base"), metric),
-                    _with_stderr(stored["tuned"], metric),
-                    _difference(folder, task, metric), stored["tuned"]["num_questions"],
-                )  # fmt: skip
+        stored = read_scores(folder, task)
+        for name, metric in read_metrics(stored).items():
+            yield Score(
+                task, name, DIRECTIONS[metric.higher_is_better],
+                _with_stderr(stored.get("base"), name), _with_stderr(stored["tuned"], name),
+                *_difference(folder, task, name, metric), stored["tuned"]["num_questions"],
+            )  # fmt: skip
 
 
-def _with_stderr(side: dict[str, Any] | None, metric: str) -> str:
-    if side is None:
+def _with_stderr(side: Mapping[str, Any] | None, metric: str) -> str:
+    if side is None or metric not in side["metrics"]:
         return ""
     value, stderr = side["metrics"][metric], side["metrics"].get(f"{metric}_stderr")
-    return f"{value:.4f}" + (f" ± {stderr:.4f}" if isinstance(stderr, float) else "")
+    return show_score(value) + (f" ± {show_score(stderr)}" if isinstance(stderr, float) else "")
 
 
-def _difference(folder: RunFolder, task: str, metric: str) -> Difference | None:
-    pair = read_outcomes(folder, task, metric)
-    if pair is None:
-        return None
-    try:
-        return compare({metric: pair}).differences[metric]
-    except ValueError:  # other questions on each side
-        return None
+def _difference(folder: RunFolder, task: str, name: str, metric: Metric) -> tuple[str, str]:
+    """Return the difference with its interval, and p."""
+    comparison = compare_run(folder, task, name, metric)
+    if comparison is None:
+        return "", ""
+    (found,) = comparison.differences.values()
+    if not found.changed:
+        return NO_DIFFERENCE, ""
+    interval = show_range(found, comparison)
+    unit = " points" if comparison.is_share else ""
+    change = f"{show_difference(found.value, comparison)}{unit}"
+    return change + (f" ({interval})" if interval else ""), f"{found.p:.4f}"
 
 
 def _whole_code(place: str) -> str:

@@ -291,6 +291,7 @@ def _keep(
     else:
         adapters.save(trained, run.folder.adapter)
     run.folder.record(*WEIGHTS)
+    run.events.metrics({"train/mean_loss": result.mean_loss}, result.steps)
     run.folder.write_json("training.json", asdict(result))
     shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
 
@@ -370,5 +371,5 @@ def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:
     tasks = _tasks(run)
     tuned, *base = build_scorers(run.config, run.inputs, run.folder)
     scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
-    write_scores(run.folder, *scores)
+    write_scores(run.folder, scores[0], scores[1], tasks)
     return scores

@@ -8,21 +8,30 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
 
-from finetune.comparison import Comparison, Outcomes, compare
+from finetune.comparison import Comparison
 from finetune.escaping import for_csv
+from finetune.events import read_events
 from finetune.files import Damaged, read_json, read_yaml, write_atomic
+from finetune.metrics import Metric, show_score
+from finetune.mixtures import find_machine_mixtures, find_mixtures
+from finetune.outcomes import STDERR, read_metrics, read_scores
+from finetune.outcomes import read_outcomes as read_outcomes  # beside the results made of them
+from finetune.outcomes import read_sides as read_sides
+from finetune.run_comparison import compare_runs
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.tables import add_row, build_table
 from finetune.tables import print_table as print_table  # beside the tables made here
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
+MEAN_LOSS = "train/mean_loss"
 VALIDATION = "validation/loss"
 RECORD = "sweep.yaml"
 
@@ -92,13 +101,23 @@ class Results:
     record: SweepRecord
     runs: list[RunFolder]
     rows: list[Row]
+    metrics: dict[str, Metric] = field(default_factory=dict)  # by task/metric, acc first
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
     remarks: list[str] = field(default_factory=list)  # what could not be compared, and why
+    refused: set[str] = field(default_factory=set)  # metrics whose runs answered other questions
 
     @cached_property
     def main_metric(self) -> str | None:
-        """The task/metric that the report turns on: the first task's acc, or its first metric."""
-        return next(iter(self.comparisons), None)
+        """The task/metric that the report turns on: the first task's acc, or its first metric.
+
+        It has a direction, and all runs that have it answered the same questions.
+        """
+        ranked = (name for name, metric in self.metrics.items() if self._ranks(name, metric))
+        return next(ranked, None)
+
+    def _ranks(self, name: str, metric: Metric) -> bool:
+        has_direction = metric.higher_is_better is not None
+        return has_direction and name not in self.refused and bool(self.scored_rows(name))
 
     @property
     def selects(self) -> str | None:
@@ -109,25 +128,39 @@ class Results:
         column = f"{task}/select_{metric}"
         return column if all(column in row for row in self.compared_rows()) else None
 
+    def scored_rows(self, name: str) -> list[Row]:
+        """Return the rows of the runs that have a score in a metric."""
+        return [row for row in self.rows if row.get(name) is not None and isfinite(row[name])]
+
     def compared_rows(self) -> list[Row]:
-        """Return the rows of the runs that are compared in the main metric."""
+        """Return the rows of the runs that are ranked by the main metric."""
         if self.main_metric is None:
             return []
+        if self.main_metric not in self.comparisons:
+            return self.scored_rows(self.main_metric)
         compared = self.comparisons[self.main_metric].differences
         return [row for row in self.rows if row["run"] in compared]
 
-    def best_run(self) -> str | None:
-        """Return the run with the highest main metric, once any is scored; of equals the first.
+    def leaders(self) -> list[Row]:
+        """Return the rows with the best main metric, in its direction; several are a tie.
 
-        Where no task compares them it is the run with the lowest validation loss.
+        Where no task ranks the runs they are those with the lowest validation loss. The first is
+        the best run: of equal ones the one with the lowest validation loss, then the first.
         """
         if self.main_metric is None:
-            validated = self.validated_rows()
-            return min(validated, key=lambda row: row[VALIDATION])["run"] if validated else None
-        selects = self.selects
-        if selects is None:
-            return self.comparisons[self.main_metric].best()
-        return str(max(self.compared_rows(), key=lambda row: row[selects])["run"])
+            column, metric, rows = VALIDATION, Metric("mean", False), self.validated_rows()
+        else:
+            column = self.selects or self.main_metric
+            metric, rows = self.metrics[self.main_metric], self.compared_rows()
+        if not rows:
+            return []
+        best = metric.best([row[column] for row in rows])
+        return sorted((row for row in rows if row[column] == best), key=_validation_loss)
+
+    def best_run(self) -> str | None:
+        """Return the run that leads, once any is scored."""
+        leaders = self.leaders()
+        return str(leaders[0]["run"]) if leaders else None
 
     def validated_rows(self) -> list[Row]:
         """Return the rows of the finished runs that have a validation loss."""
@@ -137,11 +170,26 @@ class Results:
 
     def drawn_metrics(self) -> list[str]:
         """Return what runs are to be compared by, the main one first."""
-        return list(self.comparisons) or ([VALIDATION] if self.validated_rows() else [])
+        if self.main_metric is None and self.validated_rows():
+            return [VALIDATION, *self.metrics]
+        return sorted(self.metrics, key=lambda name: name != self.main_metric)
+
+    @property
+    def lowest_first(self) -> bool:
+        """Whether the first of the drawn metrics is better where it is lower."""
+        drawn = self.drawn_metrics()[:1]
+        return [self.metrics.get(name, LOSS).higher_is_better for name in drawn] == [False]
 
     def label(self, row: Row) -> str:
         """Name a run by its place in the grid."""
         return ", ".join(f"{key}={row[key]}" for key in self.record.swept) or str(row["run"])
+
+
+LOSS = Metric("mean", higher_is_better=False)
+
+
+def _validation_loss(row: Row) -> float:
+    return inf if row[VALIDATION] is None else float(row[VALIDATION])
 
 
 def read_results(folder: Path) -> Results:
@@ -160,10 +208,28 @@ def read_results(folder: Path) -> Results:
     results = Results(folder, record, runs, rows)
     for run in runs:
         results.remarks += find_damage(run)
+    labels = [results.label(row) for row in rows]
     for task in record.tasks:
-        for metric in _compared_metrics(task, rows):
-            _compare(results, task, metric)
+        scores = [read_scores(run, task) for run in runs]
+        metrics = _gathered(scores)
+        results.metrics.update({f"{task}/{name}": metric for name, metric in metrics.items()})
+        mixtures = find_mixtures(task, dict(zip(labels, scores, strict=True)))
+        results.remarks += mixtures.remarks
+        for name, metric in metrics.items():
+            if mixtures.questions_differ:
+                results.refused.add(f"{task}/{name}")
+            _compare(results, task, name, metric)
+    results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
+
+
+def _gathered(scores: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Return the metrics of a task that any run has, acc and acc_norm first."""
+    found: dict[str, Metric] = {}
+    for one in scores:
+        for name, metric in read_metrics(one).items():
+            found.setdefault(name, metric)
+    return dict(sorted(found.items(), key=lambda item: item[0] not in MAIN_METRICS))
 
 
 def _tracked(folder: Path) -> dict[str, str | None]:
@@ -197,7 +263,7 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
     trained = run.read_json("training.json") or {}
     seconds = 0.0
     for task in tasks:
-        scores = run.read_json(f"evaluation/{task}.json")
+        scores = read_scores(run, task)
         if scores:
             row.update(_task_columns(task, scores))
             seconds += scores["tuned"].get("seconds", 0.0)
@@ -206,12 +272,22 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
             metrics = chosen["tuned"]["metrics"].items()
             row.update({f"{task}/select_{name}": value for name, value in metrics})
             seconds += chosen["tuned"].get("seconds", 0.0)
-    row["train/loss"] = trained.get("loss")
+    row["train/loss"] = _last_loss(run)
+    row[MEAN_LOSS] = trained.get("mean_loss", trained.get("loss"))  # its name until 0.1
     row[VALIDATION] = trained.get("validation_loss")
     row["evaluation_seconds"] = seconds or None
     row.update({name: trained.get(name) for name in COSTS})
     row["mlflow_run_id"] = tracked
     return row
+
+
+def _last_loss(run: RunFolder) -> float | None:
+    """Return the loss of the last step, as MLflow shows it."""
+    loss = None
+    for event in read_events(run.events):
+        if event["event"] == "metric" and event["key"] == "train/loss":
+            loss = event["value"]
+    return loss
 
 
 def _task_columns(task: str, scores: Mapping[str, Any]) -> Row:
@@ -220,54 +296,41 @@ def _task_columns(task: str, scores: Mapping[str, Any]) -> Row:
     base = scores["base"]["metrics"] if "base" in scores else {}
     columns: Row = {f"{task}/{name}": value for name, value in tuned.items()}
     for name, value in base.items():
-        if not name.endswith("_stderr"):
+        if not name.endswith(STDERR):
             columns[f"{task}/base_{name}"] = value
             columns[f"{task}/{name}_diff"] = tuned[name] - value if name in tuned else None
     return columns
 
 
-def _compare(results: Results, task: str, metric: str) -> None:
-    """Compare all runs that have outcomes of a metric, and put what is proven into their rows."""
-    pairs = {}
-    for run in results.runs:
-        pair = read_outcomes(run, task, metric)
-        if pair is not None:
-            pairs[run.name] = pair
-    if not pairs:
+def _compare(results: Results, task: str, name: str, metric: Metric) -> None:
+    """Compare all runs that have a base beside them, and put what is proven into their rows."""
+    column = f"{task}/{name}"
+    scores = {
+        row["run"]: (row[f"{task}/base_{name}"], row[column])
+        for row in results.rows
+        if column in row and f"{task}/base_{name}" in row
+    }
+    runs = [run for run in results.runs if run.name in scores]
+    if not runs or not all(isfinite(value) for pair in scores.values() for value in pair):
         return
-    name = f"{task}/{metric}"
     try:
-        comparison = compare(pairs)
+        comparison = compare_runs(runs, task, name, metric, scores)
     except ValueError as error:
-        results.remarks.append(f"{name} is not compared: {error}")
+        results.remarks.append(f"{column} is not compared: {error}")
+        results.refused.add(column)
         return
-    results.comparisons[name] = comparison
+    if comparison is None:
+        results.remarks.append(
+            f"{column} is shown, but not compared: its questions' outcomes are not stored as this "
+            "version stores them; run the same command again to score it anew"
+        )
+        return
+    results.comparisons[column] = comparison
     for row in results.rows:
         found = comparison.differences.get(row["run"])
         if found is not None:
-            row[f"{name}_diff_low"], row[f"{name}_diff_high"] = found.low, found.high
-            row[f"{name}_p"], row[f"{name}_p_adjusted"] = found.p, found.p_adjusted
-
-
-def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
-    """Return a run's outcomes on each question, the base's and its own; None without both."""
-    sides = read_sides(run, task, metric)
-    return (sides["base"], sides["tuned"]) if sides["base"] and sides["tuned"] else None
-
-
-def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, float]]:
-    """Return the outcomes of a run's `base` and `tuned` model; none where one was not asked."""
-    sides: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
-    if run.read_json(f"evaluation/{task}.json") is None:
-        return sides
-    for item in run.read_items(task):
-        for side, outcomes in sides.items():
-            if metric in item.get(side, {}):
-                key = f"{item['hash']}:{item['prompt']}"
-                while key in outcomes:  # a task may ask the same question twice
-                    key += "'"
-                outcomes[key] = item[side][metric]
-    return sides
+            row[f"{column}_diff_low"], row[f"{column}_diff_high"] = found.low, found.high
+            row[f"{column}_p"], row[f"{column}_p_adjusted"] = found.p, found.p_adjusted
 
 
 def write_csv(results: Results) -> None:
@@ -275,7 +338,7 @@ def write_csv(results: Results) -> None:
     columns = list(dict.fromkeys(name for row in results.rows for name in row))
     tasks = [name for name in columns if "/" in name and name.split("/")[0] in results.record.tasks]
     # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
+    last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
     first = [name for name in columns if name not in last and name not in tasks]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*first, *tasks, *last], lineterminator="\n")
@@ -287,10 +350,8 @@ def write_csv(results: Results) -> None:
 def render_table(results: Results) -> Table:
     """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
     rows, swept = results.rows, results.record.swept or ["run"]
-    metrics = [
-        f"{task}/{name}" for task in results.record.tasks for name in _shown_metrics(task, rows)
-    ]
-    losses = ["train/loss", *([VALIDATION] if results.validated_rows() else [])]
+    metrics = list(results.metrics)
+    losses = [MEAN_LOSS, *([VALIDATION] if results.validated_rows() else [])]
     numbers = ["\n".join(name.rsplit("/", 1)) for name in (*metrics, *losses, "train/time")]
     table = build_table(*swept, "status", *numbers, right=numbers)
     for row in rows:
@@ -311,29 +372,17 @@ def render_plan(points: Sequence[tuple[Mapping[str, str], str, str]]) -> Table:
     return table
 
 
-def _compared_metrics(task: str, rows: Sequence[Row]) -> list[str]:
-    """Return a task's metrics that have a base beside them, acc and acc_norm first."""
-    prefix = f"{task}/base_"
-    names = dict.fromkeys(
-        name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)
-    )
-    return sorted(names, key=lambda name: name not in MAIN_METRICS)
-
-
-def _shown_metrics(task: str, rows: Sequence[Row]) -> list[str]:
-    without_base = [name for name in MAIN_METRICS if any(f"{task}/{name}" in row for row in rows)]
-    return _compared_metrics(task, rows) or without_base
-
-
 def _score_cell(row: Row, metric: str) -> str:
     task, name = metric.rsplit("/", 1)
     tuned, base = row.get(metric), row.get(f"{task}/base_{name}")
     if tuned is None:
         return ""
     if base is None:
-        return f"{tuned:.4f}"
+        return show_score(tuned)
     proven = "*" if (row.get(f"{metric}_p_adjusted") or 1.0) < 0.05 else " "
-    return f"{base:.4f} -> {tuned:.4f} \n{tuned - base:+.4f}{proven}"
+    difference = tuned - base
+    shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
+    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{proven}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -165,10 +165,10 @@ def find_json_misfit(name: str, value: Mapping[str, Any]) -> str | None:
 
 
 def is_item(line: Mapping[str, Any]) -> bool:
-    """Return whether a line is a question's outcomes."""
+    """Return whether a line is a question's outcomes; a metric's may be more than a number."""
     sides = [line[side] for side in ("tuned", "base") if side in line]
     named = isinstance(line.get("hash"), str) and isinstance(line.get("prompt"), str)
-    return named and all(isinstance(one, dict) and _are_numbers(one) for one in sides)
+    return named and all(isinstance(one, dict) for one in sides)
 
 
 def _is_side(side: Any) -> bool:

@@ -6,15 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from math import isclose
 from pathlib import Path
 
 from rich.table import Table
 
 from finetune.comparison import compare
-from finetune.results import find_damage, read_sides
+from finetune.metrics import Metric, show_score
+from finetune.outcomes import read_answers, read_metrics, read_scores
+from finetune.results import find_damage
 from finetune.run_folder import RunFolder
+from finetune.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
 from finetune.streams import keep_streams
 from finetune.tables import add_row, build_table, print_table
+from finetune.verdict import show_difference
 
 
 def main() -> None:
@@ -68,33 +73,52 @@ def render_list(runs: Sequence[RunFolder]) -> Table:
 def _scores(run: RunFolder) -> str:
     parts = []
     for task in run.scored_tasks():
-        metrics = run.read_json(f"evaluation/{task}.json")["tuned"]["metrics"]
-        shown = [f"{name} {metrics[name]:.4f}" for name in ("acc", "acc_norm") if name in metrics]
+        scores = read_scores(run, task)
+        metrics = scores.get("tuned", {}).get("metrics", {})
+        shown = [f"{name} {show_score(metrics[name])}" for name in read_metrics(scores)]
         parts.append(f"{task}: {', '.join(shown)}")
     return "; ".join(parts)
 
 
 def render_pair(one: RunFolder, other: RunFolder) -> Table:
     """Return a table of two runs' scores on the same questions, with what is proven."""
-    numbers = (one.name, other.name, "difference", "95 %", "now right / wrong", "p")
+    numbers = (one.name, other.name, "difference", "95 %", "gained / lost", "p")
     table = build_table("metric", *numbers, right=numbers)
     for task in one.scored_tasks():
-        for metric in one.read_json(f"evaluation/{task}.json")["tuned"]["metrics"]:
-            first, second = (read_sides(run, task, metric)["tuned"] for run in (one, other))
-            name = f"{task}/{metric}"
-            if not first or not second:
-                continue
-            try:
-                found = compare({name: (first, second)}).differences[name]
-            except ValueError as error:
-                add_row(table, name, "", "", str(error), "", "", "")
-                continue
-            add_row(
-                table, name, f"{found.base:.4f}", f"{found.tuned:.4f}", f"{found.value:+.4f}",
-                f"{found.low:+.4f} to {found.high:+.4f}", f"{found.gained} / {found.lost}",
-                f"{found.p:.4f}",
-            )  # fmt: skip
+        for metric, definition in read_metrics(read_scores(one, task)).items():
+            cells = _pair_cells(one, other, task, metric, definition)
+            if cells:
+                add_row(table, f"{task}/{metric}", *cells)
     return table
+
+
+def _pair_cells(
+    one: RunFolder, other: RunFolder, task: str, metric: str, definition: Metric
+) -> list[str]:
+    """Return what stands behind a metric's name; nothing where only one run has it."""
+    reported = [read_scores(run, task).get("tuned", {}).get("metrics", {}) for run in (one, other)]
+    first, second = (read_answers(run, task, metric) for run in (one, other))
+    if any(metric not in scores for scores in reported) or not (first.tuned and second.tuned):
+        return []
+    scores = [float(one[metric]) for one in reported]
+    plain = [*map(show_score, scores), f"{scores[1] - scores[0]:+.4g}"]
+    if read_metrics(read_scores(other, task))[metric] != definition:
+        return [*plain[:2], "the runs' scores have other definitions", "", "", ""]
+    if not definition.is_known:
+        return [*plain, "", "", ""]  # only a run and its base are resampled at scoring
+    try:
+        comparison = compare({metric: (first.tuned, second.tuned)}, definition, first.members)
+    except ValueError as error:
+        return ["", "", str(error), "", "", ""]
+    found = comparison.differences[metric]
+    if not isclose(found.base, scores[0], rel_tol=1e-6, abs_tol=1e-9):
+        return [*plain, "", "", ""]  # scored by an older version, without its outcomes
+    if not found.changed:
+        return [*plain[:2], NO_DIFFERENCE, "", "", ""]
+    interval, flips = show_range(found, comparison), show_flips(found)
+    return [
+        *plain[:2], show_difference(found.value, comparison), interval, flips, show_p(found.p)
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import evaluation, models
+from finetune.aggregation import draw_resamples
 from finetune.config import Config, EvaluationConfig, ModelConfig
 from finetune.evaluation import ScoreStore, TaskScore
 from finetune.forecast import Speeds
@@ -29,7 +30,7 @@ from finetune.tasks import SEED, LoadedTask, load_task
 
 log = logging.getLogger("finetune")
 
-SCORING = 3  # raised when the way to score could change a number; stored scores are then renewed
+SCORING = 4  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def load_tasks(config: Config, source: Source | None) -> list[LoadedTask]:
@@ -169,25 +170,70 @@ class Scorer:
 
 
 def write_scores(
-    folder: RunFolder, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
+    folder: RunFolder,
+    tuned: Mapping[str, TaskScore],
+    base: Mapping[str, TaskScore],
+    tasks: Sequence[LoadedTask] = (),
 ) -> None:
-    """Write each task's scores and its questions' outcomes, base beside tuned."""
+    """Write each task's scores and its questions' outcomes, base beside tuned.
+
+    Args:
+        folder: the run's.
+        tuned: by the task's key.
+        base: the same tasks of the base; none where it was not asked.
+        tasks: resample what only they can compute.
+    """
+    loaded = {task.key: task for task in tasks}
     for name, score in tuned.items():
         pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
         folder.write_json(
             f"evaluation/{name}.json", {side: one.summary() for side, one in pair.items()}
         )
-        items: dict[tuple[str, int], dict[str, Any]] = {}
-        for side, one in pair.items():
-            seen: Counter[str] = Counter()  # a task may ask the same question twice
-            for item in one.items:
-                seen[item.hash] += 1
-                line = items.setdefault(
-                    (item.hash, seen[item.hash]), {"hash": item.hash, "prompt": item.prompt_hash}
-                )
-                line[side] = item.outcomes
-        lines = "".join(json.dumps(line) + "\n" for line in items.values())
+        items = _paired_items(pair)
+        lines = "".join(json.dumps(line) + "\n" for line in items)
         folder.write_text(f"evaluation/{name}.items.jsonl", lines)
+        if name in base and name in loaded:
+            _write_resamples(folder, loaded[name], score, items)
+
+
+def _paired_items(pair: Mapping[str, TaskScore]) -> list[dict[str, Any]]:
+    """Return one entry a question, with the outcomes of both sides."""
+    items: dict[tuple[str | None, str, int], dict[str, Any]] = {}
+    for side, one in pair.items():
+        seen: Counter[tuple[str | None, str]] = Counter()  # the same question may be asked twice
+        for item in one.items:
+            seen[item.member, item.hash] += 1
+            key = item.member, item.hash, seen[item.member, item.hash]
+            entry = {"hash": item.hash, "prompt": item.prompt_hash}
+            if item.member is not None:
+                entry["task"] = item.member
+            items.setdefault(key, entry)[side] = item.outcomes
+    return list(items.values())
+
+
+def _write_resamples(
+    folder: RunFolder, task: LoadedTask, score: TaskScore, items: Sequence[Mapping[str, Any]]
+) -> None:
+    """Store resamples of the metrics that a report cannot compute itself, once per outcomes."""
+    drawn = {}
+    path = f"resamples/{task.key}.json"
+    known = folder.read_json(path) or {}
+    for metric, definition in score.definitions.items():
+        if definition.is_known:
+            continue
+        answers: dict[str | None, list[tuple[Any, Any]]] = {}
+        for item in sorted(items, key=lambda item: (item["hash"], item["prompt"])):
+            sides = [item.get(side, {}).get(metric) for side in ("base", "tuned")]
+            if None not in sides:
+                answers.setdefault(item.get("task"), []).append((sides[0], sides[1]))
+        of = digest([definition.aggregation, sorted(answers.items(), key=str)])
+        if known.get(metric, {}).get("of") == of:
+            drawn[metric] = known[metric]
+        elif answers:
+            log.info("%s: resampling %s, which only lm-eval computes", task.key, metric)
+            drawn[metric] = {"of": of, **draw_resamples(task, metric, definition, answers)}
+    if drawn:
+        folder.write_json(path, drawn)
 
 
 def tell_scores(

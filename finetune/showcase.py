@@ -35,17 +35,14 @@ def register_champion(client: MlflowClient, name: str, run_id: str, artifact: st
     client.set_registered_model_alias(name, ALIAS, str(version))
 
 
-def save_view(
-    client: MlflowClient, run_id: str, sweep: str, swept: Sequence[str], metrics: Sequence[str]
-) -> str:
+def save_view(client: MlflowClient, run_id: str, sweep: str, state: dict[str, Any]) -> str:
     """Save a view of one sweep's runs (parallel coordinates, curves, bars); return its link.
 
     Args:
         client: the store.
         run_id: the sweep's own run, the parent of the others.
-        sweep: the sweep's name, its runs' tag `finetune.sweep`.
-        swept: the keys that differ.
-        metrics: what to draw bars of, the first also as the end of the parallel coordinates.
+        sweep: the sweep's name.
+        state: the view, of `build_view`.
 
     Returns:
         The address below the UI's root.
@@ -53,12 +50,7 @@ def save_view(
     experiment_id = client.get_run(run_id).info.experiment_id
     now = int(time.time() * 1000)
     key = f"finetune-{sweep}"
-    view = {
-        "name": sweep,
-        "createdAt": now,
-        "updatedAt": now,
-        "state": _packed(_state(sweep, swept, metrics)),
-    }
+    view = {"name": sweep, "createdAt": now, "updatedAt": now, "state": _packed(state)}
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
     return (
         f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}"
@@ -66,7 +58,17 @@ def save_view(
     )
 
 
-def _state(sweep: str, swept: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def build_view(
+    sweep: str, swept: Sequence[str], metrics: Sequence[str], lowest_first: bool
+) -> dict[str, Any]:
+    """Return the UI's state that shows one sweep.
+
+    Args:
+        sweep: its name, its runs' tag `finetune.sweep`.
+        swept: the keys that differ.
+        metrics: what to draw bars of, the first also as the end of the parallel coordinates.
+        lowest_first: whether runs with the lowest first metric come first.
+    """
     charts: list[dict[str, Any]] = []
     if swept and metrics:
         charts.append(
@@ -94,7 +96,7 @@ def _state(sweep: str, swept: Sequence[str], metrics: Sequence[str]) -> dict[str
         # Only runs have a state, and only an order by date would fold them below their sweep.
         "searchFilter": f"tags.`finetune.sweep` = '{sweep}' and tags.`finetune.state` != ''",
         "orderByKey": f"metrics.`{metrics[0]}`" if metrics else "attributes.`Duration`",
-        "orderByAsc": bool(metrics) and metrics[0].endswith("loss"),
+        "orderByAsc": lowest_first,
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": [
             {**chart, **common, "uuid": f"chart-{number}"} for number, chart in enumerate(charts)

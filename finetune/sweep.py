@@ -314,13 +314,18 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     unfinished = any(row["status"] != "finished" for row in so_far.rows)
     failed = unfinished or any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
-    behind = tracker.close(state=state, champion=so_far.best_run(), metrics=so_far.drawn_metrics())
+    behind = tracker.close(
+        state=state,
+        champion=so_far.best_run(),
+        metrics=so_far.drawn_metrics(),
+        lowest_first=so_far.lowest_first,
+    )
     results, is_written = _write_report(sweep)
     print_table(render_table(results))
     for row in results.rows:
         if row["reason"]:
             print(f"{row['run']}: {row['status']}: {row['reason']}", file=sys.stderr)
-    if results.best_run() is not None:
+    if results.best_run() is not None or results.metrics:
         print(f"\n{verdict(results)}")
     if is_written:
         print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")

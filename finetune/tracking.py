@@ -24,7 +24,7 @@ from finetune.files import Damaged, read_json, set_aside, write_atomic
 from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
 from finetune.run_folder import RunFolder, State
-from finetune.showcase import register_champion, save_view
+from finetune.showcase import build_view, register_champion, save_view
 from finetune.store_address import find_address, is_server, masked, ui_command, without_secrets
 
 if TYPE_CHECKING:
@@ -50,14 +50,20 @@ class Tracker(Protocol):
         """Return the MLflow run of a run of this sweep, once it has one."""
 
     def close(
-        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+        self,
+        *,
+        state: State,
+        champion: str | None = None,
+        metrics: Sequence[str] = (),
+        lowest_first: bool = False,
     ) -> str | None:
         """Send the rest and end the sweep's own run; return what is missing, with its remedy.
 
         Args:
             state: how the sweep ended.
             champion: its best run, whose adapter is registered.
-            metrics: what its saved view draws.
+            metrics: what its saved view draws; it is sorted by the first.
+            lowest_first: whether the first of them is better where it is lower.
         """
 
 
@@ -73,7 +79,12 @@ class NullTracker:
         return None
 
     def close(
-        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+        self,
+        *,
+        state: State,
+        champion: str | None = None,
+        metrics: Sequence[str] = (),
+        lowest_first: bool = False,
     ) -> str | None:
         return None
 
@@ -101,6 +112,7 @@ class Mirror:
     state: State = "running"
     champion: str | None = None  # the best run, once the sweep has ended
     metrics: list[str] = field(default_factory=list)  # that its view draws
+    lowest_first: bool = False  # whether the first of them is better where it is lower
     view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
     started: int | None = None  # when the sweep was first conducted, in milliseconds
@@ -212,11 +224,17 @@ class MlflowTracker:
         return child.run_id if child else None
 
     def close(
-        self, *, state: State, champion: str | None = None, metrics: Sequence[str] = ()
+        self,
+        *,
+        state: State,
+        champion: str | None = None,
+        metrics: Sequence[str] = (),
+        lowest_first: bool = False,
     ) -> str | None:
         self._mirror.state = state
         self._mirror.champion = champion
         self._mirror.metrics = list(metrics)
+        self._mirror.lowest_first = lowest_first
         try:
             self._mirror.save(self._path)  # what sync ends the sweep by, should MLflow be away
         except OSError as error:
@@ -343,7 +361,8 @@ def _describe_parent(client: MlflowClient, mirror: Mirror) -> None:
         ended = max([*ends, _started(mirror)]) if ends else None
         client.set_terminated(mirror.run_id, END_STATES[mirror.state], end_time=ended)
     if mirror.metrics:
-        mirror.view = save_view(client, mirror.run_id, mirror.name, mirror.swept, mirror.metrics)
+        view = build_view(mirror.name, mirror.swept, mirror.metrics, mirror.lowest_first)
+        mirror.view = save_view(client, mirror.run_id, mirror.name, view)
     champion = mirror.children.get(mirror.champion or "")
     if champion is not None and champion.run_id is not None:
         for artifact in ("adapter", "model"):

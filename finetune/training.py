@@ -54,10 +54,10 @@ log = logging.getLogger("finetune")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to; `loss` is the mean over all steps, times are seconds."""
+    """What a training came to; times are seconds."""
 
     steps: int
-    loss: float
+    mean_loss: float  # over all steps
     validation_loss: float | None  # of the adapter that is kept
     train_seconds: float
     tokens_per_second: float  # real tokens, each as often as it was trained on
@@ -146,7 +146,7 @@ def train(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainResult(
         steps=steps,
-        loss=fmean(losses),  # the Trainer's own mean forgets the steps before a resume
+        mean_loss=fmean(losses),  # the Trainer's own mean forgets the steps before a resume
         validation_loss=validations.kept_loss,
         train_seconds=seconds,
         tokens_per_second=tokens / seconds,

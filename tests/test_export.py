@@ -98,7 +98,7 @@ def test_an_adapter_is_exported_with_all_it_takes_to_load_it(
     assert front["library_name"] == "peft"
     assert front["tags"] == ["finetune", "lora"]
     assert "base_model" not in front  # the hub takes none but its own ids
-    assert "| science | acc | 0.2500 ± 0.1250 | 0.7500 ± 0.1250 | +50.0 (" in card
+    assert "| science | acc | higher | 0.2500 ± 0.1250 | 0.7500 ± 0.1250 | +50.0 points (" in card
     assert "8 of 589 rows used" in card
     assert "- peft 0." in card
     assert "scheduler: ${oc.env:FINETUNE_TEST_SECRET}" in card

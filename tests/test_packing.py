@@ -131,7 +131,7 @@ def test_packed_runs_resume_bit_for_bit(tmp_path: Path, way: str) -> None:
         train_by(way, broken_off(run("killed"), "train/loss", 4, "killed"))
     weights, resumed = train_by(way, run("killed"))
     assert equal(weights, expected)
-    assert (resumed.steps, resumed.loss) == (whole.steps, whole.loss)
+    assert (resumed.steps, resumed.mean_loss) == (whole.steps, whole.mean_loss)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 

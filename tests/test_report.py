@@ -204,8 +204,8 @@ def test_a_validation_loss_is_shown_and_ranks_where_no_task_does(by_rank: Path) 
     said = "lora.r=8 has the lowest validation loss, 1.2500, of 3 runs."
     assert verdict(results).startswith(said)
     page = (by_rank / "report.md").read_text()
-    assert "| loss | validation loss |" in page
-    assert re.search(r"^\| lora.r=8 .*\| 1.25 \| 1.25 \|$", page, re.MULTILINE), page
+    assert "| mean loss | last loss | validation loss |" in page
+    assert re.search(r"^\| lora.r=8 .*\| 1.25 \| 1.2 \| 1.25 \|$", page, re.MULTILINE), page
     assert "1.250" in str(list(render_table(results).columns[-2].cells))
 
 

@@ -1,0 +1,149 @@
+"""The report's table of one metric: base and tuned scores, their difference, interval and p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune.comparison import Comparison, Difference
+from finetune.metrics import show_score
+from finetune.results import Results, Row
+from finetune.verdict import show_detectable, show_difference
+
+NO_DIFFERENCE = "no detectable difference"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    is_proven: bool = False  # to be shown in bold
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One metric's table."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    notes: list[str]
+
+
+def build_score_table(results: Results, metric: str) -> ScoreTable:
+    """Return the table of a task/metric: compared with the base where that is known."""
+    comparison = results.comparisons.get(metric)
+    notes = [_direction_note(results, metric)]
+    if comparison is None:
+        columns, rows = _score_rows(results, metric)
+        return ScoreTable(metric, columns, rows, notes)
+    grid = len(comparison.differences)
+    chooses = results.selects if metric == results.main_metric else None
+    unit = ", points" if comparison.is_share else ""
+    columns = [
+        "run", *(["selection score"] if chooses else []), "base", "tuned", f"difference{unit}",
+        "95 %", "gained / lost", "p", *(["p, adjusted"] if grid > 1 else []),
+    ]  # fmt: skip
+    rows = []
+    for row in results.rows:
+        found = comparison.differences.get(row["run"])
+        if found is not None:
+            cells = list(_difference_cells(found, comparison))
+            chosen = [Cell(show_score(row[chooses]))] if chooses else []
+            rows.append([Cell(results.label(row)), *chosen, *cells])
+    return ScoreTable(metric, columns, rows, [*notes, *_comparison_notes(comparison)])
+
+
+def show_flips(found: Difference) -> str:
+    """Return how many questions were answered better and worse, or only how many changed."""
+    if found.gained is None or found.lost is None:
+        return f"{found.changed} changed"
+    return f"{found.gained} / {found.lost}"
+
+
+def show_p(value: float) -> str:
+    return "< .0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def _difference_cells(found: Difference, comparison: Comparison) -> Iterator[Cell]:
+    yield Cell(show_score(found.base))
+    yield Cell(show_score(found.tuned))
+    has_adjusted = len(comparison.differences) > 1
+    if not found.changed:
+        yield Cell(NO_DIFFERENCE)
+        yield from [Cell("")] * (4 if has_adjusted else 3)
+        return
+    yield Cell(show_difference(found.value, comparison), found.is_proven)
+    yield Cell(show_range(found, comparison))
+    yield Cell(show_flips(found))
+    yield Cell(show_p(found.p))
+    if has_adjusted:
+        yield Cell(show_p(found.p_adjusted))
+
+
+def show_range(found: Difference, comparison: Comparison) -> str:
+    """Return the interval of a difference; nothing where its answers give none."""
+    if found.low is None or found.high is None:
+        return ""
+    low, high = (show_difference(value, comparison) for value in (found.low, found.high))
+    return f"{low} to {high}"
+
+
+def _score_rows(results: Results, metric: str) -> tuple[list[str], list[list[Cell]]]:
+    """Return the scores of a metric that is not compared, with lm-eval's standard error."""
+    task, name = metric.rsplit("/", 1)
+    base = f"{task}/base_{name}"
+    scored = results.scored_rows(metric)
+    has_base = any(row.get(base) is not None for row in scored)
+    columns = ["run", *(["base"] if has_base else []), "tuned", "standard error"]
+
+    def cells(row: Row) -> list[Cell]:
+        error = row.get(f"{metric}_stderr")
+        before = [Cell(show_score(row.get(base)))] if has_base else []
+        after = Cell(show_score(row[metric]))
+        return [Cell(results.label(row)), *before, after, Cell(show_score(error))]
+
+    return columns, [cells(row) for row in scored]
+
+
+def _direction_note(results: Results, metric: str) -> str:
+    higher = results.metrics[metric].higher_is_better
+    if higher is None:
+        return "lm-eval names no direction for this metric: it is shown, not ranked."
+    return "Higher is better." if higher else "Lower is better."
+
+
+def _comparison_notes(comparison: Comparison) -> Iterator[str]:
+    differences = list(comparison.differences.values())
+    grid = len(differences)
+    runs = f"a grid of {grid}" if grid > 1 else "one run"
+    yield f"{differences[0].questions} questions, each answered by base and tuned model; {runs}."
+    if grid > 1:
+        yield "Bold: proven for the whole grid (adjusted p below .05)."
+    elif any(found.is_proven for found in differences):
+        yield "Bold: proven (p below .05)."
+    if detectable := show_detectable(comparison):
+        yield detectable
+
+
+def describe_methods(results: Results) -> list[str]:
+    """Return how intervals and p of this report were computed, as far as it has any."""
+    comparisons = results.comparisons.values()
+    if not comparisons:
+        return []
+    lines = ["Paired on the questions' own hashes."]
+    if any(one.metric.is_mean for one in comparisons):
+        lines.append(
+            "Means: paired t interval; p by McNemar's mid-p where answers are right or wrong, else "
+            "by the paired t-test; adjusted by max-T over the grid, flipping the signs of each "
+            "question's changes for all runs together."
+        )
+    if any(not one.metric.is_mean for one in comparisons):
+        lines.append(
+            "Other aggregates (perplexity, mcc, f1, means of a group's tasks): percentile interval "
+            "of a paired bootstrap over the questions of each task; p by swapping base and tuned "
+            "answers of random questions; adjusted by max-T over the same swaps for all runs "
+            "(by Holm where the runs' swaps cannot be joined)."
+        )
+    return lines

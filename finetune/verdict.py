@@ -1,0 +1,236 @@
+"""Say in sentences what a sweep has shown, and no more than its scores carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.comparison import LEVEL, Comparison, Difference
+from finetune.metrics import show_score
+from finetune.results import VALIDATION, Results, Row
+
+NOTHING = "No run has been scored yet, so there is nothing to compare."
+
+
+def verdict(results: Results) -> str:
+    """Return a paragraph: the best run by the main metric, then what the other tasks show."""
+    main = results.main_metric
+    if main is None:
+        return _verdict_without_ranking(results)
+    comparison = results.comparisons.get(main)
+    if comparison is None:
+        sentences = [_verdict_without_base(results, main)]
+    elif not _changes(results, main):
+        sentences = [_no_change(main, len(comparison.differences))]
+    else:
+        sentences = [_tie(results, main), _verdict_on_main(results, main, comparison)]
+    sentences += [_verdict_on_other(results, name) for name in _other_tasks(results, main)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def show_difference(value: float, comparison: Comparison) -> str:
+    """Return a difference in points where the metric is a share of questions, else as it is."""
+    return f"{value * 100:+.1f}" if comparison.is_share else f"{value:+.4g}"
+
+
+def show_interval(found: Difference, comparison: Comparison) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    low, high = (show_difference(value, comparison) for value in (found.low, found.high))
+    return f"[{low}, {high}]"
+
+
+def show_detectable(comparison: Comparison) -> str:
+    """Return the smallest difference that such a benchmark shows in four of five cases."""
+    if comparison.detectable == 0:
+        return ""
+    value = comparison.detectable
+    shown = f"{value * 100:.1f} points" if comparison.is_share else f"{value:.3g}"
+    return f"Differences from {shown} on would have been seen in 4 of 5 cases."
+
+
+def show_direction(metric: str, results: Results) -> str:
+    """Return a metric's name, with its direction where a reader may not expect it."""
+    is_lower = results.metrics[metric].higher_is_better is False
+    return f"{metric} (lower is better)" if is_lower else metric
+
+
+def _p_value(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".", 1)
+
+
+def _tested(found: Difference, grid: int) -> str:
+    """Return p, adjusted where there is more than one run to adjust for."""
+    if grid == 1:
+        return _p_value(found.p)
+    return f"{_p_value(found.p_adjusted)}, adjusted for {grid} runs"
+
+
+def _change(found: Difference, comparison: Comparison) -> str:
+    unit = " points" if comparison.is_share else ""
+    interval = show_interval(found, comparison)
+    return f"{show_difference(found.value, comparison)}{unit}" + (
+        f" {interval}" if interval else ""
+    )
+
+
+def _no_change(metric: str, grid: int) -> str:
+    runs = f" in any of {grid} runs" if grid > 1 else ""
+    return f"No detectable difference in {metric}: no answer differs from the base's{runs}."
+
+
+def _tie(results: Results, metric: str) -> str:
+    leaders = results.leaders()
+    if len(leaders) < 2:
+        return ""
+    labels = [results.label(row) for row in leaders]
+    shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    first, second = leaders[0][VALIDATION], leaders[1][VALIDATION]
+    if first is not None and (second is None or first < second):
+        reason = "has the lowest validation loss of them"
+    else:
+        reason = "comes first in the grid"
+    where = "the selection" if results.selects else metric
+    return f"A tie in {where}: {shown}; {labels[0]} is named since it {reason}."
+
+
+def _verdict_on_main(results: Results, metric: str, comparison: Comparison) -> str:
+    best = results.leaders()[0]
+    found = comparison.differences[best["run"]]
+    grid = len(comparison.differences)
+    if results.selects and grid > 1:
+        return _verdict_on_chosen(results, best, metric)
+    label, name = results.label(best), show_direction(metric, results)
+    change, tested = _change(found, comparison), _tested(found, grid)
+    detectable = show_detectable(comparison)
+    if not found.changed:
+        return f"{_no_proof(name)}: the best, {label}, answers as the base does. {detectable}"
+    if not comparison.is_improvement(best["run"]):
+        worse = ", which is proven worse" if found.is_proven else ""
+        return (
+            f"{_no_proof(name)}: the best, {label}, differs by {change} ({tested}){worse}. "
+            f"{detectable}"
+        )
+    first = (
+        f"{label} scores {show_score(found.tuned)} in {name}, {change} from the base's "
+        f"{show_score(found.base)} ({tested})."
+    )
+    if grid == 1:
+        return f"{first} {detectable}"
+    proven = sum(map(comparison.is_improvement, comparison.differences))
+    return (
+        f"{first} {proven} of {grid} runs are proven better than the base; the best was picked on "
+        "the questions it is reported on, so expect a little less of it."
+    )
+
+
+def _no_proof(name: str) -> str:
+    return f"No run is proven better than the base in {name}"
+
+
+def _verdict_on_chosen(results: Results, best: Row, metric: str) -> str:
+    """Say what the run came to that was chosen on other questions than it is reported on.
+
+    It is the only run that is tested, so its own p needs no adjustment for the grid.
+    """
+    comparison = results.comparisons[metric]
+    found = comparison.differences[best["run"]]
+    name, label = show_direction(metric, results), results.label(best)
+    base = f"from the base's {show_score(found.base)}"
+    change = f"{_change(found, comparison)} {base} ({_p_value(found.p)})"
+    if found.p < LEVEL and found.value * comparison.metric.sign > 0:
+        claim = f"{label} scores {show_score(found.tuned)} in {name}, {change}."
+    else:
+        claim = f"No improvement is proven in {name}: {label} differs by {change}."
+    grid = len(comparison.differences)
+    chosen = f"It was chosen from {grid} runs on other questions."
+    return f"{claim} {chosen} {show_detectable(comparison)}"
+
+
+def _verdict_without_base(results: Results, metric: str) -> str:
+    """Say which run has the best score, where there is no base's to compare it with."""
+    rows = results.compared_rows()
+    best = rows and results.leaders()[0]
+    assert best, "the main metric has scores"
+    of = f" of {len(rows)} runs" if len(rows) > 1 else ""
+    direction = "higher" if results.metrics[metric].higher_is_better else "lower"
+    score = f"{show_score(best[metric])} ({direction} is better)"
+    first = f"{results.label(best)} has the best {metric}{of}, {score}."
+    if not of:
+        first = f"{results.label(best)} scores {score} in {metric}."
+    note = "The base was not scored beside the runs, so no improvement is claimed."
+    return " ".join(part for part in (_tie(results, metric), first, note) if part)
+
+
+def _verdict_without_ranking(results: Results) -> str:
+    """Say which run has the lowest validation loss, where no task ranks the runs."""
+    validated = results.validated_rows()
+    if not validated:
+        return _why_unranked(results) or NOTHING
+    lowest = results.leaders()[0]
+    of = f", of {len(validated)} runs" if len(validated) > 1 else ""
+    first = f"{results.label(lowest)} has the lowest validation loss, {lowest[VALIDATION]:.4f}{of}."
+    why = _why_unranked(results) or "No task compares the runs with their base."
+    return f"{first} {why} Nothing is claimed."
+
+
+def _why_unranked(results: Results) -> str:
+    """Return why scored runs are not ranked by any metric."""
+    scored = [name for name in results.metrics if results.scored_rows(name)]
+    if not scored:
+        return ""
+    if any(name in results.refused for name in scored):
+        return "The runs were scored on different questions and are not ranked by them."
+    return "lm-eval names no direction for any metric of these tasks, so the runs are not ranked."
+
+
+def _other_tasks(results: Results, main: str) -> Sequence[str]:
+    """Return the first metric of each other task; of the main one too, if only that changed."""
+    tasks = {main.rsplit("/", 1)[0]}
+    if main in results.comparisons and not _changes(results, main):
+        tasks.clear()  # another metric of the task may have changed
+    names = []
+    for name in results.metrics:
+        task = name.rsplit("/", 1)[0]
+        if task not in tasks and name != main and _says_more(results, name, main):
+            tasks.add(task)
+            names.append(name)
+    return names
+
+
+def _changes(results: Results, metric: str) -> bool:
+    """Return whether any answer of any run differs from the base's in a metric."""
+    return any(found.changed for found in results.comparisons[metric].differences.values())
+
+
+def _says_more(results: Results, metric: str, main: str) -> bool:
+    if metric.rsplit("/", 1)[0] == main.rsplit("/", 1)[0]:
+        return metric in results.comparisons and _changes(results, metric)
+    return bool(results.scored_rows(metric))
+
+
+def _verdict_on_other(results: Results, metric: str) -> str:
+    """Say what the best run came to in another task."""
+    best, comparison = results.best_run(), results.comparisons.get(metric)
+    row = next(row for row in results.rows if row["run"] == best)
+    if comparison is None or best not in comparison.differences:
+        score = row.get(metric)
+        return (
+            "" if score is None else f"In {metric} {results.label(row)} scores {show_score(score)}."
+        )
+    found, name = comparison.differences[best], show_direction(metric, results)
+    if not _changes(results, metric):
+        return _no_change(metric, len(comparison.differences))
+    label = results.label(row)
+    if not found.changed:
+        return f"In {name} {label} answers as the base does."
+    tested = _tested(found, len(comparison.differences))
+    claim = _claim(found, comparison)
+    change = _change(found, comparison)
+    return f"In {name} {label} differs from the base by {change} ({tested}): {claim}."
+
+
+def _claim(found: Difference, comparison: Comparison) -> str:
+    if not found.is_proven:
+        return "not proven"
+    better = found.value * comparison.metric.sign
+    return "proven better" if better > 0 else "proven worse" if better < 0 else "proven"
