@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import distributed, signals
 from finetune.config import Refused, conf_dir, register
+from finetune.home import complete_environment
 from finetune.overrides import find_override_problems, first_line
 from finetune.store_address import without_secrets
 from finetune.streams import keep_streams
@@ -27,6 +28,7 @@ def main() -> None:
     to be run again, 130 interrupted by a person (Ctrl-C).
     """
     keep_streams()
+    complete_environment()
     if not distributed.is_main():
         from finetune.worker import follow
 

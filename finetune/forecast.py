@@ -39,11 +39,12 @@ class Speeds:
         return line if speed is None else f"{line}, about {_render_seconds(amount() / speed)}"
 
     def record(self, task: LoadedTask, seconds: float) -> None:
-        """Keep what a task took, for the forecasts to come."""
+        """Keep what a task took, for the forecasts to come, where the cache has room for it."""
         measure, amount = _measure(task)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         told = {**self._read(), measure: amount() / max(seconds, 1e-3)}
-        write_atomic(self.file, json.dumps(told))
+        with suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.file, json.dumps(told))
 
     def _read(self) -> dict[str, float]:
         with suppress(Damaged):  # a speed that is lost is measured again

@@ -190,9 +190,6 @@ def _describe(config: Config) -> str:
 def describe_environment(device: str) -> dict[str, Any]:
     """Return versions, hardware and code commit: what a rerun compares."""
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
     return {
         "versions": {name: version(name) for name in packages},
@@ -201,9 +198,19 @@ def describe_environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": distributed.num_processes(),
         "gpu": gpu,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _find_commit(),
         "lock_digest": _lock_digest(),
     }
+
+
+def _find_commit() -> str | None:
+    """Return the commit of this code; None where there is no git, or it refuses the folder."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 @lru_cache(maxsize=1)

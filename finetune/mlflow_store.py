@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from finetune.home import complete_environment
 from finetune.run_folder import distinct_slug
 from finetune.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 
@@ -51,6 +52,7 @@ def open_client(uri: str) -> MlflowClient:
 
 def _prepare_mlflow() -> None:
     """Set, before MLflow is imported, what it reads from the environment; a user's value stays."""
+    complete_environment()
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",

@@ -198,9 +198,13 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
     """Return the cache folder of `key`, written anew if it is not there or was altered."""
     content = digest(key)
     folder = cache_dir() / "models" / f"{slug(name)}-{content[:12]}"
+    if _find_damage(folder) is None:  # also where it is another user's, whose lock cannot be taken
+        return Source(str(folder), content)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _is_intact(folder):
+        if (damage := _find_damage(folder)) is not None:
+            if folder.exists():
+                log.warning("the cached model %s is damaged, and written anew: %s", folder, damage)
             with replaced(folder) as temporary:
                 write(temporary)
                 manifest = {p.name: file_digest(p) for p in temporary.iterdir()}
@@ -208,17 +212,15 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
     return Source(str(folder), content)
 
 
-def _is_intact(folder: Path) -> bool:
+def _find_damage(folder: Path) -> str | None:
+    """Return why a folder of the cache is not what was written there."""
     try:
         manifest = read_json(folder / "manifest.json", dict)
         if manifest and all(known_digest(folder / n) == sha256 for n, sha256 in manifest.items()):
-            return True
-        why = "a file was altered" if manifest else "it has no manifest"
+            return None
+        return "a file was altered" if manifest else "it has no manifest"
     except (Damaged, OSError, ValueError) as error:
-        why = str(error)
-    if folder.exists():
-        log.warning("the cached model %s is damaged, and written anew: %s", folder, why)
-    return False
+        return str(error)
 
 
 def _write_dequantised(gguf: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -88,10 +89,29 @@ def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def cache_dir() -> Path:
-    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache."""
-    if "FINETUNE_CACHE" in os.environ:
-        return Path(os.environ["FINETUNE_CACHE"]).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
+    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache.
+
+    Raises:
+        Refused: the user has no home to put it into.
+    """
+    try:
+        if "FINETUNE_CACHE" in os.environ:
+            return Path(os.environ["FINETUNE_CACHE"]).expanduser().resolve()
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
+    except RuntimeError:
+        raise Refused(
+            ["HOME is not set, and the user has no home; set HOME, or FINETUNE_CACHE to a folder"]
+        ) from None
+
+
+def _open_like(around: Path, folder: Path) -> None:
+    """Let those read and write a new folder who may the one around it.
+
+    Temporary folders, and files by safetensors, are made for their owner only.
+    """
+    rights = stat.S_IMODE(around.stat().st_mode) & 0o2777
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(rights | 0o700 if path.is_dir() else rights & 0o666 | 0o600)
 
 
 @contextmanager
@@ -100,7 +120,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        _open_like(folder.parent, temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from omegaconf import DictConfig
 
 from finetune import distributed, signals
 from finetune.config import Config, Refused
+from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
 from finetune.planning import (
@@ -53,7 +53,6 @@ log = logging.getLogger("finetune")
 Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, given jobs' overrides
 
 INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
-ROOM_BYTES = 2**16  # that a folder must have room for
 
 
 def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
@@ -70,9 +69,13 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     has = launch is not None
     found = [p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)]
     found += _folder_problems(jobs[0].config)
+    if (problem := find_cache_problem()) is not None:  # planning itself needs it
+        raise Refused([*found, problem])
     with build_worker(is_quiet=is_terminal()) as worker:
         with store_checked(jobs[0].config.tracking):
             sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
+            if (problem := find_foreign_problem(p.run for p in sweep.points)) is not None:
+                raise Refused([problem])
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
             for line in render_groups(sweep):
@@ -244,15 +247,12 @@ def _conducted_alone(folder: Path) -> Iterator[None]:
 
 def _folder_problems(config: Config) -> list[str]:
     """Return the folders that cannot be written to."""
-    problems = []
-    for key, folder in (("output_dir", config.output_dir), ("report_dir", config.report_dir)):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(ROOM_BYTES))  # a full disk still makes empty files
-        except OSError as error:
-            problems.append(f"{key}={folder} cannot be written to ({error.strerror}); set another")
-    return problems
+    folders = {"output_dir": config.output_dir, "report_dir": config.report_dir}
+    problems = [
+        find_folder_problem(f"{key}={folder}", Path(folder), "set another")
+        for key, folder in folders.items()
+    ]
+    return [problem for problem in problems if problem is not None]
 
 
 def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:

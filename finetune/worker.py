@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from finetune import distributed, signals
+from finetune.home import complete_environment
 from finetune.run_folder import Job, Plan, State
 from finetune.streams import keep_streams
 
@@ -256,7 +257,11 @@ def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
 
 
 def _why_not_started(error: BaseException) -> str:
-    fault = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_FAULT]}"
+    fault = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_FAULT]}".rstrip(": ")
+    if isinstance(error, MemoryError):
+        return (
+            f"the worker process cannot start: {fault}; it needs more memory, some 1 GiB at least"
+        )
     return (
         f"the worker process cannot start: {fault}; mend the installation, "
         "python -c 'import finetune.pipeline' shows where it fails"
@@ -273,6 +278,7 @@ def _end_with_the_sweep() -> None:
 
 def quieten_libraries(*, is_quiet: bool = False) -> None:
     """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
+    complete_environment()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

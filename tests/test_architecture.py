@@ -17,7 +17,7 @@ ORDER = [
     "config", "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "grouping",
-    "files", "events", "run_files", "run_folder", "live",
+    "files", "events", "run_files", "run_folder", "home", "live",
     "quantization", "fused_kernels", "hub", "models", "adapters", "saved_adapter",
     "prompts", "rows", "data",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import pytest
 from omegaconf import OmegaConf
@@ -19,6 +22,7 @@ from finetune import pipeline, preflight, sweep
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.models import load_base
+from finetune.results import Results, SweepRecord
 from finetune.run_folder import Job, RunFolder, Status
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
@@ -164,6 +168,37 @@ def test_one_run_has_one_evaluation(finetune: Command) -> None:
     done = finetune(*TINY, "evaluation.num_fewshot=0,1", "--multirun")
     assert done.returncode == 2
     assert "evaluation.num_fewshot differs between jobs that train the same run" in done.stderr
+
+
+def test_a_report_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures that fail are said; a table that fails is known to the exit code too."""
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    of = cast(Any, SimpleNamespace(folder=tmp_path))
+    results = Results(tmp_path, SweepRecord("a", [], [], [], []), [], [])
+    monkeypatch.setattr(sweep, "write_report", full)
+    monkeypatch.setattr(sweep, "read_results", lambda _: results)
+    assert sweep._write_report(of) == (results, True)
+    assert (tmp_path / "results.csv").is_file()
+    monkeypatch.setattr(sweep, "write_csv", full)
+    assert sweep._write_report(of) == (results, False)
+    assert "results.csv cannot be written: [Errno 28]" in caplog.text
+
+
+def test_a_mirror_that_cannot_be_kept_stops_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow's bookkeeping lies in report_dir, which may fill up."""
+
+    def follow(_: RunFolder) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sweep._follow(cast(Any, SimpleNamespace(follow=follow)), RunFolder(tmp_path))
+    assert "No space left on device" in caplog.text
 
 
 def test_a_run_that_another_process_ended_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Home, user name and shared folders: what the system may lack, and what may be another user's.
+
+A container's user may have no name and no home, and files on a shared disk may belong to others.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune.config import Refused
+from finetune.run_folder import RunFolder, cache_dir
+
+ROOM_BYTES = 2**16  # that a folder must have room for
+CACHE_PARTS = ("models", "evaluations", "speeds")
+
+
+def complete_environment() -> None:
+    """Give the libraries a user name and a home where the system has none.
+
+    Without a home they would make a folder named `~`; theirs is then beside our cache.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):  # as Python's version has it
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    if os.path.expanduser("~") == "~" and "FINETUNE_CACHE" in os.environ:
+        os.environ["HOME"] = os.path.abspath(os.environ["FINETUNE_CACHE"])
+
+
+def find_folder_problem(name: str, folder: Path, remedy: str) -> str | None:
+    """Return why nothing can be written into a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM_BYTES))  # a full disk still makes empty files
+    except OSError as error:
+        return f"{name} cannot be written to ({error.strerror}); {remedy}"
+    return None
+
+
+def find_cache_problem() -> str | None:
+    """Return why base scores and converted models cannot be kept between sweeps."""
+    try:
+        folder = cache_dir()
+    except Refused as refused:
+        return refused.problems[0]
+    remedy = "set FINETUNE_CACHE to another folder"
+    problem = find_folder_problem(f"the cache {folder}", folder, remedy)
+    closed = [name for name in CACHE_PARTS if _is_closed(folder / name)]
+    if problem is None and closed:
+        return f"the cache {folder / closed[0]} belongs to {_owner(folder / closed[0])}; {remedy}"
+    return problem
+
+
+def find_foreign_problem(runs: Iterable[RunFolder]) -> str | None:
+    """Return that runs belong to another user, who lets nobody else write to them."""
+    closed = [run.path for run in runs if _is_closed(run.path) or _is_closed(run.events)]
+    if not closed:
+        return None
+    more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
+    return (
+        f"{closed[0]}{more} cannot be written to: they belong to {_owner(closed[0])}; set "
+        f"output_dir to another folder, or let the owner run chmod -R g+w {closed[0].parent}"
+    )
+
+
+def _is_closed(path: Path) -> bool:
+    return path.exists() and not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0))
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
