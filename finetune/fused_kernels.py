@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.config import ModelConfig
+from finetune.devices import OLDEST_TRITON, Capability, render
 
 # Implementation -> the module that it is imported as, the package that brings it.
 FLASH = {
@@ -57,11 +58,19 @@ def find_liger_problems(meta: PreTrainedModel, device: torch.device) -> list[str
         why = "needs a CUDA device"
     elif find_spec("liger_kernel") is None:
         why = "needs the package liger-kernel (pip install liger-kernel)"
+    elif torch.cuda.is_available() and (old := _capability_before(OLDEST_TRITON, device)):
+        why = f"needs compute capability {render(OLDEST_TRITON)} (Triton), and the GPU has {old}"
     elif torch.cuda.is_available() and kind not in _liger_models():
         why = f"has no kernels for {kind} models"
     else:
         return []
     return [f"training.use_liger_kernel=true {why}; or set training.use_liger_kernel=false"]
+
+
+def _capability_before(oldest: Capability, device: torch.device) -> str | None:
+    """Return the GPU's compute capability where it is older."""
+    found = torch.cuda.get_device_capability(device)
+    return render(found) if found < oldest else None
 
 
 def _liger_models() -> dict[str, object]:

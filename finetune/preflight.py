@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from finetune import (
     adapters,
     data,
+    devices,
     distributed,
     fused_kernels,
     memory,
@@ -133,8 +134,15 @@ def _find_device_problems(config: Config) -> list[str]:
             "use one that has, or set training.device=auto for the CPU"
         ]
     problems = training.find_precision_problems(find_precision(config))
+    device = models.pick_device(config.training.device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        problems += devices.find_kernel_problems(
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+            torch.cuda.get_arch_list(),
+        )
     have, want = torch.cuda.device_count(), distributed.num_local_processes()
-    if models.pick_device(config.training.device).type == "cuda" and want > max(have, 1):
+    if device.type == "cuda" and want > max(have, 1):
         problems.append(
             f"the launcher started {want} processes for {have} GPUs; set --num_processes {have}"
         )

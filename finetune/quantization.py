@@ -13,6 +13,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.config import ModelConfig
+from finetune.devices import OLDEST_INT8, Capability, render
 from finetune.ranges import QUANTIZATIONS
 
 FOUR_BIT = ("nf4", "fp4")
@@ -62,6 +63,8 @@ def find_problems(model: ModelConfig, config: PreTrainedConfig, device: torch.de
             f"model.quantization is {model.quantization}, but {model.path} is quantised as {found} "
             "already; set model.quantization=none, or take a checkpoint that is not quantised"
         ]
+    if found == "int8" and device.type == "cuda" and torch.cuda.is_available():
+        return _find_int8_problems(model, torch.cuda.get_device_capability(device))
     if found != "gptq":
         return []
     if not is_quantised_already(config):
@@ -81,6 +84,16 @@ def find_problems(model: ModelConfig, config: PreTrainedConfig, device: torch.de
             "one, or an unquantised checkpoint and model.quantization=nf4"
         ]
     return []
+
+
+def _find_int8_problems(model: ModelConfig, capability: Capability) -> list[str]:
+    if capability >= OLDEST_INT8:
+        return []
+    key = "model.quantization is int8" if model.quantization == "int8" else "model.path is in int8"
+    return [
+        f"{key}, which needs compute capability {render(OLDEST_INT8)}, and the GPU has "
+        f"{render(capability)}; take an unquantised checkpoint and model.quantization=nf4"
+    ]
 
 
 def build_settings(

@@ -7,6 +7,7 @@ folders; if it dies, a fresh one goes on with the rest.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from statistics import fmean
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from finetune import distributed, signals
+from finetune import devices, distributed, signals
 from finetune.config import Config, Refused
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.live import is_terminal, live_table
@@ -213,6 +214,7 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
 
 def run_alone(composed: DictConfig) -> State:
     """Run one job in the process that another launcher gave it."""
+    os.environ.update(devices.see_one_gpu(os.environ))
     from finetune import pipeline  # loads torch, which the sweep's own process never does
 
     keep_streams()

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, cast
 
-from finetune import distributed, signals
+from finetune import devices, distributed, signals
 from finetune.home import complete_environment
 from finetune.run_folder import Job, Plan, State
 from finetune.streams import keep_streams
@@ -249,7 +249,8 @@ def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
 
 
 def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
-    """Import torch and the rest; return what a worker can be asked to do."""
+    """Import torch and the rest, on one GPU; return what a worker can be asked to do."""
+    os.environ.update(devices.see_one_gpu(os.environ))
     quieten_libraries(is_quiet=is_quiet)
     from finetune import pipeline, preflight
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "streams", "signals",
     "escaping", "tables", "pages",
-    "metrics", "resampling",
+    "metrics", "resampling", "devices",
     "config", "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "grouping",

@@ -186,6 +186,7 @@ def test_liger_is_refused_where_it_cannot_be(
 ) -> None:
     """A model that Liger does not know would silently go without it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(fused_kernels, "find_spec", lambda _: "there" if installed else None)
     monkeypatch.setattr(fused_kernels, "_liger_models", lambda: {"llama": None})
     meta = load_meta_model(TINY, load_config(TINY, find_model(TINY)))
