@@ -50,6 +50,8 @@ def send_events(
     # An artifact may be told again after a resume: it is sent as it is now, once.
     for path, target in {(e["path"], e["folder"]) for e in by_kind.get("artifact", [])}:
         local = folder / path
+        if Path(path).is_absolute() or ".." in Path(path).parts:  # of somebody else's run
+            raise ValueError(f"{folder}: its events name the artifact {path}, outside of the run")
         if local.is_dir():
             client.log_artifacts(run_id, str(local), target)
         elif local.exists():

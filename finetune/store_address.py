@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from finetune.config import TrackingConfig
 
@@ -20,6 +20,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 DEFAULT_EXPERIMENT = "finetune"
 URI_VARIABLE, EXPERIMENT_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MASK = "***"
 SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 # Names of parameters whose values are secret; ssl_key, passfile and the like name files.
@@ -101,6 +102,21 @@ def reveal(uri: str, environment: Mapping[str, str] = os.environ) -> str:
     raise ValueError(
         f"the secret of {uri} is taken from {URI_VARIABLE}, which {state}; set it to that address"
     )
+
+
+def needs_typing(uri: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a recorded address is a server that neither this machine nor its user names.
+
+    The folder of a sweep may come from somebody else; runs and credentials go to the address.
+    """
+    named = environment.get(URI_VARIABLE)
+    if sqlite_file(uri) is not None or (named and masked(absolute_uri(named)) == masked(uri)):
+        return False
+    try:
+        host = urlsplit(uri).hostname if is_server(uri) else None
+    except ValueError:
+        return True
+    return host not in LOOPBACK
 
 
 def masked(uri: str) -> str:
@@ -213,3 +229,9 @@ def ui_command(uri: str) -> str:
         return f"open {uri}"
     given = f'"${URI_VARIABLE}"' if MASK in uri else shlex.quote(uri)
     return f"mlflow ui --backend-store-uri {given}"
+
+
+def sync_command(sweep: Path, uri: str) -> str:
+    """Return the shell command that sends a sweep's rest to its store."""
+    server = f"--uri {shlex.quote(uri)} " if needs_typing(uri) else ""
+    return f"python -m finetune.sync {server}{shlex.quote(str(sweep))}"

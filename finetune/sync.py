@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -11,19 +12,27 @@ from filelock import FileLock, Timeout
 from finetune.files import Damaged
 from finetune.overrides import first_line
 from finetune.results import read_results
-from finetune.store_address import without_secrets
+from finetune.store_address import URI_VARIABLE, needs_typing, sync_command, without_secrets
 from finetune.streams import keep_streams
 from finetune.tracking import Mirror, send
 
 
 def main() -> None:
-    """Send the rest of the named sweeps, or of all; exit code 0, or 1 where that failed."""
+    """Send the rest of the named sweeps, or of all; exit code 0, 1 where that failed, 2 refused."""
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.sync", description=__doc__)
     parser.add_argument(
         "sweeps", nargs="*", type=Path, help="folders of sweeps (default: multirun_reports/*)"
     )
-    folders = parser.parse_args().sweeps or sorted(Path("multirun_reports").glob("*"))
+    parser.add_argument(
+        "--uri",
+        help=f"the server that the sweeps are recorded for, or set {URI_VARIABLE}; a SQLite file "
+        "and this machine's own server need neither",
+    )
+    given = parser.parse_args()
+    if given.uri:
+        os.environ[URI_VARIABLE] = given.uri
+    folders = given.sweeps or sorted(Path("multirun_reports").glob("*"))
     tracked = [folder for folder in folders if (folder / "mlflow.json").is_file()]
     untracked = [folder for folder in folders if folder not in tracked and folder.is_dir()]
     missing = [folder for folder in folders if not folder.is_dir()]
@@ -31,8 +40,25 @@ def main() -> None:
         print(f"{folder}: was not tracked (it has no mlflow.json)")
     for folder in missing:
         print(f"{folder}: there is no such sweep", file=sys.stderr)
-    failed = [folder for folder in tracked if not _sync(folder)]
-    sys.exit(1 if failed or missing else 0)
+    refused = [folder for folder in tracked if _is_refused(folder)]
+    failed = [folder for folder in tracked if folder not in refused and not _sync(folder)]
+    sys.exit(2 if refused else 1 if failed or missing else 0)
+
+
+def _is_refused(folder: Path) -> bool:
+    """Return whether a sweep asks to be sent to a server that the user has not named; say so."""
+    try:
+        uri = Mirror.load(folder / "mlflow.json").uri
+    except (Damaged, FileNotFoundError):
+        return False  # reported where it is sent
+    if not needs_typing(uri):
+        return False
+    print(
+        f"{folder}: its mlflow.json would send runs and credentials to {without_secrets(uri)}; "
+        f"if you trust it: {sync_command(folder, uri)}",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _sync(folder: Path) -> bool:

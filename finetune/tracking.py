@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +24,14 @@ from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
 from finetune.run_folder import RunFolder, State
 from finetune.showcase import build_view, register_champion, save_view
-from finetune.store_address import find_address, is_server, masked, ui_command, without_secrets
+from finetune.store_address import (
+    find_address,
+    is_server,
+    masked,
+    sync_command,
+    ui_command,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -248,7 +254,7 @@ class MlflowTracker:
             return None
         return (
             f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
-            f"send the rest with: python -m finetune.sync {shlex.quote(str(self._path.parent))}"
+            f"send the rest with: {sync_command(self._path.parent, self._mirror.uri)}"
         )
 
     def _keep_sending(self) -> None:
