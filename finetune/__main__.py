@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import NoReturn
 
-import hydra
-from hydra._internal.utils import get_args_parser
+from hydra import version
+from hydra._internal.utils import _run_hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from finetune import distributed, signals
+from finetune.command_line import is_multirun, read_command_line
+from finetune.commands import find_command, run_command, version_line
+from finetune.composition import config_dir_of, explain
 from finetune.config import Refused, conf_dir, register
+from finetune.escaping import for_terminal
 from finetune.home import complete_environment
-from finetune.overrides import find_override_problems, first_line
+from finetune.overrides import find_override_problems
 from finetune.store_address import without_secrets
 from finetune.streams import keep_streams
 
 
 def main() -> None:
-    """Run `python -m finetune`; under a launcher, the first process does and the others follow.
+    """Run `finetune` or `python -m finetune`; under a launcher the other processes follow.
 
     Exit codes: 0 all runs finished, 1 a run failed or diverged or the results could not be
     written, 2 refused before the start, 75 stopped by a signal of the machine (SIGTERM, SIGHUP),
@@ -29,6 +36,10 @@ def main() -> None:
     """
     keep_streams()
     complete_environment()
+    name = find_command(sys.argv[1:])
+    if name is not None:
+        run_command(name)
+        return
     if not distributed.is_main():
         from finetune.worker import follow
 
@@ -42,29 +53,39 @@ def main() -> None:
 
 def command() -> None:
     """Check what was typed and let Hydra compose and run it."""
+    if sys.argv[1:] == ["--version"]:
+        print(version_line())
+        return
     register()
-    args = get_args_parser().parse_args()
-    problems = find_override_problems(
-        args.overrides, multirun=args.multirun, config_dir=args.config_dir
-    )
-    if args.config_path:
-        problems.append("--config-path would leave finetune's own conf out; use --config-dir")
-    if args.config_name not in (None, "config"):
-        problems.append("--config-name would leave finetune's own config out; use experiment=NAME")
-    if args.experimental_rerun:
-        problems.append(
-            "--experimental-rerun loads a pickle, which can run code; use python -m finetune.rerun"
-        )
-    if problems and not args.shell_completion:
-        refuse(problems)
-    # Hydra would print its errors itself and exit with 1: a refusal is a 2 here.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    typed = ["--help"] if sys.argv[1:] == ["help"] else sys.argv[1:]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
+        args, parser = read_command_line(typed)
+        if not args.shell_completion:
+            refuse_any(
+                find_override_problems(
+                    args.overrides, multirun=is_multirun(args), config_dir=args.config_dir
+                )
+            )
+        compose_and_run(args, parser)
     except Refused as refused:
         refuse(refused.problems)
-    except (HydraException, OmegaConfBaseException) as error:
-        refuse([first_line(error)])
+
+
+def compose_and_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Let Hydra do what the flags say.
+
+    Raises:
+        Refused: the settings cannot be composed.
+    """
+    # Hydra would print its errors itself and exit with 1: a refusal is a 2 here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    version.setbase("1.3")
+    try:
+        _run_hydra(args, parser, run, config_path=str(conf_dir()), config_name="config")
+    except Refused:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise Refused(explain(error, args.overrides, args.config_dir)) from None
 
 
 def run(composed: DictConfig) -> None:
@@ -73,11 +94,29 @@ def run(composed: DictConfig) -> None:
     from finetune.sweep import run_sweep
 
     try:
+        refuse_any(find_grid_problems())
         job = build_job(composed, swept=[])
         code = run_sweep([job], job.overrides)
     except Refused as refused:  # here, since Hydra would put a line of its own before it
         refuse(refused.problems)
+    except OmegaConfBaseException as error:
+        hydra = HydraConfig.get()
+        refuse(explain(error, list(hydra.overrides.task), config_dir_of(hydra)))
     raise SystemExit(code)
+
+
+def find_grid_problems() -> list[str]:
+    """Return why a grid of a config file is not run: it needs --multirun, as a typed one does."""
+    grid = HydraConfig.get().sweeper.get("params")
+    if not grid:
+        return []
+    settings = ", ".join(map(str, grid))
+    return [f"hydra.sweeper.params is a sweep of {settings}; add --multirun, or leave its file out"]
+
+
+def refuse_any(problems: list[str]) -> None:
+    if problems:
+        refuse(problems)
 
 
 def refuse(problems: list[str]) -> NoReturn:
@@ -85,7 +124,8 @@ def refuse(problems: list[str]) -> NoReturn:
     heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     print(f"finetune: {heading}, nothing was started", file=sys.stderr)
     for problem in problems:
-        print(f"  - {without_secrets(problem)}", file=sys.stderr)
+        line = " ".join(without_secrets(problem).split())
+        print(f"  - {for_terminal(line)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from finetune.resolvers import register_resolvers
+
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
 
@@ -205,7 +207,8 @@ class EvaluationConfig:
     tasks: list[str] = field(default_factory=lambda: ["demo_science"])  # lm-eval names; [] for none
     num_fewshot: int | None = None  # solved examples before each question; null: the task's own,
     # which stays where it is 0
-    limit: int | None = None  # first questions of each task, of each subject (mmlu); null: all
+    limit: float | None = None  # first questions of each task, of each subject (mmlu), or below 1
+    # their share; null: all
     batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
     dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
     base: bool = True  # score the base model too
@@ -267,6 +270,7 @@ class Refused(ValueError):
 def register() -> None:
     """Make the schema known to Hydra, so that every YAML file and override is typed."""
     ConfigStore.instance().store(name="schema", node=Config)
+    register_resolvers()
 
 
 def conf_dir() -> Path:
@@ -309,8 +313,16 @@ def build_config(composed: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(ours))
     if missing:
         raise Refused([f"{key} has no value; set {key}=VALUE" for key in missing])
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), ours))
+    register_resolvers()  # also for settings that are read from a run's folder
+    merged = OmegaConf.merge(OmegaConf.structured(Config), ours)
+    columns = OmegaConf.select(ours, "data.columns")
+    if columns is not None:  # a merge would put back what ~data.columns.NAME took away
+        OmegaConf.update(merged, "data.columns", columns, merge=False)
+    config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    limit = config.evaluation.limit
+    if limit is not None and limit == limit // 1:
+        config.evaluation.limit = int(limit)  # a count is one, typed as 4 or as 4.0
     return config
 
 

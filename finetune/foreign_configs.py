@@ -16,6 +16,7 @@ from hydra.plugins.config_source import ConfigSource
 from omegaconf._utils import get_yaml_loader
 
 from finetune.config import conf_dir, nearest
+from finetune.config_files import find_text_fault
 from finetune.foreign_values import (
     SECTIONS,
     find_grid_problems,
@@ -118,7 +119,9 @@ def _problems_of_file(path: Path, group: str, *, is_chosen: bool) -> Iterator[st
             yield from _problems_of_special_keys(content, package)
             settings = _settings(content, package)
             yield from find_setting_problems(settings, is_chosen=is_chosen)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        yield find_text_fault(error)
+    except (OSError, ValueError) as error:
         yield f"cannot be read: {' '.join(str(error).split())}"
 
 

@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from finetune.config import Config, conf_dir, nearest
+from finetune.grammar import quote_nested
 
 SECTIONS: Mapping[str, Any] = get_type_hints(Config)
 OPEN_MAPPINGS = ("data.columns", "evaluation.data_files", "model.dimensions")
@@ -107,7 +108,7 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
         return
     typed = ",".join(map(str, values)) if isinstance(values, list) else str(values)
     try:
-        override = OverridesParser.create().parse_override(f"{key}={typed}")
+        override = OverridesParser.create().parse_override(f"{key}={quote_nested(typed)}")
     except HydraException as error:
         yield f"{key}={shortened(typed)}: {str(error).strip().splitlines()[0]}"
         return

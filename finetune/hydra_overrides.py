@@ -16,10 +16,17 @@ from hydra.errors import HydraException
 
 from finetune.foreign_values import find_grid_problems, is_option
 
+# A launcher's own files go into the sweep's folder.
 KEYS = (
-    "hydra.mode", "hydra.verbose", "hydra.searchpath", "hydra.output_subdir", "hydra.run.dir",
-    "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.name",
+    "hydra.mode", "hydra.verbose", "hydra.searchpath", "hydra.sweep.dir", "hydra.sweep.subdir",
+    "hydra.job.name",
 )  # fmt: skip
+# Hydra would make folders that stay empty, or change into them; each with what to set instead.
+FOLDERS = {
+    "hydra.run.dir": "set output_dir=FOLDER",
+    "hydra.output_subdir": "config.yaml is in the run's folder",
+    "hydra.job.chdir": "change into the folder before the command",
+}
 LOGGING = ("default", "disabled", "none", "stdout")  # what Hydra brings along
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "hydra/launcher": ("basic", "joblib", "ray", "submitit_local", "submitit_slurm"),
@@ -56,6 +63,8 @@ def find_hydra_problems(override: Override) -> Iterator[str]:
     elif key.startswith(LAUNCHER):
         if any(name.startswith("_") for name in _names(key, override._value)):
             yield f"{typed}: names code to run; a launcher's parameters have no _ before them"
+    elif key in FOLDERS:
+        yield f"{typed}: a run's folder is named by its identity; {FOLDERS[key]}"
     elif key not in KEYS:
         yield (
             f"{typed}: {key} can run code or change the process's environment; of Hydra's own "

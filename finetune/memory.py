@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.table import Table
 
@@ -24,12 +23,9 @@ from finetune.config import (
     Config,
     ModelConfig,
     Refused,
-    build_config,
-    conf_dir,
-    register,
 )
 from finetune.label_loss import CHUNK
-from finetune.overrides import find_override_problems, first_line
+from finetune.overrides import compose_settings, first_line
 from finetune.quantization import as_loaded
 from finetune.ranges import FROM_FLOATS, find_problems
 from finetune.scoring import MOST_TOKENS
@@ -318,12 +314,7 @@ def compose_job(overrides: Sequence[str]) -> Config:
     Raises:
         Refused: they have problems.
     """
-    register()
-    problems = find_override_problems(overrides, multirun=False)
-    if problems:
-        raise Refused(problems)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = build_config(compose("config", list(overrides)))
+    config = compose_settings(overrides)
     problems = find_problems(config)
     if problems:
         raise Refused(problems)

@@ -7,18 +7,22 @@ the schema. Here every override is looked at by itself, so that all problems sho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from finetune.commands import find_word_problem
+from finetune.composition import explain
+from finetune.composition import first_line as first_line  # of the errors told here
 from finetune.config import (
     Config,
     Refused,
@@ -26,8 +30,11 @@ from finetune.config import (
     build_config,
     conf_dir,
     nearest,
+    register,
 )
+from finetune.config_files import describe_kind
 from finetune.foreign_configs import find_foreign_problems
+from finetune.grammar import NO_EXPERIMENT, grid_arguments, key_of, rewrite, without_null
 from finetune.hydra_overrides import (
     SEARCHPATH,
     find_hydra_problems,
@@ -67,7 +74,7 @@ def find_override_problems(
         try:
             override = OverridesParser.create().parse_override(argument)
         except (HydraException, ValueError) as error:  # ValueError: a number of 5,000 digits
-            problems.append(f"{argument}: {first_line(error)}")
+            problems.append(_unread(argument, error))
             continue
         found = list(_problems_of(override, folders, elsewhere=has_packages))
         if not found and override.is_sweep_override() and not multirun:
@@ -77,18 +84,13 @@ def find_override_problems(
         problems += found
         if not found:
             sound.append(override)
-    return problems + _range_problems(sound, config_dir) if problems else []
+    return problems + _range_problems(sound, folders, config_dir) if problems else []
 
 
 def _chosen(arguments: Sequence[str]) -> set[str]:
     """Return the options that are typed, as GROUP/OPTION; those of a grid too."""
     typed = (argument.lstrip("+").partition("=") for argument in arguments)
     return {f"{key}/{value.strip()}" for key, _, values in typed for value in values.split(",")}
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of Hydra or OmegaConf says, without its trailing key dump."""
-    return str(error).strip().split("\n")[0]
 
 
 def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) -> Iterator[str]:
@@ -104,7 +106,13 @@ def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) ->
         where = " and ".join(name.rstrip(".") for name in OPEN_MAPPINGS)
         yield f"{typed}: + is for new keys below {where} only; leave it out"
     elif override.is_delete():
-        return
+        if not is_open:
+            yield _undeleted(key, groups, folders)
+    elif override.is_interval_sweep():
+        yield (
+            f"{typed}: an interval has no values to run one by one; list them, as a,b,c, or as "
+            "range(START,STOP,STEP)"
+        )
     elif key in groups:
         if not elsewhere:
             yield from _option_problems(override, key, folders)
@@ -117,25 +125,39 @@ def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) ->
 
 
 def _option_problems(override: Override, group: str, folders: list[Path]) -> Iterator[str]:
-    options = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
+    options = _options(group, folders)
+    if _glob(override) is not None:
+        if not _strings(override, folders):
+            yield f"{override.input_line}: no option matches; known: {', '.join(options)}"
+        return
     for value in _values(override):
-        if value is not None and not isinstance(value, Glob) and str(value) not in options:
-            yield f"{group}={value}: there is no such option; {nearest(value, options)}"
+        for option in value if isinstance(value, list) else [value]:
+            shown = "null" if option is None else str(option)
+            if shown not in options and f"{group}={shown}" != NO_EXPERIMENT:
+                yield f"{group}={shown}: there is no such option; {nearest(shown, options)}"
+
+
+def _options(group: str, folders: list[Path]) -> list[str]:
+    return sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
 
 
 def _key_problems(override: Override, groups: list[str]) -> Iterator[str]:
     key = override.key_or_group
-    known = list(_known_keys(Config))
+    known = list(_kinds(Config))
     if key not in known:
         section = [k for k in known if k.startswith(key.partition(".")[0] + ".")]
         top = sorted({*groups, *(k.partition(".")[0] for k in known)})
         yield f"{key} is not a setting; {nearest(key, section or top)}"
         return
+    if _glob(override) is not None:
+        yield f"{override.input_line}: glob() chooses options of a group, and {key} is a setting"
+        return
     for value in _values(override):
         try:
             OmegaConf.update(OmegaConf.structured(Config), key, value)
         except OmegaConfBaseException as error:
-            yield f"{key}={value}: {first_line(error)}"
+            takes = describe_kind(_kinds(Config)[key])
+            yield f"{key}={value}: {first_line(error)}; it takes {takes}"
 
 
 def _mix_problems(override: Override) -> Iterator[str]:
@@ -153,38 +175,112 @@ def _mix_problems(override: Override) -> Iterator[str]:
 
 
 def _values(override: Override) -> list[object]:
-    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [v.text if isinstance(v, QuotedString) else v for v in override.sweep_iterator()]
 
 
-def _known_keys(schema: type) -> Iterator[str]:
-    """Yield the dotted names of all settings, sections left out."""
+def _strings(override: Override, folders: list[Path]) -> list[str]:
+    """Return each value of a sweep as text; those of glob() are options of a group."""
+    glob = _glob(override)
+    if glob is not None:
+        return glob.filter(_options(override.key_or_group, folders))
+    return list(override.sweep_string_iterator())
+
+
+def _glob(override: Override) -> Glob | None:
+    value: Any = override._value  # Hydra's annotation leaves glob() out
+    return value if isinstance(value, Glob) else None
+
+
+def _unread(argument: str, error: Exception) -> str:
+    """Say why an argument is no override; a word alone may be meant for a command."""
+    if "=" not in argument and re.fullmatch(r"[\w.-]+", argument):
+        groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+        return find_word_problem(argument, [*groups, *_kinds(Config)])
+    return f"{argument}: {first_line(error)}; put a value with commas, quotes or brackets in quotes"
+
+
+def _undeleted(key: str, groups: list[str], folders: list[Path]) -> str:
+    if key in groups:
+        none = "none" if "none" in _options(key, folders) else "OPTION"
+        return f"~{key}: the defaults of {key} would stay in force; set {key}={none}"
+    return f"~{key}: a setting cannot be taken away; set {key}=VALUE, or leave it out"
+
+
+def _kinds(schema: type) -> dict[str, Any]:
+    """Return the kinds of all settings by their dotted names, sections left out."""
+    kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(schema).items():
         if is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield from (f"{name}.{key.name}" for key in fields(kind))
+            hints = get_type_hints(kind)
+            kinds |= {f"{name}.{key.name}": hints[key.name] for key in fields(kind)}
         else:
-            yield name
+            kinds[name] = kind
+    return kinds
 
 
-def _range_problems(overrides: list[Override], config_dir: str | None) -> list[str]:
+def _range_problems(
+    overrides: list[Override], folders: list[Path], config_dir: str | None
+) -> list[str]:
     """Compose what is sound, each swept value once, for problems that only ranges show."""
     fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     swept = [
         f"{o.get_key_element()}={value}"
         for o in overrides
         if o.is_discrete_sweep()
-        for value in o.sweep_string_iterator()
+        for value in _strings(o, folders)
     ]
     searched = [f"hydra.searchpath=[{Path(config_dir).resolve()}]"] if config_dir else []
     problems: dict[str, None] = {}
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for one in [None, *swept]:
-            chosen = [*fixed, *searched, *([one] if one else [])]
+            chosen = without_null([*fixed, *searched, *([one] if one else [])])
             try:
                 found = find_problems(build_config(compose("config", chosen)))
             except Refused as refused:
                 found = refused.problems
-            except (HydraException, OmegaConfBaseException) as error:
-                found = [first_line(error)]
+            except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+                found = explain(error, chosen, config_dir)
             problems.update(dict.fromkeys(found))
     return list(problems)
+
+
+def compose_settings(arguments: Sequence[str]) -> Config:
+    """Compose one job from overrides as typed.
+
+    Raises:
+        Refused: they have problems.
+    """
+    register()
+    overrides = without_null([rewrite(argument) for argument in arguments])
+    problems = find_override_problems(overrides, multirun=False)
+    if problems:
+        raise Refused(problems)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return build_config(compose("config", overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise Refused(explain(error, overrides)) from None
+
+
+def with_grid(
+    params: Mapping[str, Any] | None, arguments: Sequence[str], config_dir: str | None
+) -> list[str]:
+    """Return the overrides of a grid in a config file before those typed, which win.
+
+    Args:
+        params: `hydra.sweeper.params`.
+        arguments: overrides as typed.
+        config_dir: the user's own folder of config groups, if any.
+
+    Raises:
+        Refused: the grid has problems.
+    """
+    typed = {key_of(argument) for argument in arguments}
+    grid = [one for one in grid_arguments(params) if key_of(one) not in typed]
+    if grid:
+        problems = find_override_problems([*grid, *arguments], multirun=True, config_dir=config_dir)
+        if problems:
+            raise Refused(problems)
+    return [*grid, *arguments]

@@ -86,8 +86,16 @@ def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
         config=build_config(ours),
         yaml=OmegaConf.to_yaml(ours),
         overrides=overrides,
-        swept={key: values[key] for key in swept},
+        swept={key: _shown(values.get(key, "null"), ours, key) for key in swept},
     )
+
+
+def _shown(typed: str, composed: DictConfig, key: str) -> str:
+    """Return a swept value as typed, or the number that an interpolation comes to."""
+    if "${" not in typed:
+        return typed
+    value = OmegaConf.select(composed, key)
+    return str(value) if isinstance(value, int | float) else typed  # text may be a secret
 
 
 def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:

@@ -166,7 +166,12 @@ def _early_stopping_problems(config: Config) -> Iterator[str]:
 
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     yield from _at_least("evaluation.num_fewshot", evaluation.num_fewshot, 0)
-    yield from _at_least("evaluation.limit", evaluation.limit, 1)
+    limit = evaluation.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and isinstance(limit, int))):
+        yield (
+            f"evaluation.limit is {limit}; it must be a whole number of questions, or a share "
+            "above 0 and below 1"
+        )
     if evaluation.batch_tokens is not None:
         yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
     yield from _one_of("evaluation.dtype", evaluation.dtype, DTYPES)

@@ -22,6 +22,7 @@ import lm_eval.api.task
 import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
@@ -139,7 +140,8 @@ def load_task(
             _set_fewshot(task, evaluation)
             if selects:
                 _ask_split(task, evaluation.select_split or "")
-            task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1, **chat)
+            limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
+            task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
     told = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()

@@ -3,9 +3,10 @@
 # No `from __future__ import annotations` here: Hydra runs this file without naming it in
 # sys.modules, where the dataclass decorator would look up annotations that are text.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -15,14 +16,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass
 class FinetuneSweeperConf:
-    """The settings of `hydra/sweeper=finetune`: none, the sweep's are under `sweep`."""
+    """The settings of `hydra/sweeper=finetune`: a grid; the sweep's are under `sweep`."""
 
     _target_: str = "hydra_plugins.finetune_sweeper.FinetuneSweeper"
+    params: dict[str, Any] = field(
+        default_factory=dict
+    )  # setting -> values, as typed: {lora.r: "4,8"}
 
 
 ConfigStore.instance().store(
@@ -33,6 +37,9 @@ ConfigStore.instance().store(
 class FinetuneSweeper(Sweeper):
     """Take the product of all swept values, in Hydra's order, as one sweep."""
 
+    def __init__(self, params: Mapping[str, Any] | None = None) -> None:
+        pass  # Hydra has resolved them: ${lora.r} would be the same in every job
+
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
@@ -41,17 +48,23 @@ class FinetuneSweeper(Sweeper):
 
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
+        from finetune.composition import config_dir_of
+        from finetune.grammar import without_null
+        from finetune.overrides import with_grid
         from finetune.planning import build_job
         from finetune.sweep import run_alone, run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
-        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
+        params: Any = OmegaConf.to_container(self.config.hydra.sweeper.params, resolve=False)
+        arguments = with_grid(params, arguments, config_dir_of(self.config.hydra))
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        last = {override.key_or_group: override for override in overrides}  # of a key typed twice
+        swept = [key for key, override in last.items() if override.is_sweep_override()]
         jobs = []
         for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
-            composed = loader.load_sweep_config(self.config, list(point))
+            composed = loader.load_sweep_config(self.config, without_null(point))
             HydraConfig.instance().set_config(composed)
             jobs.append(build_job(composed, swept=swept))
         launch = None

@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "streams", "signals",
-    "escaping", "tables", "pages",
-    "metrics", "resampling", "devices",
-    "config", "inputs", "store_address", "ranges",
+    "escaping", "tables", "pages", "resolvers", "metrics", "resampling", "devices",
+    "config", "grammar", "commands", "command_line", "config_files", "composition",
+    "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "grouping",
     "files", "events", "run_files", "run_folder", "home", "live",

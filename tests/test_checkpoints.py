@@ -182,7 +182,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = tmp_path / "whole"
     whole.mkdir()
     longer = "training.epochs=6"  # seconds, so that a busy machine does not miss the moment
-    finetune(*TRAINING, longer, f"hydra.run.dir={whole}", f"output_dir={whole}/outputs")
+    finetune(*TRAINING, longer, f"output_dir={whole}/outputs")
     assert interrupted_at(tmp_path, 5, number, longer) == code
     (run,) = tmp_path.glob("outputs/*")
     stopped_at = newest_step(run / "checkpoints")

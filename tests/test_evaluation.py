@@ -108,6 +108,17 @@ def test_a_limit_takes_the_first_questions(tmp_path: Path) -> None:
     assert len(score(tiny_lm(), task, settings).items) == 3
 
 
+def test_a_share_takes_the_first_questions(tmp_path: Path) -> None:
+    """A limit below 1 is rounded up to whole questions, as lm-eval does."""
+    settings = local_arc(tmp_path, 8)
+    settings.limit = 3
+    count = load_task("arc_easy", settings)
+    settings.limit = 0.3
+    share = load_task("arc_easy", settings)
+    assert share.digest == count.digest
+    assert len(score(tiny_lm(), share, settings).items) == 3
+
+
 @pytest.mark.parametrize("harm", ["none", "altered", "cut", "absent"])
 def test_a_stored_score_is_used_only_if_it_is_whole(tmp_path: Path, harm: str) -> None:
     """A score is read back exactly; an altered file counts as none."""

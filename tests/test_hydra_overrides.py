@@ -19,7 +19,6 @@ register()
         "hydra.mode=MULTIRUN",
         "hydra.verbose=true",
         "hydra.verbose=[finetune,hydra]",
-        "hydra.run.dir=elsewhere",
         "hydra/launcher=joblib",
         "hydra.launcher.n_jobs=2",
         "+hydra.launcher.ray.init.object_store_memory=null",

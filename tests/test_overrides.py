@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.config import register
-from finetune.overrides import find_override_problems
+from finetune.config import Refused, register
+from finetune.overrides import compose_settings, find_override_problems, with_grid
 
 register()
 
@@ -25,6 +25,26 @@ register()
         ("data.mix.0.wieght=2", "data.mix.0.wieght is not a setting of data.mix.0; did you mean"),
         ("data.mix.0.weight=x", "data.mix.0.weight=x: Value 'x' of type 'str' could not be conv"),
         ("lora.r=[", "lora.r=[: "),
+        (
+            "lora.r=",
+            "lora.r=: Value '' of type 'str' could not be converted to Integer; it takes a",
+        ),
+        (
+            "optimizer.lr=interval(1e-5,1e-3)",
+            "optimizer.lr=interval(1e-5,1e-3): an interval has no",
+        ),
+        ("lora.r=tag(x,interval(1,8))", "lora.r=tag(x,interval(1,8)): an interval has no values"),
+        ("optimizer.lr=glob(*)", "optimizer.lr=glob(*): glob() chooses options of a group"),
+        ("lora=glob(zz*)", "lora=glob(zz*): no option matches; known: attention"),
+        ("lora=[default,dra]", "lora=dra: there is no such option; did you mean 'dora'?"),
+        ("model=null", "model=null: there is no such option"),
+        ("~tracking", "~tracking: the defaults of tracking would stay in force; set tracking=none"),
+        ("~lora", "~lora: the defaults of lora would stay in force; set lora=OPTION"),
+        ("~optimizer.lr", "~optimizer.lr: a setting cannot be taken away; set optimizer.lr=VALUE"),
+        ("memroy", "memroy is neither a command nor KEY=VALUE; did you mean 'memory'?"),
+        ("lora", "lora has no value; write lora=VALUE"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: a run's folder is named by its identity; set output"),
+        ("hydra.job.chdir=true", "hydra.job.chdir=true: a run's folder is named by its identity"),
     ],
 )
 def test_a_wrong_override_is_told_with_its_remedy(typed: str, expected: str) -> None:
@@ -52,11 +72,48 @@ def test_several_values_without_multirun_are_refused() -> None:
     "typed",
     [
         "lora.r=8", "model=tiny", "experiment=mistral_alpaca_arc", "lora.target_modules=[q_proj]",
-        "+evaluation.data_files.arc_easy.test=x.jsonl", "hydra.verbose=true", "~lora",
+        "+evaluation.data_files.arc_easy.test=x.jsonl", "hydra.verbose=true",
         "model.path='${oc.env:HOME}'", "training.max_steps=null",
+        "experiment=null", "lora=[default,dora]", "~data.columns.input", "hydra.sweep.dir=x",
+        "lora.alpha='${mul:2,${lora.r}}'", "evaluation.limit=0.1", 'data.path="a b=c,é.jsonl"',
         "data.mix.1.weight=2", "++data.mix.1.columns.instruction=q",
     ],
 )  # fmt: skip
 def test_a_right_override_passes(typed: str) -> None:
     """Nothing that Hydra accepts under the schema is refused."""
     assert find_override_problems([typed], multirun=False) == []
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "lora=glob(*)", "lora=glob([d*,r*],exclude=dora)", "experiment=glob(*)",
+        "lora.r=range(4,9,4)", "lora.r=choice(4,8)", "lora.r=sort(8,4)", "lora.r=shuffle(4,8)",
+        "lora.r=tag(x,choice(4,8))", "evaluation.tasks=[arc_easy],[hellaswag]",
+        "experiment=null,mistral_alpaca_arc",
+    ],
+)  # fmt: skip
+def test_hydras_ways_to_sweep_pass(typed: str) -> None:
+    """Every sweep of discrete values."""
+    assert find_override_problems([typed], multirun=True) == []
+
+
+def test_a_grid_of_a_file_gives_way_to_what_is_typed() -> None:
+    """As with Hydra's own sweeper; a wrong grid is refused with all its problems."""
+    grid = {"lora.r": "4,8", "optimizer.lr": [1e-3, 1e-4]}
+    assert with_grid(grid, ["lora.r=16"], None) == ["optimizer.lr=0.001,0.0001", "lora.r=16"]
+    with pytest.raises(Refused) as caught:
+        with_grid({"lora.rr": "4,8", "model": "tinny", "lora.alpha": "0,1"}, [], None)
+    assert len(caught.value.problems) == 3
+
+
+def test_a_column_that_is_taken_away_stays_away() -> None:
+    """The schema's default does not put it back."""
+    assert set(compose_settings(["~data.columns.input"]).data.columns) == {"instruction", "output"}
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("4", 4), ("4.0", 4), ("0.1", 0.1), ("1", 1)])
+def test_a_limit_is_a_count_or_a_share(typed: str, expected: float) -> None:
+    """A count is a whole number in every file and name, however it was typed."""
+    limit = compose_settings([f"evaluation.limit={typed}"]).evaluation.limit
+    assert (limit, type(limit)) == (expected, type(expected))

@@ -1,0 +1,133 @@
+"""An error in a user's own YAML names file, key and remedy, in one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.composition import explain
+from finetune.config import Refused, build_config, conf_dir, register
+from finetune.overrides import compose_settings
+
+register()
+
+GLOBAL = "# @package _global_\n"
+
+# The file's text after the directive, and what its line must say.
+FAULTS = {
+    "unknown key": (
+        "lora:\n  rank: 8\n", "line 3: lora.rank is not a setting; Known: r, alpha"),
+    "unknown section": ("loraa:\n  r: 8\n", "line 2: loraa is not a setting; did you mean 'lora'"),
+    "dotted key": ("lora.r: 8\n", "line 2: lora.r is not a setting; write r below lora:"),
+    "text for a number": ("lora:\n  r: eight\n", "line 3: lora.r is eight; it takes a whole numb"),
+    "fraction": ("lora:\n  r: 1.5\n", "line 3: lora.r is 1.5; it takes a whole number"),
+    "null": ("lora:\n  r: null\n", "line 3: lora.r is null; it takes a whole number"),
+    "text for a list": (
+        "evaluation:\n  tasks: arc_easy\n", "line 3: evaluation.tasks is arc_easy; it takes a lis"),
+    "mapping for a list": (
+        "lora:\n  target_modules: {a: b}\n", "line 3: lora.target_modules is {'a': 'b'}; it takes"),
+    "list for a section": ("lora:\n  - r: 8\n", "line 3: lora is a list; write its settings as"),
+    "value for a section": ("lora: 8\n", "line 2: lora is 8; write its settings as KEY: VALUE"),
+    "null for a section": ("lora:\n", "line 2: lora is null; write its settings as KEY: VALUE"),
+    "source of a mix": (
+        "data:\n  mix:\n    - pth: x\n", "line 4: data.mix.0.pth is not a setting; did you mean"),
+    "duplicate key": ("lora:\n  r: 8\n  r: 9\n", "line 4: r is set twice, first in line 3"),
+    "duplicate section": ("lora: {r: 8}\nlora: {alpha: 8}\n", "line 3: lora is set twice"),
+    "tab": ("lora:\n\tr: 8\n", "line 3: found character '\\t' that cannot start any token; ind"),
+    "open bracket": ("lora: [1,\n", "expected the node content, but found '<stream end>'; mend"),
+    "indentation": ("lora:\n  r: 8\n alpha: 3\n", "line 4: expected <block end>"),
+    "colon": ("model:\n  path: a: b\n", "line 3: mapping values are not allowed here; put"),
+    "two documents": ("lora: {r: 8}\n---\nlora: {r: 9}\n", "line 3: but found another document"),
+    "list of all": ("- lora\n", "line 2: the file holds a list; write KEY: VALUE lines"),
+    "missing option": (
+        "defaults:\n  - override /model: tinny\n", "model=tinny: there is no such option; did you"),
+    "missing group": (
+        "defaults:\n  - override /modle: tiny\n", "override modle has no match; did you mean 'mod"),
+    "relative group": (
+        "defaults:\n  - override model: tiny\n", "no match; write override /model"),
+    "no override": (
+        "defaults:\n  - /model: tiny\n", "model is chosen already; write - override /model: OPT"),
+    "defaults no list": ("defaults:\n  model: tiny\n", "defaults is not a list; write - override"),
+    "no such setting": (
+        "lora:\n  r: ${lora.no}\n", "lora.r: Interpolation key 'lora.no' not found; write it as"),
+    "no such resolver": (
+        "lora:\n  r: ${no:1}\n", "lora.r: Unsupported interpolation type no; known: ${section.key"),
+    "no variable": (
+        "model:\n  path: ${oc.env:NO_SUCH_VARIABLE}\n", "NO_SUCH_VARIABLE' not found\"; set the"),
+    "circle": (
+        "lora:\n  r: ${lora.alpha}\n  alpha: ${lora.r}\n", "lora.r: Recursive interpolation dete"),
+    "open brace": ("lora:\n  r: ${lora.alpha\n", "lora.r: no viable alternative at input"),
+}  # fmt: skip
+
+
+def explained(folder: Path, text: bytes, name: str = "experiment/mine") -> list[str]:
+    """Compose a config of the user's own as Hydra does, and return what is said of its fault."""
+    from hydra import compose, initialize_config_dir
+
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir()
+    path.write_bytes(text)
+    typed = [f"hydra.searchpath=[{folder}]", name.replace("/", "=")]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            build_config(compose("config", typed))
+        except Exception as error:  # whatever Hydra raises
+            return explain(error, typed)
+    return []
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_is_one_line_with_its_file_and_remedy(tmp_path: Path, kind: str) -> None:
+    """Where Hydra says `ConfigKeyError raised while composing config:`, or a traceback."""
+    text, expected = FAULTS[kind]
+    (problem,) = explained(tmp_path, (GLOBAL + text).encode())
+    assert expected in problem
+    assert problem.startswith(str(tmp_path / "experiment" / "mine.yaml"))
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("experiment/mine", b"lora:\n  r: 8\n", "begin the file with '# @package _global_'"),
+        ("experiment/mine", b"", "the file is empty; begin with '# @package _global_'"),
+        ("experiment/mine", b"# nothing\n", "the file is empty"),
+        ("experiment/mine", b"# @package _globl_\nlora: {r: 8}\n", "did you mean '_global_'?"),
+        ("experiment/mine", b"\xef\xbb\xbf# @package _global_\nlora: {r: 8}\n", "byte order mark"),
+        ("experiment/mine", b"# @package _global_\nmodel: {path: caf\xe9}\n", "is not UTF-8"),
+        ("experiment/mine", b"# @package _global_\nlora: {r: 8}\n\0", "control character"),
+        ("lora/mine", b"lora:\n  r: 8\n", "lora.lora is not a setting; what this file holds is pl"),
+        ("lora/mine", b"rank: 8\n", "line 1: lora.rank is not a setting"),
+        ("lora/mine", b"r: x\n", "line 1: lora.r is x; it takes a whole number"),
+    ],
+)
+def test_a_file_of_the_wrong_form_is_named(
+    tmp_path: Path, name: str, text: bytes, expected: str
+) -> None:
+    """No directive, no text, another encoding, or the keys of a group one level too deep."""
+    problem = explained(tmp_path, text, name)[0]
+    assert expected in problem
+    assert problem.startswith(str(tmp_path / f"{name}.yaml"))
+
+
+def test_all_faults_of_a_file_show_at_once(tmp_path: Path) -> None:
+    """Hydra stops at the first."""
+    text = GLOBAL + "lora: {rank: 8, alpha: x}\nloraa: {}\noptimizer: [1]\n"
+    assert len(explained(tmp_path, text.encode())) == 4
+
+
+@pytest.mark.parametrize(
+    "text", [b"r: 8\n", b"", b"# nothing\n", b"r: ${mul:2,4}\n", b"target_modules: [q_proj]\n"]
+)
+def test_a_right_file_composes(tmp_path: Path, text: bytes) -> None:
+    """Nothing is said of it."""
+    assert explained(tmp_path, text, "lora/mine") == []
+
+
+def test_a_typed_interpolation_that_leads_nowhere_is_one_line() -> None:
+    """Also from the command line."""
+    with pytest.raises(Refused) as caught:
+        compose_settings(["lora.alpha=${mul:2,${lora.nosuch}}"])
+    (problem,) = caught.value.problems
+    assert problem.startswith("lora.alpha: Interpolation key 'lora.nosuch' not found")
