@@ -58,7 +58,8 @@ class Comparison:
 
     metric: Metric
     differences: dict[str, Difference]  # by run
-    detectable: float  # the smallest difference seen in four of five such experiments
+    # The smallest difference seen in four of five such experiments, of answers right or wrong.
+    detectable: float | None
     is_share: bool  # whether the metric is a share of questions, whose difference is in points
 
     def is_improvement(self, run: str) -> bool:
@@ -105,7 +106,7 @@ def compare(
     else:
         strata = Strata.build(metric, [(members or {}).get(one) for one in questions])
         drawn = [resample(metric, *pair, strata) for pair in zip(before, after, strict=True)]
-        differences, detectable = _compare_resampled(list(pairs), drawn, befores, afters)
+        detectable, differences = None, _compare_resampled(list(pairs), drawn, befores, afters)
     if metric.higher_is_better is False:
         differences = {name: _turned(found) for name, found in differences.items()}
     is_share = is_share and metric.aggregation in (*MEANS, "nanmean", "f1")
@@ -136,29 +137,26 @@ def compare_stored(
             questions, *scores[run], low, high, None, None, num_changed,
             p, p if len(drawn) == 1 else float(p_adjusted),
         )  # fmt: skip
-    detectable = float(np.mean([one.spread for one in drawn.values()])) * sum(POWER_QUANTILES)
-    return Comparison(metric, differences, detectable, is_share=False)
+    return Comparison(metric, differences, None, is_share=False)
 
 
 def _compare_means(
     names: Sequence[str], before: Matrix, after: Matrix, resamples: int
-) -> tuple[dict[str, Difference], float]:
+) -> tuple[dict[str, Difference], float | None]:
     changes = after - before
     adjusted = adjusted_p(changes, resamples) if len(names) > 1 else [None]
     differences = {
         name: _difference(before[number], after[number], adjusted[number])
         for number, name in enumerate(names)
     }
-    if _is_binary(before, after):
-        detectable = detectable_difference(float((changes != 0).mean()), changes.shape[1])
-    else:
-        detectable = _detectable_mean(changes)
-    return differences, detectable
+    if not _is_binary(before, after):
+        return differences, None
+    return differences, detectable_difference(float((changes != 0).mean()), changes.shape[1])
 
 
 def _compare_resampled(
     names: Sequence[str], drawn: Sequence[Resampled], before: Matrix, after: Matrix
-) -> tuple[dict[str, Difference], float]:
+) -> dict[str, Difference]:
     adjusted = max_t(drawn)
     differences = {}
     for number, (name, one) in enumerate(zip(names, drawn, strict=True)):
@@ -169,8 +167,7 @@ def _compare_resampled(
             before.shape[1], one.base, one.tuned, low, high, rose, fell, one.changed,
             one.p, p_adjusted,
         )  # fmt: skip
-    detectable = float(np.mean([one.spread for one in drawn])) * sum(POWER_QUANTILES)
-    return differences, detectable
+    return differences
 
 
 def _turned(found: Difference) -> Difference:
@@ -271,12 +268,6 @@ def adjusted_p(changes: Matrix, resamples: int = RESAMPLES) -> npt.NDArray[np.fl
     as_large = (drawn[:, None] >= observed[None, :] - 1e-9).sum(axis=0)
     adjusted: npt.NDArray[np.float64] = (as_large + 1) / (len(drawn) + 1)
     return adjusted
-
-
-def _detectable_mean(changes: Matrix) -> float:
-    """Return the mean difference that a paired test finds in four of five cases."""
-    error = float(np.mean(changes.std(axis=1))) / np.sqrt(changes.shape[1])
-    return float(error * sum(POWER_QUANTILES))
 
 
 def detectable_difference(changed: float, questions: int) -> float:

@@ -38,11 +38,6 @@ class Resampled:
         return (float(low), float(high)) if low < high else (None, None)
 
     @property
-    def spread(self) -> float:
-        """The standard error of the difference."""
-        return float(self.bootstrap.std())
-
-    @property
     def p(self) -> float:
         """The share of swaps with a difference as large, two-sided."""
         return float(_share_as_large(np.abs(self.swapped), abs(self.tuned - self.base)))

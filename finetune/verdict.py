@@ -24,7 +24,7 @@ def verdict(results: Results) -> str:
     else:
         sentences = [_tie(results, main), _verdict_on_main(results, main, comparison)]
     sentences += [_verdict_on_other(results, name) for name in _other_tasks(results, main)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    return " ".join(sentence.strip() for sentence in sentences if sentence)
 
 
 def show_difference(value: float, comparison: Comparison) -> str:
@@ -41,11 +41,10 @@ def show_interval(found: Difference, comparison: Comparison) -> str:
 
 def show_detectable(comparison: Comparison) -> str:
     """Return the smallest difference that such a benchmark shows in four of five cases."""
-    if comparison.detectable == 0:
+    if not comparison.detectable:
         return ""
-    value = comparison.detectable
-    shown = f"{value * 100:.1f} points" if comparison.is_share else f"{value:.3g}"
-    return f"Differences from {shown} on would have been seen in 4 of 5 cases."
+    value = comparison.detectable * 100
+    return f"Differences from {value:.1f} points on would have been seen in 4 of 5 cases."
 
 
 def show_direction(metric: str, results: Results) -> str:
