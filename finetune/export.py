@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Refused
+from finetune.foreign_runs import find_link_problems
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def export(
     from finetune.model_card import render_card
     from finetune.trained import find_trained
 
+    if problems := [*find_link_problems(path)]:
+        raise Refused(problems)
     run = find_trained(path, trusts_remote_code=trusts_remote_code)
     if is_merged and (problem := find_merge_problem(run)):
         raise Refused([problem])

@@ -68,6 +68,18 @@ def _value(settings: Any, section: str, key: str) -> Any:
     return below.get(key) if isinstance(below, Mapping) else below
 
 
+def find_link_problems(run: Path) -> Iterator[str]:
+    """Yield which of the files that are exported lead out of the run's folder.
+
+    A copy would publish what they lead to.
+    """
+    whole = run.resolve()
+    places = [run / "prompt.jinja", run / "adapter", run / "model"]
+    for path in (file for place in places for file in (place, *sorted(place.rglob("*")))):
+        if not path.resolve().is_relative_to(whole):
+            yield f"{path}: links to {path.resolve()}, out of the run's folder; copy it there"
+
+
 def find_rerun_problems(
     recorded: Sequence[Any], typed: Sequence[str], command: str
 ) -> Iterator[str]:

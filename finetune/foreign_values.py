@@ -93,6 +93,10 @@ def _problems_below(node: Any, kind: Any, name: str) -> Iterator[tuple[str, str]
 
 def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
     """Yield why a line of a grid is more than values of a setting, or options of a group."""
+    if isinstance(values, Mapping):  # nests what a dotted key says in one line
+        for below, value in values.items():
+            yield from find_grid_problems(f"{key}.{below}", value)
+        return
     named = GRID_KEY.fullmatch(str(key))
     if named is None:
         yield f"{shortened(key)} is not a setting or a group; leave it out"
@@ -106,7 +110,7 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
     if plus and not name.startswith(tuple(f"{mapping}." for mapping in OPEN_MAPPINGS)):
         yield f"{key}: + is for new keys below {', '.join(OPEN_MAPPINGS)} only; leave it out"
         return
-    typed = ",".join(map(str, values)) if isinstance(values, list) else str(values)
+    typed = ",".join(map(_literal, values)) if isinstance(values, list) else _literal(values)
     try:
         override = OverridesParser.create().parse_override(f"{key}={quote_nested(typed)}")
     except HydraException as error:
@@ -117,6 +121,13 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
             yield from find_value_problems(name, value)
         elif value is not None and not is_option(value):
             yield f"{key}={shortened(value)}: is not an option of {name}"
+
+
+def _literal(value: Any) -> str:
+    """Return a value as it would be typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return "null" if value is None else str(value)
 
 
 def single_values(value: Any) -> Iterator[Any]:

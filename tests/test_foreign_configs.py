@@ -188,6 +188,12 @@ def test_all_else_is_refused(tmp_path: Path, name: str) -> None:
         ("model", "{trust_remote_code: true}"),
         ("evaluation.tasks", "[evil.yaml]"),
         ("lora.r", "["),
+        ("model", {"trust_remote_code": "true"}),
+        ("tracking", {"uri": "http://example.org"}),
+        ("hydra", {"job": {"env_set": {"A": "b"}}}),
+        ("hydra.callbacks", {"x": {"_target_": "os.mkdir"}}),
+        ("lora", {"r": {"x": 1}}),
+        ("evaluation.tasks", [[r"x\=.yaml"]]),
         (1, 2),
     ],
 )

@@ -80,6 +80,21 @@ def test_a_config_that_unfolds_is_refused(tmp_path: Path) -> None:
         find_trained(run)
 
 
+@pytest.mark.parametrize("name", ["prompt.jinja", "model", "model/x.json", "adapter/below/y"])
+def test_an_export_copies_no_file_from_elsewhere(tmp_path: Path, name: str) -> None:
+    """A link in the folder would publish whatever it leads to."""
+    run = write_run(tmp_path)
+    secret = tmp_path / "secret"
+    secret.write_text("s3cr3t", encoding="utf-8")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / "adapter" / "inside.json").symlink_to(run / "adapter" / "adapter_config.json")
+    (run / name).symlink_to(secret)
+    with pytest.raises(Refused, match="out of the run's folder") as refused:
+        export.export(run, tmp_path / "into")
+    assert len(refused.value.problems) == 1
+    assert not (tmp_path / "into").exists()
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"megatron_core": "run.evil", "megatron_config": {"a": 1}}, {"megatron_core": "evil"}],
