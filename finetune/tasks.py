@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
 from finetune.config import EvaluationConfig, nearest
+from finetune.gold_answers import find_unmatched
 from finetune.prefix_tree import count_tokens
 from finetune.rows import Row, read_file
 from finetune.run_folder import digest
@@ -47,6 +48,7 @@ class LoadedTask:
     loaded: dict[str, Any]  # what TaskManager.load returns
     digest: str  # of its definition, all its requests and the questions behind them
     selects: bool = False  # whether it asks the questions that choose the best run
+    unmatched: str = ""  # gold answers that nothing can match, where there are any
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -142,11 +144,35 @@ def load_task(
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
             task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
+        unmatched = "; ".join(_unmatched(loaded["tasks"], name, evaluation))
     told = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
-    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects)
+    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects, unmatched)
+
+
+def _unmatched(
+    members: Mapping[str, Task], name: str, evaluation: EvaluationConfig
+) -> Iterator[str]:
+    """Yield which gold answers nothing can match.
+
+    Raises:
+        ValueError: none of a task's can be; its scores would be 0.0 whatever the model says.
+    """
+    files = evaluation.data_files.get(name, {})
+    for task in members.values():
+        found = find_unmatched(task)
+        if found is None:
+            continue
+        split = task.config.test_split or task.config.validation_split
+        file = f".{split}={files[split]}" if split in files else ""
+        key = f"evaluation.data_files.{name}{file}" if file else f"evaluation.tasks={name}"
+        if found.is_all:
+            raise ValueError(
+                f"{key}: {found.describe()}; write them in the form of the task's own data set"
+            )
+        yield f"{task.task_name}: {found.describe()}" if len(members) > 1 else found.describe()
 
 
 def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
@@ -160,7 +186,13 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
     if not local:
         hub.is_reached()  # else datasets would try again and again
     with patch.dict(manager.task_index, local):
-        loaded = dict(manager.load([name]))
+        try:
+            loaded = dict(manager.load([name]))
+        except IndexError:  # of lm-eval's look at the first row
+            raise ValueError(
+                f"evaluation.data_files.{name}: the gold answer of the first row is none of its "
+                "choices; it is one of them, or its number from 0 on"
+            ) from None
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ValueError(

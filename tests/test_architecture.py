@@ -23,7 +23,7 @@ ORDER = [
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
-    "scoring", "tasks", "bootstrap", "aggregation", "evaluation", "forecast",
+    "scoring", "gold_answers", "tasks", "bootstrap", "aggregation", "evaluation", "forecast",
     "samples", "showcase", "mlflow_store", "store_check", "event_sending", "tracking",
     "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape", "memory",
     "verdict", "score_tables",
