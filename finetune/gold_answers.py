@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from lm_eval.api.metrics import exact_match_hf_evaluate
@@ -19,7 +18,9 @@ from lm_eval.api.task import Task
 EXACT_SETTINGS = ("regexes_to_ignore", "ignore_case", "ignore_punctuation", "ignore_numbers")
 # Filters that leave each answer's text as it is, or whose effect on it is known.
 PASSED = ("take_first", "take_first_k", "majority_vote")
-TRANSFORMS = {"lowercase": str.lower, "uppercase": str.upper, "remove_whitespace": str.strip}
+TRANSFORMS: dict[str, Callable[[str], str]] = {
+    "lowercase": str.lower, "uppercase": str.upper, "remove_whitespace": str.strip,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _is_choice(gold: Any, task: Task, doc: Mapping[str, Any]) -> bool:
     return any(
         one in choices
         if isinstance(one, str)
-        else isinstance(one, Real) and 0 <= one < len(choices)
+        else isinstance(one, int | float) and 0 <= one < len(choices)
         for one in golds
     )
 
@@ -157,7 +158,8 @@ def _yields(
                 return False
         elif name not in PASSED:
             return True  # a filter that is not known here
-    score = exact_match_hf_evaluate(predictions=[text], references=[gold], **exact)
+    compare: Any = exact_match_hf_evaluate  # untyped
+    score = compare(predictions=[text], references=[gold], **exact)
     return bool(score["exact_match"] > 0)
 
 

@@ -37,6 +37,7 @@ from finetune.rows import Row, read_file
 from finetune.run_folder import digest
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
+TASK_FILES = (".yaml", ".yml")
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
@@ -74,6 +75,9 @@ def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
     """Return the tasks that lm-eval does not have, each with the nearest one that it has."""
     problems = []
     for name in evaluation.tasks:
+        if name.endswith(TASK_FILES) or "/" in name:
+            problems.append(_describe_own_file(name))
+            continue
         if name == "demo_science" or find_task_file(name) is not None:
             continue
         known = stock_index().all_tasks
@@ -90,6 +94,17 @@ def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
                 f"`lm-eval ls tasks` lists all {len(known)}"
             )
     return problems
+
+
+def _describe_own_file(name: str) -> str:
+    """Say what is possible today for somebody who names a task file."""
+    if not Path(name).exists():
+        return f"evaluation.tasks: there is no file {name}; name tasks of lm-eval, such as sciq"
+    return (
+        f"evaluation.tasks: {name} is a task file, which is not supported yet; today a task of "
+        "lm-eval can ask your questions, in the columns of its own data set: "
+        "evaluation.tasks=[sciq] +evaluation.data_files.sciq.test=FILE.jsonl"
+    )
 
 
 @lru_cache(maxsize=64)

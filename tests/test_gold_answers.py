@@ -14,7 +14,7 @@ from finetune.tasks import load_task
 from tests.conftest import write_rows
 from tests.test_tasks import arc_rows, gsm8k_rows, hellaswag_rows, local, mmlu_rows
 
-GSM8K = [
+GSM8K: list[dict[str, Any]] = [
     {"name": "strict-match", "filter": [
         {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"},
         {"function": "take_first"}]},

@@ -336,3 +336,21 @@ def test_several_benchmarks_at_once_from_local_files(
     planned = finetune(*command, "training.seed=1", "sweep.dry_run=true")
     assert planned.returncode == 0, planned.stderr
     assert re.search(r"to score: gsm8k: 3 questions, .*, about \d+ s\n", planned.stdout)
+
+
+def test_a_task_file_is_told_what_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, without the index of all tasks, for a file, a missing file and a folder."""
+    monkeypatch.setattr("finetune.tasks.stock_index", lambda: pytest.fail("indexed"))
+    monkeypatch.chdir(tmp_path)
+    Path("my_task.yaml").write_text("task: my_task\n", encoding="utf-8")
+    Path("own/tasks").mkdir(parents=True)
+    for name in ("my_task.yaml", str(tmp_path / "my_task.yaml"), "own/tasks"):
+        (problem,) = find_task_problems(EvaluationConfig([name]))
+        assert problem.startswith(
+            f"evaluation.tasks: {name} is a task file, which is not supported"
+        )
+        assert "+evaluation.data_files.sciq.test=FILE.jsonl" in problem
+    (problem,) = find_task_problems(EvaluationConfig(["no/such.yml"]))
+    assert problem.startswith("evaluation.tasks: there is no file no/such.yml")
