@@ -60,15 +60,22 @@ class Trained:
         """
         try:
             return models.load_base(self.model, self.source, self.device)
-        except OSError as error:
-            fault = str(error).splitlines()[0]
-            raise Refused([f"model.path={self.model.path} cannot be loaded: {fault}"]) from None
+        except (OSError, ValueError) as error:
+            raise _unloadable(self.model, error) from None
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the base's tokenizer; a full run's own, where it has one."""
-        if self.is_full and not (self.folder.model / TOKENIZER_FILE).is_file():
-            return models.load_tokenizer(self.config.model, models.find_model(self.config.model))
-        return models.load_tokenizer(self.model, self.source)
+        """Load the base's tokenizer; a full run's own, where it has one.
+
+        Raises:
+            Refused: it is not there, or needs Python code of its own.
+        """
+        try:
+            if self.is_full and not (self.folder.model / TOKENIZER_FILE).is_file():
+                base = self.config.model
+                return models.load_tokenizer(base, models.find_model(base))
+            return models.load_tokenizer(self.model, self.source)
+        except (OSError, ValueError) as error:
+            raise _unloadable(self.model, error) from None
 
 
 def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
@@ -109,8 +116,15 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
         model = quantization.as_loaded(model, models.load_config(model, source))
     except FileNotFoundError as error:
         raise Refused([f"{path}: its base is missing: {error}"]) from None
+    except (OSError, ValueError) as error:  # such as of a model that needs Python code of its own
+        raise _unloadable(model, error) from None
     # The device says where, not what: a run of another machine may be used on this one.
     return Trained(folder, config, model, source, models.pick_device("auto"))
+
+
+def _unloadable(model: ModelConfig, error: Exception) -> Refused:
+    fault = next(iter(str(error).splitlines()), type(error).__name__)
+    return Refused([f"model.path={model.path} cannot be loaded: {fault}"])
 
 
 def _refuse_code(folder: RunFolder, *, trusts_remote_code: bool) -> None:

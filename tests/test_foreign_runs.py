@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import chat, export, rerun
-from finetune.config import Config, Refused, local_path
+from finetune.config import Config, ModelConfig, Refused, local_path
 from finetune.foreign_runs import find_config_problems, find_rerun_problems
+from finetune.models import find_model
 from finetune.run_folder import RunFolder, Status
 from finetune.saved_adapter import find_code_problems, find_problems
 from finetune.trained import find_trained
@@ -78,6 +80,31 @@ def test_a_config_that_unfolds_is_refused(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("a: &a [x]\nb: *a\n", encoding="utf-8")
     with pytest.raises(Refused, match="YAML aliases"):
         find_trained(run)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_the_weights_is_not_run(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that needs its own Python code, and does not say so, is refused in one line."""
+    source = find_model(ModelConfig(path="random://tiny"))
+    run = write_run(tmp_path, peft__method="full", model__path="random://tiny")
+    shutil.copytree(source.location, run / "model")
+    (run / "model" / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    settings = json.loads((run / "model" / file).read_text(encoding="utf-8"))
+    if file == "config.json":
+        settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "m.C"}}
+    else:
+        settings |= {"tokenizer_class": "E", "auto_map": {"AutoTokenizer": ["m.T", "m.T"]}}
+    (run / "model" / file).write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["chat", str(run)])
+    monkeypatch.setattr(RunFolder, "find_weights_damage", lambda *_, **__: {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        chat.main()
+    assert end.value.code == 2
+    assert "cannot be loaded" in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["prompt.jinja", "model", "model/x.json", "adapter/below/y"])
