@@ -28,7 +28,7 @@ def draw_figures(results: Results) -> dict[str, Path]:
     drawn: dict[str, Path] = {}
     metric = results.main_metric
     scored = results.compared_rows()
-    if metric in results.comparisons:
+    if metric in results.comparisons and _changes(results, metric):
         _save(
             drawn, folder / "differences.png", f"Difference to the base in {metric}, with 95 %",
             _height(scored), lambda axes: _differences(axes, results, metric),
@@ -59,6 +59,11 @@ def _save(
     drawn[caption] = path
 
 
+def _changes(results: Results, metric: str) -> bool:
+    """Return whether any answer differs from the base's: else there is no difference to draw."""
+    return any(found.changed for found in results.comparisons[metric].differences.values())
+
+
 def _height(rows: Sequence[Row]) -> float:
     return 1.2 + 0.3 * len(rows)
 
@@ -80,7 +85,8 @@ def _differences(axes: Axes, results: Results, metric: str) -> None:
     axes.set_yticks(range(len(rows)), [results.label(row) for row in reversed(rows)])
     unit = "points; " if comparison.is_share else ""
     direction = {True: "higher", False: "lower"}[bool(comparison.metric.higher_is_better)]
-    axes.set_xlabel(f"{unit}{direction} is better; filled: proven for the whole grid")
+    grid = " for the whole grid" if len(rows) > 1 else ""
+    axes.set_xlabel(f"{unit}{direction} is better; filled: proven{grid}")
 
 
 def _grid(results: Results, metric: str, rows: Sequence[Row]) -> tuple[str, Callable[[Axes], None]]:

@@ -209,9 +209,8 @@ def test_one_run_has_one_p(tmp_path: Path) -> None:
     assert found.p == found.p_adjusted == pytest.approx(0.5**8)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_if_no_answer_changed_that_alone_is_said(tmp_path: Path) -> None:
-    """No interval of width zero and no p."""
+    """No interval of width zero, no p, and no picture of nothing."""
     answers = [1.0, 0.0, 1.0]
     runs: list[Mapping[str, Task]] = [{"task": {"acc": (ACC, answers, answers)}}] * 2
     results = write_report(write_sweep(tmp_path, runs))
@@ -219,6 +218,7 @@ def test_if_no_answer_changed_that_alone_is_said(tmp_path: Path) -> None:
     assert verdict(results) == f"{said} runs."
     assert "| lora.r=2 | 0.6667 | 0.6667 | no detectable difference |  |  |  |  |" in page(results)
     assert "+0.0" not in page(results)
+    assert "differences.png" not in page(results)
 
 
 def test_the_verdict_speaks_of_every_task(tmp_path: Path) -> None:
