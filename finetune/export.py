@@ -64,6 +64,9 @@ def main() -> None:
     except NotExported as fault:
         print(fault, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"{into} cannot be written: {error}; name another with --into", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

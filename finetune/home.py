@@ -52,7 +52,8 @@ def find_cache_problem() -> str | None:
     problem = find_folder_problem(f"the cache {folder}", folder, remedy)
     closed = [name for name in CACHE_PARTS if _is_closed(folder / name)]
     if problem is None and closed:
-        return f"the cache {folder / closed[0]} belongs to {_owner(folder / closed[0])}; {remedy}"
+        part = folder / closed[0]
+        return f"the cache {part} cannot be written to (owner: {_owner(part)}); {remedy}"
     return problem
 
 
@@ -63,7 +64,7 @@ def find_foreign_problem(runs: Iterable[RunFolder]) -> str | None:
         return None
     more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
     return (
-        f"{closed[0]}{more} cannot be written to: they belong to {_owner(closed[0])}; set "
+        f"{closed[0]}{more} cannot be written to (owner: {_owner(closed[0])}); set "
         f"output_dir to another folder, or let the owner run chmod -R g+w {closed[0].parent}"
     )
 

@@ -148,6 +148,10 @@ def main() -> None:
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        fault = error.strerror or error
+        print(f"{sys.argv[1]} cannot be written to ({fault}); see its rights", file=sys.stderr)
+        sys.exit(2)
     print(verdict(results))
     print(f"written: {results.folder / 'report.html'}, report.md, results.csv, figures/")
 

@@ -92,10 +92,7 @@ def _conduct(
 ) -> int:
     """Run what is to be run, write the results after each, and report; return the exit code."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
-    sweep.record(arguments).write(sweep.folder)
-    tracker = build_tracker(
-        sweep.config.tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept
-    )
+    tracker = _begin(sweep, arguments)
     states: list[State] = []
     stopped: KeyboardInterrupt | None = None
     report: Future[object] = Future()
@@ -119,6 +116,25 @@ def _conduct(
             states.append("interrupted")
     code = _report(sweep, tracker, states)
     return code if stopped is None else signals.exit_code(stopped)
+
+
+def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
+    """Write down what the sweep consists of, and what MLflow has of it.
+
+    Raises:
+        Refused: the sweep's folder cannot be written to.
+    """
+    tracking = sweep.config.tracking
+    try:
+        sweep.record(arguments).write(sweep.folder)
+        return build_tracker(tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept)
+    except OSError as error:
+        raise _unwritable(sweep.folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> Refused:
+    fault = error.strerror or error
+    return Refused([f"{folder} cannot be written to ({fault}); set sweep.name or report_dir"])
 
 
 def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
@@ -233,14 +249,16 @@ def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
 @contextmanager
 def _conducted_alone(folder: Path) -> Iterator[None]:
     """Hold a sweep's folder; the kernel frees the lock of a process that died."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise Refused(
             [f"another process conducts the sweep {folder}; wait for it, or set sweep.name=OTHER"]
         ) from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     try:
         yield
     finally:

@@ -75,6 +75,9 @@ def _sync(folder: Path) -> bool:
     except Timeout:
         print(f"{folder}: its sweep is running, and sends by itself", file=sys.stderr)
         return False
+    except OSError as error:
+        print(f"{folder} cannot be written to ({error.strerror}); see its rights", file=sys.stderr)
+        return False
 
 
 def _send_rest(folder: Path, mirror: Mirror, path: Path) -> bool:

@@ -7,6 +7,7 @@ import getpass
 import os
 import pwd
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from finetune import forecast, home, identity, models, sweep
+from finetune import forecast, home, identity, models, report, sweep, sync
 from finetune.config import Config, ModelConfig, Refused
 from finetune.run_folder import RunFolder, cache_dir, replaced
 
@@ -37,7 +38,7 @@ def no_program(*_: object, **__: object) -> NoReturn:
 
 
 def no_right(*_: object, **__: object) -> NoReturn:
-    raise PermissionError("git")
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def refusing(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
@@ -150,7 +151,7 @@ def test_a_closed_part_of_the_cache_is_refused(
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "evaluations")
     problem = home.find_cache_problem()
     assert problem is not None
-    assert f"{tmp_path / 'evaluations'} belongs to" in problem
+    assert f"{tmp_path / 'evaluations'} cannot be written to" in problem
 
 
 @pytest.mark.parametrize(("rights", "file"), [(0o755, 0o644), (0o775, 0o664), (0o700, 0o600)])
@@ -181,3 +182,23 @@ def test_a_speed_that_cannot_be_kept_costs_no_score(
     monkeypatch.setattr(forecast, "write_atomic", no_right)
     monkeypatch.setattr(forecast, "_measure", lambda _: ("characters", lambda: 1))
     forecast.Speeds(tmp_path / "speeds.json").record(None, 1.0)  # type: ignore[arg-type]
+
+
+def test_commands_say_what_they_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Report, sync and a sweep in a folder of another user: one line each."""
+    (tmp_path / "mlflow.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(report, "write_report", no_right)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 2
+    monkeypatch.setattr(sync, "FileLock", no_right)
+    assert not sync._sync(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(str(tmp_path) in line and "cannot be written to" in line for line in lines)
+    monkeypatch.setattr("finetune.sweep.FileLock.acquire", no_right)
+    with pytest.raises(Refused, match="cannot be written to"), sweep._conducted_alone(tmp_path):
+        pass
