@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from finetune import signals
 from finetune.config import CONDUCT, Config, marked
 from finetune.foreign_runs import find_rerun_problems
 from finetune.results import read_sides
@@ -23,7 +24,7 @@ FLIP_TOLERANCE = 0.01  # share of answers
 
 
 def main() -> None:
-    """Rerun and compare; exit codes: 0 identical or within tolerance, 1 different, 2, 130."""
+    """Rerun and compare; exit codes: 0 identical or within tolerance, 1 different, 2, 75, 130."""
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
@@ -53,12 +54,15 @@ def main() -> None:
         ]
     )  # fmt: skip
     try:
-        code = process.wait()
-    except KeyboardInterrupt:  # which the other process has got too; it writes a checkpoint
-        code = process.wait()
+        with signals.stops_raised():
+            code = process.wait()
+    except KeyboardInterrupt as stop:  # a terminal's Ctrl-C has reached the other process too
+        if signals.exit_code(stop) == signals.STOPPED_BY_MACHINE:
+            process.terminate()
+        code = process.wait()  # it writes a checkpoint
     if code != 0:
         print(f"the rerun ended with exit code {code}: see above", file=sys.stderr)
-        sys.exit(code if code in (2, 130) else 1)
+        sys.exit(code if code in (2, 75, 130) else 1)
     (status,) = into.glob("*/status.json")
     after = RunFolder(status.parent)
     for difference in find_other_conditions(before, after):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from finetune import rerun
 from finetune.rerun import compare_runs, find_other_conditions
-from finetune.run_folder import RunFolder
+from finetune.run_folder import RunFolder, Status
 from tests.conftest import TINY, Command
 
 
@@ -106,3 +111,34 @@ def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)
+
+
+class StoppedProcess:
+    """Stands for the sweep of a rerun, which the machine stops."""
+
+    def __init__(self, *_: object) -> None:
+        self.waited = self.terminated = 0
+
+    def wait(self) -> int:
+        self.waited += 1
+        if self.waited == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 75 if self.terminated else 0
+
+    def terminate(self) -> None:
+        self.terminated += 1
+
+
+def test_a_stopped_rerun_passes_the_stop_on_and_its_code_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM at the rerun alone ends its sweep too, with a checkpoint; the exit code is 75."""
+    run = RunFolder(tmp_path / "run")
+    run.write_status(Status("finished"))
+    (run.path / "overrides.yaml").write_text("- lora.r=4\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", StoppedProcess)
+    monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
+    with pytest.raises(SystemExit) as end:
+        rerun.main()
+    assert end.value.code == 75
