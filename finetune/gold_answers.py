@@ -15,6 +15,8 @@ from typing import Any
 from lm_eval.api.metrics import exact_match_hf_evaluate
 from lm_eval.api.task import Task
 
+from finetune.config import EvaluationConfig
+
 EXACT_SETTINGS = ("regexes_to_ignore", "ignore_case", "ignore_punctuation", "ignore_numbers")
 # Filters that leave each answer's text as it is, or whose effect on it is known.
 PASSED = ("take_first", "take_first_k", "majority_vote")
@@ -42,6 +44,29 @@ class Unmatched:
             f"{self.count} of {self.total} gold answers cannot be matched and score 0.0 (first: "
             f"question {self.first}, {self.answer!r}; {self.wanted})"
         )
+
+
+def check_golds(
+    members: Mapping[str, Task], name: str, evaluation: EvaluationConfig
+) -> Iterator[str]:
+    """Yield which gold answers nothing can match.
+
+    Raises:
+        ValueError: none of a task's can be; its scores would be 0.0 whatever the model says.
+    """
+    files = evaluation.data_files.get(name, {})
+    for task in members.values():
+        found = find_unmatched(task)
+        if found is None:
+            continue
+        split = task.config.test_split or task.config.validation_split
+        file = f".{split}={files[split]}" if split in files else ""
+        key = f"evaluation.data_files.{name}{file}" if file else f"evaluation.tasks={name}"
+        if found.is_all:
+            raise ValueError(
+                f"{key}: {found.describe()}; write them in the form of the task's own data set"
+            )
+        yield f"{task.task_name}: {found.describe()}" if len(members) > 1 else found.describe()
 
 
 def find_unmatched(task: Task) -> Unmatched | None:

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
 from finetune.config import EvaluationConfig, nearest
-from finetune.gold_answers import find_unmatched
+from finetune.gold_answers import check_golds
 from finetune.prefix_tree import count_tokens
 from finetune.rows import Row, read_file
 from finetune.run_folder import digest
@@ -158,36 +158,21 @@ def load_task(
             if selects:
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
-            task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
-        unmatched = "; ".join(_unmatched(loaded["tasks"], name, evaluation))
+            try:
+                task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
+            except ValueError as error:
+                if "larger than population" not in str(error):  # random.sample's words
+                    raise
+                shots = task.config.num_fewshot
+                raise ValueError(
+                    f"evaluation.num_fewshot is {shots}; {task.task_name} has fewer solved examples"
+                ) from None
+        unmatched = "; ".join(check_golds(loaded["tasks"], name, evaluation))
     told = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
     return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects, unmatched)
-
-
-def _unmatched(
-    members: Mapping[str, Task], name: str, evaluation: EvaluationConfig
-) -> Iterator[str]:
-    """Yield which gold answers nothing can match.
-
-    Raises:
-        ValueError: none of a task's can be; its scores would be 0.0 whatever the model says.
-    """
-    files = evaluation.data_files.get(name, {})
-    for task in members.values():
-        found = find_unmatched(task)
-        if found is None:
-            continue
-        split = task.config.test_split or task.config.validation_split
-        file = f".{split}={files[split]}" if split in files else ""
-        key = f"evaluation.data_files.{name}{file}" if file else f"evaluation.tasks={name}"
-        if found.is_all:
-            raise ValueError(
-                f"{key}: {found.describe()}; write them in the form of the task's own data set"
-            )
-        yield f"{task.task_name}: {found.describe()}" if len(members) > 1 else found.describe()
 
 
 def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:

@@ -354,3 +354,10 @@ def test_a_task_file_is_told_what_is_possible(
         assert "+evaluation.data_files.sciq.test=FILE.jsonl" in problem
     (problem,) = find_task_problems(EvaluationConfig(["no/such.yml"]))
     assert problem.startswith("evaluation.tasks: there is no file no/such.yml")
+
+
+def test_more_shots_than_solved_examples_are_refused(tmp_path: Path) -> None:
+    """The setting is named, where random's own error would name nothing."""
+    settings = local(tmp_path, "arc_easy", arc_rows(), num_fewshot=60)
+    with pytest.raises(ValueError, match=r"evaluation.num_fewshot is 60; arc_easy has fewer"):
+        load_task("arc_easy", settings)
