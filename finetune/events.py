@@ -149,6 +149,8 @@ def read_lines(path: Path) -> JsonLines:
 def blank_damaged_lines(path: Path) -> None:
     """Move damaged lines to NAME.damaged; spaces stay, since MLflow's mirror counts bytes."""
     damaged = read_lines(path).damaged
+    if not damaged:
+        return
     aside = path.with_name(path.name + ASIDE)
     with path.open("r+b") as file, aside.open("ab") as kept:
         for start, length in damaged:

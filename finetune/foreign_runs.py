@@ -100,6 +100,23 @@ def find_rerun_problems(
             yield f"{shortened(override)} {reason}; if you trust it, type it again: {again}"
 
 
+def find_settings_to_type(
+    settings: Mapping[str, Any], overrides: Sequence[str], typed: Sequence[str]
+) -> Iterator[str]:
+    """Yield, as overrides, the settings of a config.yaml that only the command line may ask for.
+
+    Args:
+        settings: of the run, by their dotted names.
+        overrides: of the run; what they ask for is theirs to be typed again.
+        typed: overrides that the user has typed again.
+    """
+    asked = [one for one in overrides if _find_override_reason(one) is not None]
+    keys = {one.lstrip("+").partition("=")[0] for one in (*asked, *typed)}
+    for name, value in settings.items():
+        if name not in keys and any(find_reason_to_type(name, v) for v in single_values(value)):
+            yield f"{name}={value}"
+
+
 def _find_override_reason(typed: Any) -> str | None:
     if not isinstance(typed, str) or typed.startswith("-"):
         return "is an option of the command, not an override"

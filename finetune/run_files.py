@@ -128,7 +128,10 @@ def find_misfit(file: Path, name: str) -> str | None:
         if name.endswith(".safetensors"):
             return _find_safetensors_misfit(file)
         if name.endswith(".items.jsonl"):
-            lines = parse_lines(file.read_bytes(), is_item)
+            raw = file.read_bytes()
+            if not raw.endswith(b"\n"):
+                return "its end is missing"
+            lines = parse_lines(raw, is_item)
             return f"{len(lines.damaged)} lines are damaged" if lines.damaged else None
         if name == "samples.json":
             return _find_samples_misfit(read_json(file, list) or [])

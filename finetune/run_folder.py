@@ -327,9 +327,18 @@ class RunFolder:
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
-        lost = len(read_lines(self.events).damaged)
-        problems["events.jsonl"] = f"{lost} of its lines cannot be read" if lost else None
+        problems["events.jsonl"] = self._find_lost_events()
         return {name: problem for name, problem in problems.items() if problem}
+
+    def _find_lost_events(self) -> str | None:
+        lines, status = read_lines(self.events), self.status()
+        if lines.damaged:
+            return f"{len(lines.damaged)} of its lines cannot be read"
+        ends = [event["state"] for event in lines.values if event["event"] == "status"]
+        is_recorded = (self.path / run_files.DIGESTS).exists()
+        if is_recorded and status and status.state == "finished" and ends[-1:] != ["finished"]:
+            return "its end is missing"
+        return None
 
     def _names(self) -> list[str]:
         """Return the files that are recorded, or are there to be read."""

@@ -30,7 +30,7 @@ ORDER = [
     "figures", "report", "identity_0_1", "identity",
     "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
-    "runs", "rerun", "__main__",
+    "runs", "reproduction", "rerun", "__main__",
 ]  # fmt: skip
 
 

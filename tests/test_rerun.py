@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from finetune import rerun
-from finetune.rerun import compare_runs, find_other_conditions
-from finetune.run_folder import RunFolder, Status
+from finetune.config import Config, Refused
+from finetune.events import EventLog
+from finetune.reproduction import compare_runs, find_other_conditions
+from finetune.rerun import build_job, refuse_foreign, report
+from finetune.run_files import SECTIONS
+from finetune.run_folder import RunFolder
 from tests.conftest import TINY, Command
 
 
@@ -32,7 +36,7 @@ def test_a_rerun_is_identical_and_says_what_else_changed(tmp_path: Path, finetun
 
     environment = json.loads((run / "environment.json").read_text())
     environment["versions"]["trl"] = "1.0.0"
-    (run / "environment.json").write_text(json.dumps(environment))
+    RunFolder(run).write_json("environment.json", environment)
     other = list(find_other_conditions(RunFolder(run), RunFolder(again.parent)))
     assert other == [f"trl was 1.0.0, is {_version('trl')}"]
 
@@ -42,9 +46,9 @@ def test_a_rerun_is_identical_and_says_what_else_changed(tmp_path: Path, finetun
     for shift, verdict in ((1e-5, "within tolerance"), (0.5, "different")):
         changed = {**step, "value": step["value"] + shift}
         (run / "events.jsonl").write_text(events.replace(json.dumps(step), json.dumps(changed)))
-        found, first = compare_runs(RunFolder(run), RunFolder(again.parent))
-        assert found == verdict
-        assert "the loss of step 3 was" in str(first)
+        found = compare_runs(RunFolder(run), RunFolder(again.parent))
+        assert found.verdict == verdict
+        assert "the loss of step 3 was" in found.describe()
 
 
 @pytest.mark.slow
@@ -54,34 +58,126 @@ def test_other_answers_are_different(tmp_path: Path, finetune: Command) -> None:
     (run,) = tmp_path.glob("outputs/*")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    assert compare_runs(RunFolder(run), RunFolder(copy)) == ("identical", None)
+    assert compare_runs(RunFolder(run), RunFolder(copy)).verdict == "identical"
     items = copy / "evaluation" / "demo_science.items.jsonl"
     lines = [json.loads(line) for line in items.read_text().splitlines()]
     for line in lines[:3]:
         line["tuned"]["acc"] = 1 - line["tuned"]["acc"]
-    items.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    verdict, first = compare_runs(RunFolder(run), RunFolder(copy))
-    assert verdict == "different"
-    assert str(first).startswith("3 of ")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    RunFolder(copy).write_text(f"evaluation/{items.name}", text)
+    found = compare_runs(RunFolder(run), RunFolder(copy))
+    assert found.verdict == "different"
+    assert "answers changed 3 of " in found.describe()
 
 
 def test_answers_count_without_a_base_beside_them(tmp_path: Path) -> None:
     """Such as of training=none; where there is nothing to compare, nothing is called identical."""
     runs = [RunFolder(tmp_path / name) for name in ("one", "other")]
-    assert compare_runs(*runs)[0] == "different"
+    assert compare_runs(*runs).verdict == "different"
     for run, right in zip(runs, (1, 0), strict=True):
         run.write_json("evaluation/task.json", {"tuned": {"metrics": {"acc": right}}})
         item = {"hash": "h", "prompt": "p", "tuned": {"acc": right}}
         (run.evaluation / "task.items.jsonl").write_text(json.dumps(item) + "\n")
-    assert compare_runs(*runs) == ("different", "1 of 1 answers")
-    assert compare_runs(runs[0], runs[0]) == ("identical", None)
+    found = compare_runs(*runs)
+    assert (found.verdict, found.changed, found.answers) == ("different", 1, 1)
+    assert compare_runs(runs[0], runs[0]).verdict == "identical"
+
+
+def write_weights(run: RunFolder, shift: float, threads: int = 1) -> RunFolder:
+    """Write what a run without tasks leaves, its weights moved by a share of their norm."""
+    weights = np.linspace(-1, 1, 200, dtype="float32").reshape(10, 20)
+    run.adapter.mkdir(parents=True)
+    file = run.adapter / "adapter_model.safetensors"
+    save_file({"first": weights, "second": weights * (1 + shift)}, file)
+    run.write_json("environment.json", {"versions": {}, "threads": threads})
+    run.write_json("config.yaml", {name: {} for name in SECTIONS})
+    events = EventLog(run.events)
+    events.metrics({"train/loss": 2.5}, 1)
+    events.close()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict", "told"),
+    [
+        (0.0, "identical", "tensor of the weights 0.0e+00 (tolerance 0.05) of its norm"),
+        (1e-5, "within tolerance", "weights 1.0e-05 (tolerance 0.05) of its norm, second"),
+        (0.5, "different", "weights 5.0e-01 (tolerance 0.05) of its norm, second"),
+        (100.0, "different", "weights 1.0e+02 (tolerance 0.05) of its norm, second"),
+        (float("nan"), "different", "weights inf (tolerance 0.05) of its norm, second"),
+    ],
+)
+def test_weights_are_held_to_a_tolerance_in_numbers(
+    tmp_path: Path, shift: float, verdict: str, told: str
+) -> None:
+    """Equal losses do not let other weights pass, and the verdict says how far apart they are."""
+    before = write_weights(RunFolder(tmp_path / "before"), 0.0)
+    found = compare_runs(before, write_weights(RunFolder(tmp_path / "after"), shift))
+    assert found.verdict == verdict
+    assert told in found.describe()
+
+
+def test_a_tensor_that_is_not_there_is_different(tmp_path: Path) -> None:
+    """Other names, another file, a file that is none: never a tolerance."""
+    before, after = (write_weights(RunFolder(tmp_path / name), 0.0) for name in "ab")
+    file = after.adapter / "adapter_model.safetensors"
+    save_file({"first": np.ones(3, "float32")}, file)
+    assert "names or shapes differ" in compare_runs(before, after).describe()
+    file.write_bytes(b"noise")
+    assert compare_runs(before, after).verdict == "different"
+    file.unlink()
+    assert "1 files became 0" in compare_runs(before, after).describe()
+
+
+def test_another_number_of_threads_promises_the_tolerance_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order of sums changes bits; what came of it is said beside the verdict."""
+    before = write_weights(RunFolder(tmp_path / "before"), 0.0, threads=2)
+    write_weights(RunFolder(tmp_path / "into" / "after"), 1e-6)
+    assert report(before, tmp_path / "into") == 0
+    out = capsys.readouterr().out
+    assert "threads was 2, is 1: sums are in another order, so the tolerance is promised" in out
+    assert "\nwithin tolerance\n" in out
+
+
+def test_what_the_run_itself_has_lost_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its damaged files are told, and their part is never called the same."""
+    before = write_weights(RunFolder(tmp_path / "before"), 0.0)
+    before.record("adapter")
+    write_weights(RunFolder(tmp_path / "into" / "after"), 0.0)
+    file = before.adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff\xff\xff\xff")
+    assert report(before, tmp_path / "into") == 1
+    assert f"damaged: {file}: it was altered since it was written" in capsys.readouterr().out
+
+
+def test_a_rerun_is_made_of_the_runs_own_settings(tmp_path: Path) -> None:
+    """Groups of a `--config-dir` that is gone are in them; code of a model is asked for."""
+    run = RunFolder(tmp_path / "run")
+    config = Config()
+    config.lora.r = 5
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    run.write_text("overrides.yaml", "- lora=of_a_folder_that_is_gone\n")
+    refuse_foreign(run, [])
+    job = build_job(run, tmp_path / "into")
+    assert (job.config.lora.r, job.config.tracking.enabled) == (5, False)
+    assert job.config.output_dir == str(tmp_path / "into")
+    config.model.trust_remote_code = True
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    with pytest.raises(Refused, match=r"type it again: .* model\.trust_remote_code=True"):
+        refuse_foreign(run, [])
+    run.write_text("overrides.yaml", "- model.trust_remote_code=true\n")
+    refuse_foreign(run, ["model.trust_remote_code=true"])
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, finetune: Command) -> None:
     """One line and exit code 2."""
     done = finetune(str(tmp_path), module="finetune.rerun")
     assert done.returncode == 2
-    assert "is no run's folder" in done.stdout
+    assert "is no run's folder" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b"]])
@@ -113,32 +209,16 @@ def _version(package: str) -> str:
     return version(package)
 
 
-class StoppedProcess:
-    """Stands for the sweep of a rerun, which the machine stops."""
-
-    def __init__(self, *_: object) -> None:
-        self.waited = self.terminated = 0
-
-    def wait(self) -> int:
-        self.waited += 1
-        if self.waited == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return 75 if self.terminated else 0
-
-    def terminate(self) -> None:
-        self.terminated += 1
-
-
-def test_a_stopped_rerun_passes_the_stop_on_and_its_code_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [1, 2, 75, 130])
+def test_a_rerun_that_was_stopped_has_the_exit_code_of_its_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """SIGTERM at the rerun alone ends its sweep too, with a checkpoint; the exit code is 75."""
+    """The sweep runs in the same process, so a stop by the machine ends in 75 here too."""
     run = RunFolder(tmp_path / "run")
-    run.write_status(Status("finished"))
-    (run.path / "overrides.yaml").write_text("- lora.r=4\n", encoding="utf-8")
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", StoppedProcess)
+    monkeypatch.setattr(rerun, "run_sweep", lambda jobs, arguments: code)
     monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
     with pytest.raises(SystemExit) as end:
         rerun.main()
-    assert end.value.code == 75
+    assert end.value.code == code
