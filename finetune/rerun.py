@@ -22,7 +22,7 @@ from finetune.config import Refused, build_config
 from finetune.foreign_runs import find_rerun_problems, find_settings_to_type
 from finetune.overrides import first_line
 from finetune.reproduction import compare_runs, find_other_conditions, is_conduct
-from finetune.run_folder import Job, RunFolder, flatten
+from finetune.run_folder import REMEDY, Job, RunFolder, flatten
 from finetune.streams import keep_streams
 from finetune.sweep import run_sweep
 
@@ -59,6 +59,8 @@ def main() -> None:
 
 def refuse_foreign(before: RunFolder, typed: Sequence[str]) -> None:
     """Raise Refused where the run's files ask for what only the command line may."""
+    if problem := before.find_problem("overrides.yaml"):
+        raise Refused([f"{before.path / 'overrides.yaml'} is damaged: {problem}; {REMEDY}"])
     again = f"python -m finetune.rerun {shlex.quote(str(before.path))}"
     overrides = [o for o in before.read_overrides() if not is_conduct(o)]
     settings = flatten(before.read_settings())
