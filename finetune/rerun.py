@@ -45,7 +45,8 @@ def main() -> None:
     try:
         refuse_foreign(before, given.overrides)
         job = build_job(before, given.into)
-        code = run_sweep([job], job.overrides)
+        with signals.stops_raised():
+            code = run_sweep([job], job.overrides)
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
         sys.exit(2)

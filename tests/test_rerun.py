@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -222,3 +224,17 @@ def test_a_rerun_that_was_stopped_has_the_exit_code_of_its_sweep(
     with pytest.raises(SystemExit) as end:
         rerun.main()
     assert end.value.code == code
+
+
+def test_a_rerun_that_the_machine_stops_exits_with_75(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM at the rerun reaches its sweep, which is the same process."""
+    run = RunFolder(tmp_path / "run")
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rerun, "run_sweep", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
+    with pytest.raises(SystemExit) as end:
+        rerun.main()
+    assert end.value.code == 75
