@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.store_address import masked
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import RunInfo
@@ -90,9 +92,9 @@ def create_run(
     """Make a run that began at `start_time` (milliseconds since the epoch); return its id."""
     from mlflow.tracking.context.registry import resolve_tags
 
-    created = client.create_run(
-        experiment_id, start_time=start_time, tags=resolve_tags(tags), run_name=name
-    )
+    # MLflow adds the address of the git repository, which may have a token in it.
+    shown = {key: masked(value) for key, value in resolve_tags(tags).items()}
+    created = client.create_run(experiment_id, start_time=start_time, tags=shown, run_name=name)
     return str(created.info.run_id)
 
 

@@ -158,6 +158,7 @@ class Mirror:
             and isinstance(self.started, int | None)
             and all(isinstance(one, str) for one in (*texts, *self.swept, *self.metrics))
             and all(one is None or isinstance(one, str) for one in ids)
+            and all(isinstance(child.ended, int | None) for child in children)
             and all(isinstance(child.offset, int) and child.offset >= 0 for child in children)
         )
 
