@@ -44,7 +44,11 @@ log = logging.getLogger("finetune")
 
 CHECK_SECONDS = 15.0  # that a store has to answer once the jobs are planned
 DATABASES = ("postgresql", "mysql", "mssql")
-DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # module -> package
+DRIVERS = {
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}  # module -> package
 FORMS = "sqlite:///mlflow.db, http://HOST:PORT, https://HOST, or postgresql://USER@HOST/NAME"
 
 
