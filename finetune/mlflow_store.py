@@ -63,7 +63,7 @@ def _prepare_mlflow() -> None:
         "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     }.items():
         os.environ.setdefault(name, value)
-    for library in ("alembic", "mlflow"):
+    for library in ("alembic", "mlflow", "urllib3"):  # the last tells of each retry
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from finetune import sync
 from finetune.config import Config, DataConfig, TrackingConfig
+from finetune.mlflow_store import open_store
 from finetune.ranges import find_problems
 from finetune.run_folder import EventLog, RunFolder
 from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
@@ -249,8 +250,15 @@ def test_a_server_that_dies_in_mid_run_stops_nothing(
     try:
         synced = finetune(module="finetune.sync")
         assert synced.returncode == 0, synced.stderr
-        (child,) = Mirror.load(path).children.values()
+        mirror = Mirror.load(path)
+        (child,) = mirror.children.values()
         assert history(address, child.run_id) == list(range(1, 1601))
+        client = open_store(address)
+        parent = client.get_run(str(mirror.run_id))
+        assert parent.info.status == "FINISHED"
+        assert mirror.view is not None
+        champion = client.get_model_version_by_alias(mirror.name, "champion")
+        assert champion.run_id == child.run_id
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
