@@ -273,6 +273,7 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(
     code = (
         "import sys, time; from pathlib import Path; from finetune.run_folder import RunFolder\n"
         "from tests.test_tracking import tracker\n"
+        "import finetune.tracking; finetune.tracking.CLOSE_SECONDS = 300\n"
         "t = tracker(sys.argv[1], Path(sys.argv[2]))\nt.follow(RunFolder(Path(sys.argv[3])))\n"
         "print('following', flush=True); t.close(state='finished')"
     )
