@@ -11,6 +11,7 @@ import io
 import os
 import select
 import sys
+from types import TracebackType
 from typing import BinaryIO, TextIO, cast
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ESHUTDOWN)  # for good
@@ -45,15 +46,25 @@ class LastingOutput(io.FileIO):
 def keep_streams() -> None:
     """Let this process go on when nobody reads its output any more.
 
-    Streams that are not the interpreter's own (a notebook's, a test's) are left alone.
+    Streams that are not the interpreter's own (a notebook's, a test's) are left alone. Ctrl-C
+    prints no traceback.
     """
     _open_missing()
+    sys.excepthook = _show_error
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None or (stream is getattr(sys, f"__{name}__") and not _descriptor(stream)):
             kept = _kept(stream, descriptor)
             setattr(sys, name, kept)
             setattr(sys, f"__{name}__", kept)
+
+
+def _show_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show what nobody has caught, unless somebody has just pressed Ctrl-C."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
 def is_gone(stream: TextIO) -> bool:
