@@ -20,7 +20,7 @@ from finetune.command_line import is_multirun, read_command_line
 from finetune.commands import find_command, run_command, version_line
 from finetune.composition import config_dir_of, explain
 from finetune.config import Refused, conf_dir, register
-from finetune.escaping import for_terminal
+from finetune.escaping import for_terminal, keep_logs_plain
 from finetune.home import complete_environment
 from finetune.overrides import find_override_problems
 from finetune.store_address import without_secrets
@@ -57,6 +57,7 @@ def command() -> None:
         print(version_line())
         return
     register()
+    keep_logs_plain()
     typed = ["--help"] if sys.argv[1:] == ["help"] else sys.argv[1:]
     try:
         args, parser = read_command_line(typed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from typing import Any
@@ -26,6 +27,16 @@ def for_terminal(text: str) -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def keep_logs_plain() -> None:
+    """Write out control characters in every line that finetune logs, from here on."""
+    logging.getLogger("finetune").addFilter(_plain)  # once, however often
+
+
+def _plain(record: logging.LogRecord) -> bool:
+    record.msg, record.args = for_terminal(record.getMessage()), None
+    return True
 
 
 def for_markdown(text: Any) -> str:

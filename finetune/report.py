@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison import compare_seeds
+from finetune.escaping import for_terminal
 from finetune.pages import build_pages
 from finetune.results import Results, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder, write_atomic
@@ -152,7 +153,7 @@ def main() -> None:
         fault = error.strerror or error
         print(f"{sys.argv[1]} cannot be written to ({fault}); see its rights", file=sys.stderr)
         sys.exit(2)
-    print(verdict(results))
+    print(for_terminal(verdict(results)))
     print(f"written: {results.folder / 'report.html'}, report.md, results.csv, figures/")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from finetune.comparison import compare
+from finetune.escaping import for_terminal
 from finetune.metrics import Metric, show_score
 from finetune.outcomes import read_answers, read_metrics, read_scores
 from finetune.results import find_damage
@@ -55,7 +56,7 @@ def is_run(folder: RunFolder) -> bool:
 
 def tell_damage(runs: Sequence[RunFolder]) -> None:
     for line in (line for run in runs for line in find_damage(run)):
-        print(line, file=sys.stderr)
+        print(for_terminal(line), file=sys.stderr)
 
 
 def render_list(runs: Sequence[RunFolder]) -> Table:

@@ -100,7 +100,8 @@ def _kept(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(
         cast(BinaryIO, raw) if is_direct else io.BufferedWriter(raw),
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A terminal that is not UTF-8 shows an é as \xe9; Python would raise.
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=is_direct,
     )

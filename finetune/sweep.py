@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from finetune import devices, distributed, signals
 from finetune.config import Config, Refused
+from finetune.escaping import for_terminal
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
@@ -80,7 +81,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
             for line in render_groups(sweep):
-                print(line)
+                print(for_terminal(line))
         if sweep.config.sweep.dry_run:
             return 0
         with _conducted_alone(sweep.folder):
@@ -344,9 +345,10 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
     print_table(render_table(results))
     for row in results.rows:
         if row["reason"]:
-            print(f"{row['run']}: {row['status']}: {row['reason']}", file=sys.stderr)
+            reason = for_terminal(str(row["reason"]))
+            print(f"{row['run']}: {row['status']}: {reason}", file=sys.stderr)
     if results.best_run() is not None or results.metrics:
-        print(f"\n{verdict(results)}")
+        print(f"\n{for_terminal(verdict(results))}")
     if is_written:
         print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
     else:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from finetune import devices, distributed, signals
+from finetune.escaping import keep_logs_plain
 from finetune.home import complete_environment
 from finetune.run_folder import Job, Plan, State
 from finetune.streams import keep_streams
@@ -290,6 +291,7 @@ def quieten_libraries(*, is_quiet: bool = False) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
     logging.getLogger("finetune").setLevel(logging.DEBUG)
+    keep_logs_plain()
     warnings.simplefilter("ignore")
     logging.raiseExceptions = False  # a log on a full disk: its lines are lost, no traceback comes
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bar

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from finetune.escaping import for_csv, for_markdown, for_terminal
+from finetune.escaping import for_csv, for_markdown, for_terminal, keep_logs_plain
 from finetune.pages import build_pages
 
 
@@ -74,3 +76,12 @@ def test_code_in_markdown_is_not_escaped_and_does_not_end_its_block() -> None:
     """Commands are copied from a report."""
     template = build_pages("x.md").from_string("{{ x | code }} {{ x | span }}")
     assert template.render(x="a*b```") == "a*b''' `a*b'''`"
+
+
+def test_a_log_line_is_plain(caplog: pytest.LogCaptureFixture) -> None:
+    """A reason or a path with escapes reaches neither the terminal nor the run's log."""
+    keep_logs_plain()
+    keep_logs_plain()
+    with caplog.at_level(logging.INFO, logger="finetune"):
+        logging.getLogger("finetune").info("%s failed: %s", "a", "\x1b[2J")
+    assert [record.getMessage() for record in caplog.records] == ["a failed: \\x1b[2J"]
