@@ -103,20 +103,25 @@ def _bootstrap(metric: Metric, one: Vector, other: Vector, strata: Strata) -> Ve
 
     def difference(*places: npt.NDArray[np.intp], axis: int = -1) -> Vector:
         value = AGGREGATES[metric.aggregation].value
-        parts = [value(other[p].sum(axis=-2)) - value(one[p].sum(axis=-2)) for p in several(places)]
+        drawn = zip(strata.places, several(places), strict=True)
+        sums = [_counts(p, len(stratum)) @ both[stratum] for stratum, p in drawn]
+        parts = [value(each[..., width:]) - value(each[..., :width]) for each in sums]
         total: Vector = np.tensordot(strata.weights, np.stack(parts), axes=1)
         return total
+
+    both, width = np.concatenate([one, other], axis=1), one.shape[1]
 
     def several(places: Sequence[npt.NDArray[np.intp]]) -> Sequence[npt.NDArray[np.intp]]:
         # A task of one question is always drawn as it is; scipy takes no sample of one.
         drawn = iter(places)
         shape = places[0].shape[:-1]
         return [
-            next(drawn) if len(stratum) > 1 else np.broadcast_to(stratum, (*shape, 1))
+            next(drawn) if len(stratum) > 1 else np.zeros((*shape, 1), dtype=np.intp)
             for stratum in strata.places
         ]
 
-    samples = [stratum for stratum in strata.places if len(stratum) > 1]
+    # Places within each task.
+    samples = [np.arange(len(stratum)) for stratum in strata.places if len(stratum) > 1]
     if not samples:
         return np.full(RESAMPLES, float(difference(np.zeros(0, dtype=np.intp))))
     result = stats.bootstrap(
@@ -130,6 +135,14 @@ def _bootstrap(metric: Metric, one: Vector, other: Vector, strata: Strata) -> Ve
         rng=np.random.default_rng(SEED),
     )
     return np.asarray(result.bootstrap_distribution, dtype=np.float64)
+
+
+def _counts(places: npt.NDArray[np.intp], size: int) -> Vector:
+    """Return how often each question was drawn: [..., draw] -> [..., question]."""
+    rows = places.reshape(-1, places.shape[-1])
+    offsets = np.arange(len(rows))[:, None] * size
+    counts = np.bincount((rows + offsets).ravel(), minlength=len(rows) * size)
+    return counts.reshape(*places.shape[:-1], size).astype(np.float64)
 
 
 def _swap(metric: Metric, one: Vector, other: Vector, strata: Strata) -> Vector:
