@@ -282,8 +282,10 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
 
 
 def _last_loss(run: RunFolder) -> float | None:
-    """Return the loss of the last step, as MLflow shows it."""
+    """Return the loss of the last step, as MLflow shows it; None where events are lost."""
     loss = None
+    if run.find_lost_events():
+        return None
     for event in read_events(run.events):
         if event["event"] == "metric" and event["key"] == "train/loss":
             loss = event["value"]

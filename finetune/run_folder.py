@@ -327,10 +327,11 @@ class RunFolder:
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
-        problems["events.jsonl"] = self._find_lost_events()
+        problems["events.jsonl"] = self.find_lost_events()
         return {name: problem for name, problem in problems.items() if problem}
 
-    def _find_lost_events(self) -> str | None:
+    def find_lost_events(self) -> str | None:
+        """Return how many events cannot be read, or that the last ones are not there."""
         lines, status = read_lines(self.events), self.status()
         if lines.damaged:
             return f"{len(lines.damaged)} of its lines cannot be read"
