@@ -90,5 +90,5 @@ def test_a_sweeps_name_stays_in_its_folder(tmp_path: Path, finetune: Command, na
     named = f"sweep.name={name.format(parent=tmp_path.parent)}"
     done = finetune(*TINY, named, "evaluation=none", "training.max_steps=1")
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("multirun_reports/*outside/results.csv"))) == 1
+    assert len(list(tmp_path.glob("multirun_reports/*outside-*/results.csv"))) == 1
     assert [path for path in tmp_path.parent.iterdir() if "outside" in path.name] == []
