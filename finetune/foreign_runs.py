@@ -122,7 +122,7 @@ def _find_override_reason(typed: Any) -> str | None:
         return "is an option of the command, not an override"
     try:
         override = OverridesParser.create().parse_override(typed)
-    except HydraException:
+    except (HydraException, ValueError):
         return None  # the rerun refuses it
     if is_hydra(override):
         return "changes Hydra's own config"

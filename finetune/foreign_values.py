@@ -113,7 +113,7 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
     typed = ",".join(map(_literal, values)) if isinstance(values, list) else _literal(values)
     try:
         override = OverridesParser.create().parse_override(f"{key}={quote_nested(typed)}")
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         yield f"{key}={shortened(typed)}: {str(error).strip().splitlines()[0]}"
         return
     for value in single_values(override):

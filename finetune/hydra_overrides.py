@@ -126,7 +126,7 @@ def is_installed(package: str) -> bool:
 def searched_folders(arguments: Sequence[str]) -> Iterator[Path]:
     """Yield the folders of `hydra.searchpath`; packages are installed, and trusted as such."""
     for argument in arguments:
-        with suppress(HydraException):  # reported where it is parsed
+        with suppress(HydraException, ValueError):  # reported where it is parsed
             override = OverridesParser.create().parse_override(argument)
             if override.key_or_group == SEARCHPATH:
                 for place in _places(override):

@@ -167,10 +167,11 @@ def _early_stopping_problems(config: Config) -> Iterator[str]:
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     yield from _at_least("evaluation.num_fewshot", evaluation.num_fewshot, 0)
     limit = evaluation.limit
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and isinstance(limit, int))):
+    is_count = isinstance(limit, int) and 1 <= limit <= LARGEST_INT
+    if limit is not None and not (0 < limit < 1 or is_count):
         yield (
-            f"evaluation.limit is {limit}; it must be a whole number of questions, or a share "
-            "above 0 and below 1"
+            f"evaluation.limit is {_render(limit)}; it must be a number of questions, or a share "
+            "below 1"
         )
     if evaluation.batch_tokens is not None:
         yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
