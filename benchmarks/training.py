@@ -57,9 +57,10 @@ from finetune.data import (
     find_sources,
     read_sources,
 )
+from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import find_obstacle, train_together
-from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.run_folder import RunFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
 TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 0.02, "nf4-bf16": 0.02}  # of each step's loss

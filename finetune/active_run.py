@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 
 from finetune import data, prompts
 from finetune.config import Config
+from finetune.events import EventLog, State
 from finetune.identity import describe_environment, find_changes, find_inputs
 from finetune.inputs import Inputs
-from finetune.run_folder import EventLog, Job, RunFolder, State, Status, flatten, slug
+from finetune.run_folder import Job, RunFolder, Status, flatten, slug
 
 log = logging.getLogger("finetune")
 

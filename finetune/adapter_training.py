@@ -20,7 +20,8 @@ from finetune.adapters import LoraWeights
 from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import LoraConfig
 from finetune.data import IGNORED, Example, Examples
-from finetune.run_folder import EventLog, write_atomic
+from finetune.events import EventLog
+from finetune.files import write_atomic
 from finetune.steps import (
     find_kept,
     log_resume,

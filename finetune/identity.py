@@ -25,12 +25,13 @@ from finetune import (
     training,
 )
 from finetune.config import Config, DataConfig, ModelConfig, changed_settings
+from finetune.files import digest
 from finetune.fused_kernels import FLASH
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.ranges import METHODS
 from finetune.rows import find_source
-from finetune.run_folder import digest, slug
+from finetune.run_folder import slug
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.config import Config, SourceConfig, changed_settings
-from finetune.run_folder import digest
+from finetune.files import digest
 
 # The settings of release 0.1 that entered an identity by their values, by section.
 FIELDS = {

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from finetune.run_folder import RunFolder, read_events
+from finetune.events import read_events
+from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table
 
 SPEED_STEPS = 20  # the newest, over which speed is measured

@@ -26,12 +26,13 @@ from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
 from finetune.evaluation import TaskScore
+from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
 from finetune.prompts import Prompt
-from finetune.run_folder import WEIGHTS, Job, NullEventLog, RunFolder, State
+from finetune.run_folder import WEIGHTS, Job, RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,

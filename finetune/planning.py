@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
+from finetune.events import State
+from finetune.files import digest
 from finetune.grouping import Group, Limit, find_groups
 from finetune.results import RunRecord, SweepRecord
-from finetune.run_folder import Job, RunFolder, State, digest, distinct_slug, slug
+from finetune.run_folder import Job, RunFolder, distinct_slug, slug
 from finetune.worker import AnyWorker, WorkerDied
 
 log = logging.getLogger("finetune")

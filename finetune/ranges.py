@@ -167,7 +167,7 @@ def _early_stopping_problems(config: Config) -> Iterator[str]:
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     yield from _at_least("evaluation.num_fewshot", evaluation.num_fewshot, 0)
     limit = evaluation.limit
-    is_count = isinstance(limit, int) and 1 <= limit <= LARGEST_INT
+    is_count = limit is not None and 1 <= limit <= LARGEST_INT and isinstance(limit, int)
     if limit is not None and not (0 < limit < 1 or is_count):
         yield (
             f"evaluation.limit is {_render(limit)}; it must be a number of questions, or a share "

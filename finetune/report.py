@@ -16,9 +16,10 @@ from typing import Any
 
 from finetune.comparison import compare_seeds
 from finetune.escaping import for_terminal
+from finetune.files import write_atomic
 from finetune.pages import build_pages
 from finetune.results import Results, read_outcomes, read_results, write_csv
-from finetune.run_folder import RunFolder, write_atomic
+from finetune.run_folder import RunFolder
 from finetune.score_tables import build_score_table, describe_methods
 from finetune.streams import keep_streams
 from finetune.verdict import show_difference

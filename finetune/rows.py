@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import SourceConfig, local_path
+from finetune.files import file_digest
 from finetune.hub import hub_commit
 from finetune.inputs import DataSource
-from finetune.run_folder import file_digest
 
 Row = Mapping[str, Any]
 

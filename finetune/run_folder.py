@@ -25,15 +25,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import run_files
 from finetune.config import Config, Refused, build_config
-from finetune.events import EventLog as EventLog
-from finetune.events import NullEventLog as NullEventLog
-from finetune.events import State as State
-from finetune.events import blank_damaged_lines, read_lines
-from finetune.events import read_events as read_events
-from finetune.files import Damaged, parse_lines, read_json, read_yaml, set_aside
-from finetune.files import digest as digest
-from finetune.files import file_digest as file_digest
-from finetune.files import write_atomic as write_atomic
+from finetune.events import (
+    State,
+    blank_damaged_lines,
+    read_lines,
+)
+from finetune.files import (
+    Damaged,
+    digest,
+    parse_lines,
+    read_json,
+    read_yaml,
+    set_aside,
+    write_atomic,
+)
 from finetune.grouping import NOT_TRAINED, Limit
 from finetune.inputs import Inputs
 

@@ -21,10 +21,12 @@ from finetune import evaluation, models
 from finetune.aggregation import draw_resamples
 from finetune.config import Config, EvaluationConfig, ModelConfig
 from finetune.evaluation import ScoreStore, TaskScore
+from finetune.events import EventLog
+from finetune.files import digest
 from finetune.forecast import Speeds
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs, Source
-from finetune.run_folder import EventLog, RunFolder, cache_dir, digest
+from finetune.run_folder import RunFolder, cache_dir
 from finetune.scoring import SharedContextLM
 from finetune.tasks import SEED, LoadedTask, load_task
 

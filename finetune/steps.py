@@ -25,7 +25,7 @@ from transformers import (
 
 from finetune import distributed
 from finetune.checkpoints import Checkpoint, find_step
-from finetune.run_folder import EventLog
+from finetune.events import EventLog
 from finetune.signals import STOP_SIGNALS, StopHandler
 from finetune.validation import Validations
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from finetune import devices, distributed, signals
 from finetune.config import Config, Refused
 from finetune.escaping import for_terminal
+from finetune.events import EventLog, State
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
@@ -44,7 +45,7 @@ from finetune.results import (
     render_table,
     write_csv,
 )
-from finetune.run_folder import EventLog, Job, RunFolder, State, Status
+from finetune.run_folder import Job, RunFolder, Status
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
 from finetune.tracking import Tracker, build_tracker

@@ -31,10 +31,10 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
 from finetune.config import EvaluationConfig, nearest
+from finetune.files import digest
 from finetune.gold_answers import check_golds
 from finetune.prefix_tree import count_tokens
 from finetune.rows import Row, read_file
-from finetune.run_folder import digest
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
 TASK_FILES = (".yaml", ".yml")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config import TrackingConfig
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
-from finetune.events import parse_events
+from finetune.events import State, parse_events
 from finetune.files import Damaged, read_json, set_aside, write_atomic
 from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
-from finetune.run_folder import RunFolder, State
+from finetune.run_folder import RunFolder
 from finetune.showcase import build_view, register_champion, save_view
 from finetune.store_address import (
     find_address,

@@ -31,10 +31,11 @@ from finetune.adapters import (
 from finetune.checkpoints import find_newest
 from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples
+from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
 from finetune.models import TORCH_DTYPES, has_bf16
 from finetune.row_order import EvenOrder, filled_up, with_filler
-from finetune.run_folder import EventLog, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole
 from finetune.steps import (

@@ -18,8 +18,9 @@ from typing import Any, cast
 
 from finetune import devices, distributed, signals
 from finetune.escaping import keep_logs_plain
+from finetune.events import State
 from finetune.home import complete_environment
-from finetune.run_folder import Job, Plan, State
+from finetune.run_folder import Job, Plan
 from finetune.streams import keep_streams
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself

@@ -27,7 +27,8 @@ from finetune.checkpoints import (
     write_checkpoint,
 )
 from finetune.config import build_config
-from finetune.run_folder import Job, file_digest
+from finetune.files import file_digest
+from finetune.run_folder import Job
 from tests.conftest import TINY, Command
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.

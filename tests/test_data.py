@@ -18,9 +18,9 @@ from finetune.data import (
     longest_batch,
     share_sizes,
 )
+from finetune.events import read_events
 from finetune.inputs import DataSource
 from finetune.rows import read_file
-from finetune.run_folder import read_events
 from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[dict[str, Any]] = [

@@ -22,9 +22,9 @@ from finetune import distributed, grouping, identity, models, worker
 from finetune.adapter_training import rows_of_step
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.data import Example
+from finetune.events import NullEventLog
 from finetune.inputs import Inputs, Source
 from finetune.row_order import EvenOrder, filled_up, with_filler
-from finetune.run_folder import NullEventLog
 from finetune.steps import Diverged, StopSignals
 from tests.conftest import TINY, Command
 

@@ -135,6 +135,7 @@ def test_a_hub_base_is_named_by_id_and_commit(
     assert "from_pretrained('owner/base', revision='abc')" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "lora"),
     [
@@ -180,6 +181,7 @@ def test_ia3_on_a_quantised_base_is_merged(tmp_path: Path, monkeypatch: pytest.M
     assert "was quantised" in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
@@ -207,6 +209,7 @@ def test_an_adapter_that_changed_its_base_is_made_to_fit_the_published_one(
     assert (log_likelihoods(as_saved, prompts) - wanted).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_adapter_is_made_for_a_base_that_was_quantised_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

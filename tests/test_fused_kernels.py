@@ -239,6 +239,7 @@ def test_ligers_kernels_are_taken_off_again(liger: list[dict[str, Any]]) -> None
     assert liger == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
 
 
+@pytest.mark.slow
 def test_a_run_by_liger_leaves_nothing_to_the_next(
     tmp_path: Path, liger: list[dict[str, Any]]
 ) -> None:

@@ -20,8 +20,9 @@ from finetune.adapter_training import AdapterTraining
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
 
 from finetune.config import PeftConfig, TrainingConfig  # isort: skip
+from finetune.files import file_digest
 from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
-from finetune.run_folder import Job, file_digest
+from finetune.run_folder import Job
 from tests.conftest import TINY, Command
 
 ROOM = Limit(8, "it is measured")
@@ -179,6 +180,7 @@ def job(folder: Path, **changes: Any) -> Job:
     return Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -243,6 +245,7 @@ def test_one_diverging_run_of_a_group_is_recorded_alone(tmp_path: Path) -> None:
     assert sorted(status["state"] for status in told) == ["diverged", "finished", "finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_initialisation_that_changes_the_base_leaves_none_behind(
     tmp_path: Path, init: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run_folder import file_digest
+from finetune.files import file_digest
 from tests.conftest import TINY, Command
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

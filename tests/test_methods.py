@@ -26,10 +26,11 @@ from finetune.config import (
     TrainingConfig,
 )
 from finetune.data import Examples, RowCounts
+from finetune.events import EventLog, read_events
 from finetune.inputs import Source
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import METHODS, find_problems
-from finetune.run_folder import EventLog, Job, RunFolder, read_events
+from finetune.run_folder import Job, RunFolder
 from finetune.shape import find_shape
 from tests.trainings import CPU, TINY, random_examples
 
@@ -155,6 +156,7 @@ def test_equal_adapters_have_equal_files(tmp_path: Path, method: str) -> None:
         assert names == sorted(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED_BY_TRL)
 def test_a_resumed_training_is_the_uninterrupted_one(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

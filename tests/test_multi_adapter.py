@@ -21,9 +21,10 @@ from finetune import adapters, training
 from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
 from finetune.config import ModelConfig
+from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import Outcome, SharedBase, train_together
-from finetune.run_folder import RunFolder, read_events
+from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.steps import Diverged
 from finetune.training import TrainResult

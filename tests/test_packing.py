@@ -116,6 +116,7 @@ def replace_tokens(row: Example) -> Example:
     return Example(input_ids=[token // 2 + 5 for token in row["input_ids"]], labels=row["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_runs_resume_bit_for_bit(tmp_path: Path, way: str) -> None:
     """With dropout and accumulation, killed behind a checkpoint."""

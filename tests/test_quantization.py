@@ -22,9 +22,10 @@ from finetune.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from finetune.files import file_digest
 from finetune.identity import find_inputs
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
-from finetune.run_folder import Job, file_digest
+from finetune.run_folder import Job
 from finetune.shape import find_shape
 from tests.test_grouping import job
 
@@ -73,6 +74,7 @@ def adapter(folder: Path) -> str:
     return file_digest(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_a_quantised_base_trains_resumes_and_is_evaluated(
@@ -176,6 +178,7 @@ def test_4bit_training_gradients_survive_an_evaluation(tmp_path: Path, kind: str
     assert before.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_lora_is_trained_on_a_quantised_checkpoint(tmp_path: Path, kind: str) -> None:

@@ -156,6 +156,7 @@ def test_any_number_of_swept_keys_is_drawn(
     assert ("Seeds together" in (folder / "report.md").read_text()) == ("training.seed" in swept)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report_without_torch(by_rank: Path) -> None:
     """`python -m finetune.report DIR` needs only the files."""
     code = (

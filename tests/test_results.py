@@ -14,10 +14,11 @@ import mlflow
 import pytest
 
 from finetune.config import TrackingConfig
+from finetune.events import EventLog
 from finetune.metrics import Metric, compute
 from finetune.report import write_report
 from finetune.results import Results, RunRecord, SweepRecord, read_results, render_table
-from finetune.run_folder import EventLog, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.runs import render_list, render_pair
 from finetune.tracking import build_tracker
 from finetune.verdict import verdict

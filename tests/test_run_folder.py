@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run_folder import (
-    EventLog,
-    RunFolder,
-    Status,
-    digest,
-    distinct_slug,
-    read_events,
-    slug,
-    write_atomic,
-)
+from finetune.events import EventLog, read_events
+from finetune.files import digest, write_atomic
+from finetune.run_folder import RunFolder, Status, distinct_slug, slug
 
 
 def test_a_digest_depends_on_content_alone() -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from finetune import distributed, signals, sweep
 from finetune.config import Config
+from finetune.events import read_events
 from finetune.inputs import Inputs
-from finetune.run_folder import RunFolder, Status, read_events
+from finetune.run_folder import RunFolder, Status
 from finetune.signals import Stopped
 from finetune.steps import Diverged, StopSignals
 from finetune.worker import Worker

@@ -39,6 +39,7 @@ def status(row: dict[str, str], folder: Path) -> Status:
     return Status(**json.loads(text))
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_results_and_repeats_nothing(tmp_path: Path, finetune: Command) -> None:
     """Two ranks give two rows with all columns; the same command again finds them finished."""
     arguments = [*TINY, "lora.r=2,4", "data.validation_fraction=0.2", "--multirun"]
@@ -131,6 +132,7 @@ EARLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EARLY)
 def test_bad_settings_are_refused_at_once(name: str, tmp_path: Path, finetune: Command) -> None:
     """Exit code 2, one problem in one line, and nothing written."""
@@ -145,6 +147,7 @@ def test_bad_settings_are_refused_at_once(name: str, tmp_path: Path, finetune: C
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["file"]
 
 
+@pytest.mark.slow
 def test_all_that_checking_finds_is_told_together(tmp_path: Path, finetune: Command) -> None:
     """Ranges, model, data, task and optimizer of a grid: one message, exit code 2."""
     done = finetune(
@@ -163,6 +166,7 @@ def test_all_that_checking_finds_is_told_together(tmp_path: Path, finetune: Comm
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.slow
 def test_one_run_has_one_evaluation(finetune: Command) -> None:
     """A grid over the evaluation alone would score one point and drop the others."""
     done = finetune(*TINY, "evaluation.num_fewshot=0,1", "--multirun")
@@ -233,6 +237,7 @@ def test_bad_data_is_refused_before_the_start(tmp_path: Path, text: str, message
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_the_reference_experiment_is_refused_here_with_what_is_missing(finetune: Command) -> None:
     """Without a GPU and the model, both are named at once."""
     import torch

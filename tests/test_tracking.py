@@ -18,9 +18,10 @@ from filelock import FileLock
 
 from finetune import sync
 from finetune.config import Config, DataConfig, TrackingConfig
+from finetune.events import EventLog
 from finetune.mlflow_store import open_store
 from finetune.ranges import find_problems
-from finetune.run_folder import EventLog, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
 from tests.conftest import TINY, Command
 

@@ -17,9 +17,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import adapters, optimizers, training
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts
+from finetune.events import EventLog, read_events
 from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.run_folder import RunFolder
 from finetune.steps import Diverged, StepWatch, StopSignals
 from finetune.validation import Validations
 from tests.trainings import CPU, TINY, random_examples

@@ -17,9 +17,10 @@ from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples, RowCounts
+from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base
 from finetune.multi_adapter import Outcome, train_together
-from finetune.run_folder import EventLog, RunFolder, read_events
+from finetune.run_folder import RunFolder
 
 TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)
