@@ -10,15 +10,13 @@ from typing import NoReturn
 from hydra import version
 from hydra._internal.utils import _run_hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from finetune import distributed, signals
 from finetune.command_line import is_multirun, read_command_line
 from finetune.commands import find_command, run_command, version_line
-from finetune.composition import config_dir_of, explain
+from finetune.composition import COMPOSING_ERRORS, config_dir_of, explain
 from finetune.config import Refused, conf_dir, register
 from finetune.escaping import for_terminal, keep_logs_plain
 from finetune.home import complete_environment
@@ -85,7 +83,7 @@ def compose_and_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         _run_hydra(args, parser, run, config_path=str(conf_dir()), config_name="config")
     except Refused:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except COMPOSING_ERRORS as error:
         raise Refused(explain(error, args.overrides, args.config_dir)) from None
 
 

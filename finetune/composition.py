@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from finetune.config import conf_dir, nearest
@@ -31,6 +32,10 @@ KEY = re.compile(r"^\s+full_key: (\S+)", re.MULTILINE)
 MISSING = re.compile(r"In '(?P<file>[^']+)': Could not (?:find|load) '(?P<option>[^']+)'")
 NO_MATCH = re.compile(r"(?:In '(?P<file>[^']+)': )?Could not override '(?P<key>[^'@]+)")
 TWICE = re.compile(r"Multiple values for (?P<group>\S+)\. To override")
+# RecursionError: a defaults list that leads back to its own file
+COMPOSING_ERRORS = (
+    HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError,
+)  # fmt: skip
 NO_LIST = re.compile(r"Invalid defaults list in '(?P<file>[^']+)'")
 
 
@@ -129,6 +134,8 @@ def _describe(error: Exception, folders: Sequence[Path], files: Sequence[Path]) 
     text = str(error).strip()
     if isinstance(error, YAMLError):
         return describe_yaml_error(None, error)
+    if isinstance(error, RecursionError):
+        return _describe_circle(folders, files)
     if isinstance(error, UnicodeDecodeError):
         return "a config file is not UTF-8; save it as UTF-8"
     if error.__cause__ is not None and not text:
@@ -159,6 +166,35 @@ def _describe_defaults(text: str, folders: Sequence[Path], files: Sequence[Path]
         place = _file_of(no_list["file"], folders)
         return f"{place}: defaults is not a list; write - override /GROUP: OPTION lines"
     return None
+
+
+def _describe_circle(folders: Sequence[Path], files: Sequence[Path]) -> str:
+    """Return the file whose defaults list leads back to it, and by which files."""
+    for path in files:
+        circle = _find_circle(path, folders)
+        if circle:
+            names = " -> ".join(
+                one.relative_to(one.parents[1]).with_suffix("").as_posix() for one in circle
+            )
+            return f"{path}: defaults: {names} is a circle; leave one of the lines out"
+    return "the settings are nested too deeply; name fewer files inside each other in defaults"
+
+
+def _find_circle(start: Path, folders: Sequence[Path]) -> list[Path]:
+    """Return the files from one back to itself by their defaults lists; none if there is no way."""
+    waiting, seen = [[start]], set()
+    while waiting:
+        way = waiting.pop(0)
+        group = way[-1].parent.name if way[-1].parent not in folders else ""
+        named = [one for e in read_defaults(way[-1]) for one in _named_options(e, group)]
+        for below, option in named:
+            path = find_file(folders, f"{below}/{option}" if below else option)
+            if path == start:
+                return [*way, path]
+            if path is not None and path not in seen:
+                seen.add(path)
+                waiting.append([*way, path])
+    return []
 
 
 def _groups_named(path: Path) -> list[str]:
@@ -195,6 +231,11 @@ def _interpolation_remedy(said: str) -> str:
 def _describe_missing(missing: re.Match[str], folders: Sequence[Path]) -> str:
     group, _, option = missing["option"].rpartition("/")
     names = sorted({path.stem for f in folders for path in (f / group).glob("*.yaml")})
+    above = group.rpartition("/")[2]
+    if not names and above != group and any((f / above).is_dir() for f in folders):
+        place = _naming_file(missing, folders)
+        said = f"{above} is looked for below its own group"
+        return f"{place}: defaults: {said}; write /{above}: {option}"
     place = _naming_file(missing, folders)
     return f"{place}: {group}={option}: there is no such option; {nearest(option, names)}"
 

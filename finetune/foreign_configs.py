@@ -207,6 +207,8 @@ def _problems_of_hydra(node: Any, name: str) -> Iterator[str]:
             # A key with a dot in it only looks like the path of another.
             below = f"{name}.{key}" if isinstance(key, str) and "." not in key else f"{name}[{key}]"
             yield from _problems_of_hydra(value, below)
+    elif name == GRID:
+        yield f"{GRID} is {shortened(node)}; it takes a mapping of settings to values: lora.r: 4,8"
     else:
         yield (
             f"{shortened(name)} can change what Hydra runs; a config folder may set {GRID} of "

@@ -107,6 +107,9 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
     if fault is not None:
         yield fault
         return
+    if values is None and not is_group and not _takes_null(name):
+        yield f"{name} has no value; write {name}: VALUE, or leave it out"
+        return
     if plus and not name.startswith(tuple(f"{mapping}." for mapping in OPEN_MAPPINGS)):
         yield f"{key}: + is for new keys below {', '.join(OPEN_MAPPINGS)} only; leave it out"
         return
@@ -121,6 +124,14 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
             yield from find_value_problems(name, value)
         elif value is not None and not is_option(value):
             yield f"{key}={shortened(value)}: is not an option of {name}"
+
+
+def _takes_null(name: str) -> bool:
+    section, _, key = name.partition(".")
+    hints = get_type_hints(Config)
+    if key:
+        hints = get_type_hints(hints[section]) if is_dataclass(hints[section]) else {}
+    return type(None) in get_args(hints.get(key or section, None | str))
 
 
 def _literal(value: Any) -> str:

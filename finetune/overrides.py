@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from finetune.commands import find_word_problem
-from finetune.composition import explain
+from finetune.composition import COMPOSING_ERRORS, explain
 from finetune.composition import first_line as first_line  # of the errors told here
 from finetune.config import (
     Config,
@@ -233,6 +233,7 @@ def _range_problems(
     ]
     searched = [f"hydra.searchpath=[{Path(config_dir).resolve()}]"] if config_dir else []
     problems: dict[str, None] = {}
+    GlobalHydra.instance().clear()  # of a sweep that is refused
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for one in [None, *swept]:
             chosen = without_null([*fixed, *searched, *([one] if one else [])])
@@ -240,7 +241,7 @@ def _range_problems(
                 found = find_problems(build_config(compose("config", chosen)))
             except Refused as refused:
                 found = refused.problems
-            except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+            except COMPOSING_ERRORS as error:
                 found = explain(error, chosen, config_dir)
             problems.update(dict.fromkeys(found))
     return list(problems)
@@ -260,7 +261,7 @@ def compose_settings(arguments: Sequence[str]) -> Config:
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return build_config(compose("config", overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except COMPOSING_ERRORS as error:
         raise Refused(explain(error, overrides)) from None
 
 

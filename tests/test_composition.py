@@ -131,3 +131,32 @@ def test_a_typed_interpolation_that_leads_nowhere_is_one_line() -> None:
         compose_settings(["lora.alpha=${mul:2,${lora.nosuch}}"])
     (problem,) = caught.value.problems
     assert problem.startswith("lora.alpha: Interpolation key 'lora.nosuch' not found")
+
+
+@pytest.mark.parametrize(
+    ("entry", "others", "circle"),
+    [
+        ("mine", {}, "mine -> experiment/mine"),
+        ("/experiment: mine", {}, "mine -> experiment/mine"),
+        ("other", {"other": "mine"}, "mine -> experiment/other -> experiment/mine"),
+    ],
+)
+def test_a_defaults_list_that_leads_back_to_its_file_is_one_line(
+    tmp_path: Path, entry: str, others: dict[str, str], circle: str
+) -> None:
+    """Where Hydra recurses until Python stops it."""
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    for name, one in {"mine": entry, **others}.items():
+        (folder / f"{name}.yaml").write_text(f"{GLOBAL}defaults:\n  - {one}\n")
+    with pytest.raises(Refused) as caught:
+        compose_settings([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{folder / 'mine.yaml'}: defaults: experiment/{circle} is a circle")
+
+
+def test_a_group_below_its_own_group_gets_a_slash(tmp_path: Path) -> None:
+    """Hydra looks for experiment/experiment/x."""
+    text = GLOBAL + "defaults:\n  - experiment: x\n"
+    (problem,) = explained(tmp_path, text.encode())
+    assert problem.endswith("looked for below its own group; write /experiment: x")

@@ -282,3 +282,22 @@ def test_no_key_of_hydra_passes_but_the_grid(
     assert set(hydra.get("sweeper", {})) <= {"params"}
     grid = hydra.get("sweeper", {}).get("params") or {}
     assert not any(str(key).lstrip("+").startswith("hydra") for key in grid)
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("{lora.r: }", "hydra.sweeper.params: lora.r has no value; write lora.r: VALUE"),
+        ("5", "hydra.sweeper.params is 5; it takes a mapping of settings to values"),
+        ("[lora.r]", "hydra.sweeper.params is ['lora.r']; it takes a mapping of settings to"),
+        ("{sweep.job_timeout: }", ""),
+    ],
+)
+def test_a_grid_without_values_is_named(tmp_path: Path, grid: str, expected: str) -> None:
+    """A setting that takes null may have it."""
+    text = GLOBAL + f"hydra: {{sweeper: {{params: {grid}}}}}\n"
+    path = write(tmp_path, "experiment/e.yaml", text)
+    found = find_override_problems(["experiment=e"], multirun=True, config_dir=str(tmp_path))
+    assert [problem.startswith(f"{path}: {expected}") for problem in found] == [True] * bool(
+        expected
+    )

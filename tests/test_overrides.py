@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hydra import initialize_config_dir
 
-from finetune.config import Refused, register
+from finetune.config import Refused, conf_dir, register
 from finetune.overrides import compose_settings, find_override_problems, with_grid
 
 register()
@@ -117,3 +118,12 @@ def test_a_limit_is_a_count_or_a_share(typed: str, expected: float) -> None:
     """A count is a whole number in every file and name, however it was typed."""
     limit = compose_settings([f"evaluation.limit={typed}"]).evaluation.limit
     assert (limit, type(limit)) == (expected, type(expected))
+
+
+def test_a_wrong_grid_is_told_while_hydra_is_at_work() -> None:
+    """In the sweeper, where another Hydra cannot be started beside it."""
+    hydra = initialize_config_dir(str(conf_dir()), version_base="1.3")
+    with hydra, pytest.raises(Refused) as caught:
+        with_grid({"lora.r": "4,abc"}, [], None)
+    (problem,) = caught.value.problems
+    assert problem.startswith("lora.r=abc: Value 'abc'")
