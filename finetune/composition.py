@@ -25,8 +25,11 @@ from finetune.config_files import (
     find_file,
     find_file_problems,
     read_defaults,
+    read_values,
 )
 
+GRID = "hydra.sweeper.params"
+MISSING_VALUE = "???"
 COMPOSED = re.compile(r"In '(?P<file>[^']+)': (?P<kind>\w+) raised while composing config:")
 KEY = re.compile(r"^\s+full_key: (\S+)", re.MULTILINE)
 MISSING = re.compile(r"In '(?P<file>[^']+)': Could not (?:find|load) '(?P<option>[^']+)'")
@@ -55,6 +58,28 @@ def explain(
     said = _describe(error, folders, [path for path, _ in files])
     is_new = not any(said.split(": ")[0] in problem for problem in found)  # its file, or its key
     return list(dict.fromkeys([*found, *([said] if is_new else [])]))
+
+
+def find_missing_values(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Return which `???` of a chosen file neither the command line nor another file replaces.
+
+    OmegaConf would leave the default of the schema in force, and say nothing.
+    """
+    folders = [*([Path(config_dir)] if config_dir else []), *_searched(arguments), conf_dir()]
+    files = chosen_files(arguments, folders)
+    values = {path: read_values(path, group) for path, group in files}
+    given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    for path, group in files:
+        if group == "experiment" or conf_dir() not in path.parents:
+            grid = f"{GRID}."
+            given |= {k.removeprefix(grid) for k, v in values[path].items() if v != MISSING_VALUE}
+    templates = conf_dir() / "data"  # data=local waits for data.path, and says so
+    return [
+        f"{path}: {key} has no value; set it there, or type {key}=VALUE"
+        for path, own in values.items()
+        for key, value in own.items()
+        if value == MISSING_VALUE and key not in given and path.parent != templates
+    ]
 
 
 def config_dir_of(hydra: DictConfig | HydraConf) -> str | None:

@@ -229,3 +229,23 @@ def find_file(folders: Sequence[Path], name: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def read_values(path: Path, group: str) -> dict[str, Any]:
+    """Return the single values of a file by their dotted names; none where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, get_yaml_loader())  # noqa: S506
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    named = PACKAGE.search(text)
+    is_global = named is not None and named[1] == GLOBAL
+    return dict(_flat(content, "" if is_global or not group else group))
+
+
+def _flat(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, node

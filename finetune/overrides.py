@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import find_word_problem
-from finetune.composition import COMPOSING_ERRORS, explain
+from finetune.composition import COMPOSING_ERRORS, explain, find_missing_values
 from finetune.composition import first_line as first_line  # of the errors told here
 from finetune.config import (
     Config,
@@ -68,7 +68,7 @@ def find_override_problems(
         return foreign  # nothing of it may be composed
     folders = [conf_dir(), *filter(Path.is_dir, own)]
     has_packages = any(f"{SEARCHPATH}=" in a and "pkg://" in a for a in arguments)
-    problems: list[str] = []
+    problems = find_missing_values(arguments, config_dir)
     sound: list[Override] = []
     for argument in arguments:
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.composition import explain
+from finetune.composition import explain, find_missing_values
 from finetune.config import Refused, build_config, conf_dir, register
 from finetune.overrides import compose_settings
 
@@ -160,3 +160,31 @@ def test_a_group_below_its_own_group_gets_a_slash(tmp_path: Path) -> None:
     text = GLOBAL + "defaults:\n  - experiment: x\n"
     (problem,) = explained(tmp_path, text.encode())
     assert problem.endswith("looked for below its own group; write /experiment: x")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "typed", "expected"),
+    [
+        ("experiment/mine", GLOBAL + "lora: {r: ???}\n", [], ["lora.r"]),
+        ("experiment/mine", GLOBAL + "lora: {r: ???}\ndata: {path: ???}\n", ["lora.r=8"],
+         ["data.path"]),
+        ("lora/mine", "r: ???\nalpha: ???\n", [], ["lora.r", "lora.alpha"]),
+        ("experiment/mine", GLOBAL + "lora: {r: ???}\n", ["lora.r=4,8"], []),
+        ("experiment/mine", GLOBAL + "lora: {r: ???}\nhydra: {sweeper: {params: {lora.r: 4}}}\n",
+         [], []),
+        ("experiment/mine", GLOBAL + "data: {path: a}\ndefaults: [override /data: local]\n",
+         [], []),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_left_to_be_set_must_be(
+    tmp_path: Path, file: str, text: str, typed: list[str], expected: list[str]
+) -> None:
+    """OmegaConf would take the schema's default for `???`; the command line may give the value."""
+    path = tmp_path / f"{file}.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    found = find_missing_values([file.replace("/", "="), *typed], str(tmp_path))
+    assert len(found) == len(expected)
+    for problem, key in zip(found, expected, strict=True):
+        assert problem.startswith(f"{path}: {key}")
+        assert "has no value" in problem
