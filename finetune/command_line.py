@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
 from finetune.config import Refused
-from finetune.grammar import rewrite, without_null
+from finetune.grammar import key_of, rewrite, without_null
 
 MODES = {"RUN": False, "MULTIRUN": True}
 
@@ -33,7 +33,7 @@ def read_command_line(
     args = parser.parse_intermixed_args(arguments)
     if args.shell_completion:
         return args, parser
-    problems = list(_find_flag_problems(args))
+    problems = [*_find_flag_problems(args), *_find_settings_typed_twice(args.overrides)]
     if problems:
         raise Refused(problems)
     args.overrides = without_null([rewrite(argument) for argument in args.overrides])
@@ -77,6 +77,17 @@ def _find_flag_problems(args: argparse.Namespace) -> list[str]:
             "--experimental-rerun loads a pickle, which can run code; use finetune rerun FOLDER"
         )
     return problems
+
+
+def _find_settings_typed_twice(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the settings of which Hydra would take the last value and drop the others silently."""
+    typed: dict[str, list[str]] = {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("~"):
+            typed.setdefault(key_of(argument).strip(), []).append(argument)
+    for key, same in typed.items():
+        if len(same) > 1:
+            yield f"{key} is set twice or more, by {' and '.join(same)}; leave one of them"
 
 
 def _remedy(message: str, parser: argparse.ArgumentParser) -> str:

@@ -131,6 +131,8 @@ def _option_problems(override: Override, group: str, folders: list[Path]) -> Ite
             yield f"{override.input_line}: no option matches; known: {', '.join(options)}"
         return
     for value in _values(override):
+        if value == []:
+            yield f"{group}=[] names no option; write {group}=OPTION, or leave it out"
         for option in value if isinstance(value, list) else [value]:
             shown = "null" if option is None else str(option)
             if shown not in options and f"{group}={shown}" != NO_EXPERIMENT:

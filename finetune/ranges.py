@@ -110,7 +110,10 @@ def _lora_problems(lora: LoraConfig) -> Iterator[str]:
         yield f"lora.r is {lora.r}; lora.init=orthogonal needs an even one"
     if not lora.target_modules:
         yield f"lora.target_modules is empty; name linear layers, or use [{ALL_LINEAR}]"
-    if ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:
+    twice = sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1})
+    if twice:
+        yield f"lora.target_modules names {', '.join(twice)} twice or more; name each once"
+    elif ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:
         yield f"lora.target_modules mixes {ALL_LINEAR} with names; use one or the other"
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ TINY = (
     "model=tiny", "tracking=none", "data.num_examples=16", "evaluation.limit=12",
     "training.max_length=400",
 )  # fmt: skip
+
+
+def last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Leave out what a later override of the same setting replaces: typed twice is refused."""
+    last = {one.partition("=")[0] if "=" in one else str(i): i for i, one in enumerate(arguments)}
+    return [arguments[i] for i in sorted(last.values())]
 
 
 def write_rows(path: Path, rows: list[object]) -> Path:
@@ -77,7 +83,7 @@ def finetune(tmp_path: Path) -> Command:
 
     def call(*arguments: str, module: str = "finetune") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", module, *last_of_each(arguments)],
             cwd=tmp_path,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             capture_output=True,

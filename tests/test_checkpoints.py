@@ -29,7 +29,7 @@ from finetune.checkpoints import (
 from finetune.config import build_config
 from finetune.files import file_digest
 from finetune.run_folder import Job
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, last_of_each
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.
 TRAINING = (
@@ -159,8 +159,8 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def interrupted_at(folder: Path, step: int, number: int, *more: str) -> int:
     """Start the run, send its sweep a signal once a step was logged, and return its exit code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *TRAINING, *more], cwd=folder, stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-m", "finetune", *last_of_each((*TRAINING, *more))], cwd=folder,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None:
         logs = list(folder.glob("outputs/*/events.jsonl"))
@@ -250,7 +250,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = folders[method] = tmp_path_factory.mktemp(method)
         whole = [f"output_dir={folder}/whole/outputs", f"report_dir={folder}/whole"]
         settings = (*settings, "training.epochs=3")  # steps enough for a busy machine to be met in
-        command = [sys.executable, "-m", "finetune", *TRAINING, *settings, *whole]
+        typed = last_of_each((*TRAINING, *settings, *whole))
+        command = [sys.executable, "-m", "finetune", *typed]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         assert interrupted_at(folder, 5, signal.SIGKILL, *settings) == -signal.SIGKILL
     return folders

@@ -64,3 +64,26 @@ def test_shell_completion_gets_what_was_typed() -> None:
     """Hydra's own command, its words untouched."""
     args, _ = read_command_line(["-sc", "install=bash", "evaluation.tasks=x"])
     assert args.overrides == ["install=bash", "evaluation.tasks=x"]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "lora.r=4 lora.r=8", "lora.r=2,4 model=tiny lora.r=8 -m", "lora=default lora=dora",
+        "lora.r=4 lora.r=4", "+data.columns.a=b ++data.columns.a=c",
+        "hydra.mode=RUN hydra.mode=MULTIRUN", "experiment=null experiment=x",
+    ],
+)  # fmt: skip
+def test_a_setting_typed_twice_is_refused_with_both(typed: str) -> None:
+    """Hydra takes the last one and drops the first silently."""
+    with pytest.raises(Refused) as caught:
+        read_command_line(typed.split())
+    (problem,) = caught.value.problems
+    first, *_, last = [word for word in typed.split() if word not in ("model=tiny", "-m")]
+    assert f"is set twice or more, by {first} and {last}; leave one of them" in problem
+
+
+def test_a_key_taken_away_may_be_set_anew() -> None:
+    """`~` and the value after it are one wish."""
+    typed = ["~data.columns.input", "+data.columns.input=x"]
+    assert read_command_line(typed)[0].overrides == typed

@@ -165,12 +165,12 @@ def test_a_group_below_its_own_group_gets_a_slash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "typed", "expected"),
     [
-        ("experiment/mine", GLOBAL + "lora: {r: ???}\n", [], ["lora.r"]),
-        ("experiment/mine", GLOBAL + "lora: {r: ???}\ndata: {path: ???}\n", ["lora.r=8"],
+        ("experiment/mine", GLOBAL + "lora: {r: '???'}\n", [], ["lora.r"]),
+        ("experiment/mine", GLOBAL + "lora: {r: '???'}\ndata: {path: '???'}\n", ["lora.r=8"],
          ["data.path"]),
         ("lora/mine", "r: ???\nalpha: ???\n", [], ["lora.r", "lora.alpha"]),
-        ("experiment/mine", GLOBAL + "lora: {r: ???}\n", ["lora.r=4,8"], []),
-        ("experiment/mine", GLOBAL + "lora: {r: ???}\nhydra: {sweeper: {params: {lora.r: 4}}}\n",
+        ("experiment/mine", GLOBAL + "lora: {r: '???'}\n", ["lora.r=4,8"], []),
+        ("experiment/mine", GLOBAL + "lora: {r: '???'}\nhydra: {sweeper: {params: {lora.r: 4}}}\n",
          [], []),
         ("experiment/mine", GLOBAL + "data: {path: a}\ndefaults: [override /data: local]\n",
          [], []),

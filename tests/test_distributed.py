@@ -26,7 +26,7 @@ from finetune.events import NullEventLog
 from finetune.inputs import Inputs, Source
 from finetune.row_order import EvenOrder, filled_up, with_filler
 from finetune.steps import Diverged, StopSignals
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, last_of_each
 
 # Eighteen rows: the last step of each epoch is not full.
 TRAINING = (
@@ -44,7 +44,8 @@ def start(folder: Path, launcher: tuple[str, ...], *arguments: str) -> subproces
     """Start the command in two processes, in an empty folder."""
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "-m", "finetune", *arguments], cwd=folder,
+        [sys.executable, "-m", *launcher, "-m", "finetune", *last_of_each(arguments)],
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

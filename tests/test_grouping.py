@@ -23,7 +23,7 @@ from finetune.config import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
 from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from finetune.run_folder import Job
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, last_of_each
 
 ROOM = Limit(8, "it is measured")
 BASE = Config(data=DataConfig(path="rows.jsonl"), training=TrainingConfig(data_seed=1))
@@ -146,8 +146,9 @@ def test_a_sweep_trains_together_what_it_plans_so(tmp_path: Path, finetune: Comm
 def test_a_killed_group_goes_on_also_when_it_is_smaller(tmp_path: Path, finetune: Command) -> None:
     """Kill -9 in mid-group; two of its three runs are asked for again and come out as alone."""
     settings = (
-        *TINY, "data.num_examples=64", "training.epochs=2", "training.checkpoint_every=1",
-        "lora.dropout=0.1", "sweep.max_concurrent_adapters=8", "evaluation=none",
+        *last_of_each((*TINY, "data.num_examples=64")), "training.epochs=2",
+        "training.checkpoint_every=1", "lora.dropout=0.1",
+        "sweep.max_concurrent_adapters=8", "evaluation=none",
     )  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", "--multirun", *settings, "lora.r=2,4,8"],

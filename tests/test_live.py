@@ -14,7 +14,7 @@ from rich.console import Console
 from finetune.events import EventLog
 from finetune.live import live_table, read_progress, render_runs
 from finetune.run_folder import RunFolder, Status
-from tests.conftest import TINY
+from tests.conftest import TINY, last_of_each
 
 
 def shown(runs: list[tuple[str, RunFolder]]) -> str:
@@ -67,7 +67,7 @@ def test_a_terminal_shows_the_runs_as_they_go(tmp_path: Path) -> None:
     """On a terminal the table is there, and no bar of the worker breaks it."""
     ours, theirs = pty.openpty()
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *TINY, *LONGER, "lora.r=2,4", "--multirun"],
+        [sys.executable, "-m", "finetune", *last_of_each((*TINY, *LONGER)), "lora.r=2,4", "-m"],
         cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )  # fmt: skip

@@ -38,6 +38,7 @@ register()
         ("optimizer.lr=glob(*)", "optimizer.lr=glob(*): glob() chooses options of a group"),
         ("lora=glob(zz*)", "lora=glob(zz*): no option matches; known: attention"),
         ("lora=[default,dra]", "lora=dra: there is no such option; did you mean 'dora'?"),
+        ("experiment=[]", "experiment=[] names no option; write experiment=OPTION, or leave it"),
         ("model=null", "model=null: there is no such option"),
         ("~tracking", "~tracking: the defaults of tracking would stay in force; set tracking=none"),
         ("~lora", "~lora: the defaults of lora would stay in force; set lora=OPTION"),

@@ -143,3 +143,10 @@ def test_a_chats_seed_has_the_same_range(
         chat.main()
     assert ended.value.code == 2
     assert f"--seed is {seed}; it must be from 0 to 4294967295" in capsys.readouterr().err
+
+
+def test_a_module_named_twice_is_refused() -> None:
+    """It would be trained once, under the name of another run."""
+    twice = LoraConfig(target_modules=["q_proj", "v_proj", "q_proj"])
+    (problem,) = find_problems(Config(lora=twice, data=DataConfig(path="rows.jsonl")))
+    assert problem == "lora.target_modules names q_proj twice or more; name each once"
