@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from finetune import data, prompts
 from finetune.config import Config
 from finetune.events import EventLog, State
+from finetune.files import keep_regular
 from finetune.identity import describe_environment, find_changes, find_inputs
 from finetune.inputs import Inputs
 from finetune.run_folder import Job, RunFolder, Status, flatten, slug
@@ -106,6 +107,7 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
 @contextmanager
 def _recording(folder: RunFolder) -> Iterator[EventLog]:
     """Keep the run's events, and a copy of its log lines; set aside what was damaged."""
+    keep_regular(folder.log)
     handler = logging.FileHandler(folder.log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

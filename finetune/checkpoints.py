@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.files import file_digest, write_atomic
+from finetune.files import file_digest, read_bytes, write_atomic
 
 log = logging.getLogger("finetune")
 
@@ -165,7 +165,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def _is_marked(path: Path) -> bool:
-    return (path / MARKER).read_bytes().strip() == file_digest(path / MANIFEST).encode()
+    return read_bytes(path / MARKER).strip() == file_digest(path / MANIFEST).encode()
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.files import ASIDE, JsonLines, parse_lines
+from finetune.files import ASIDE, JsonLines, keep_regular, parse_lines, read_bytes
 
 log = logging.getLogger("finetune")
 
@@ -48,6 +48,7 @@ class EventLog:
         self._steps: set[tuple[str, int]] = set()  # of each metric
         self._last_score: dict[str, float] = {}
         self._told: set[str] = set()
+        keep_regular(path)
         self._recover(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -141,8 +142,8 @@ def parse_events(raw: bytes) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> JsonLines:
     try:
-        return parse_lines(path.read_bytes(), is_event)
-    except (FileNotFoundError, NotADirectoryError):
+        return parse_lines(read_bytes(path), is_event)
+    except OSError:  # the run's list of damaged files says why
         return JsonLines([], [])
 
 

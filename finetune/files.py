@@ -7,16 +7,18 @@ through here; who holds the file's folder sets a damaged one aside, so that it i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
@@ -38,8 +40,39 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes."""
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_file(path: Path) -> None:
+    """Raise OSError where no regular file is, through links: to open a pipe would wait forever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; raises OSError where there is none."""
+    require_file(path)
+    return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a regular file's bytes; raises OSError where there is none."""
+    require_file(path)
+    return path.read_bytes()
+
+
+def keep_regular(path: Path) -> None:
+    """Set aside what is in a file's place and is none, so that it can be written."""
+    if os.path.lexists(path) and not path.is_file():
+        set_aside(path, "it is not a file")
+
+
+def keep_folder(path: Path) -> None:
+    """Set aside what is in a folder's place and is none, so that it can be made."""
+    if os.path.lexists(path) and not path.is_dir():
+        set_aside(path, "it is no folder")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -59,13 +92,19 @@ def read_text(path: Path) -> str | None:
         Damaged: it cannot be read, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError as error:
         raise Damaged(f"its byte {error.start} is not UTF-8") from None
     except OSError as error:
-        raise Damaged(f"it cannot be read: {error.strerror}") from None
+        raise Damaged(describe_fault(error)) from None
+
+
+def describe_fault(error: OSError) -> str:
+    """Say why a file cannot be read."""
+    is_other = error.errno == errno.EINVAL or isinstance(error, IsADirectoryError)
+    return "it is not a file" if is_other else f"it cannot be read: {error.strerror}"
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:
@@ -141,7 +180,9 @@ def parse_lines(raw: bytes, is_valid: Callable[[dict[str, Any]], bool]) -> JsonL
 def set_aside(path: Path, why: str) -> None:
     """Rename a damaged file or folder to NAME.damaged, in place of an earlier one, and say so."""
     aside = path.with_name(path.name + ASIDE)
-    if aside.is_dir():
+    if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)
+    else:
+        aside.unlink(missing_ok=True)
     os.replace(path, aside)
     log.warning("%s is damaged: %s; kept as %s", path, why, aside.name)

@@ -133,6 +133,8 @@ def read_small(path: Path) -> str:
     """
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"it is larger than a config of settings ({LARGEST_CONFIG} bytes)")
+    if not path.is_file():
+        raise ValueError("it is not a file")
     return path.read_text(encoding="utf-8")
 
 

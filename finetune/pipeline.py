@@ -32,7 +32,8 @@ from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
 from finetune.prompts import Prompt
-from finetune.run_folder import WEIGHTS, Job, RunFolder
+from finetune.run_files import WEIGHTS
+from finetune.run_folder import Job, RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,

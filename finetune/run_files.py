@@ -13,15 +13,18 @@ from typing import Any
 
 from finetune.files import (
     Damaged,
+    describe_fault,
     digest,
     file_digest,
     parse_lines,
     read_json,
     read_yaml,
+    require_file,
     write_atomic,
 )
 
 DIGESTS = "digests.json"
+WEIGHTS = ("adapter", "model")  # the folders of what was trained
 # The settings that every run's config.yaml has, by which one that was cut off is known.
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
 LARGE_FILE = 64 * 2**20  # bytes from which a check that is not thorough goes by size and time
@@ -52,11 +55,35 @@ def read_entries(folder: Path) -> dict[str, FileEntry]:
         return {}
     if stored.get("sha256") != digest(stored.get("files")):
         raise Damaged("it was altered")
-    return {name: FileEntry(**entry) for name, entry in stored["files"].items()}
+    try:
+        return {name: FileEntry(**entry) for name, entry in stored["files"].items()}
+    except (AttributeError, TypeError):
+        raise Damaged("it holds no digests of files") from None
+
+
+def find_unproven(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
+    """Return which of the weights' files nothing proves to be as they were written, and why.
+
+    A run of an older release has no record at all; its weights are taken as they are.
+    """
+    names = [file.relative_to(folder).as_posix() for file in weights]
+    try:
+        entries = read_entries(folder)
+    except Damaged as damage:
+        problem = f"{DIGESTS} is damaged ({damage}), and nothing else proves these weights"
+        return dict.fromkeys(names, problem)
+    if not (folder / DIGESTS).exists():
+        return {}
+    return {name: f"{DIGESTS} has no record of it" for name in names if name not in entries}
 
 
 def record(folder: Path, *names: str) -> None:
-    """Record files, given by their names or those of the folders that hold them, as they are."""
+    """Record files, given by their names or those of the folders that hold them, as they are.
+
+    With the first record come the weights of an older release, which had none.
+    """
+    if not (folder / DIGESTS).exists():
+        names = (*names, *WEIGHTS)
     files = [file for name in names for file in _files_of(folder / name)]
     kept = {n: e for n, e in _entries_or_none(folder).items() if not _is_within(n, names)}
     found = {file.relative_to(folder).as_posix(): FileEntry.of(file) for file in files}
@@ -110,6 +137,7 @@ def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> s
         thorough: False takes a large file of the recorded size and time for the same.
     """
     try:
+        require_file(file)
         stat = file.stat()
         if stat.st_size != entry.size:
             return f"it has {stat.st_size} bytes of {entry.size}"
@@ -119,12 +147,13 @@ def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> s
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        return describe_fault(error)
 
 
 def find_misfit(file: Path, name: str) -> str | None:
     """Return why a file's content cannot be used, whatever was recorded; None where it can."""
     try:
+        require_file(file)
         if name.endswith(".safetensors"):
             return _find_safetensors_misfit(file)
         if name.endswith(".items.jsonl"):
@@ -145,7 +174,7 @@ def find_misfit(file: Path, name: str) -> str | None:
     except Damaged as damage:
         return str(damage)
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        return describe_fault(error)
     return None
 
 

@@ -25,11 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import run_files
 from finetune.config import Config, Refused, build_config
-from finetune.events import (
-    State,
-    blank_damaged_lines,
-    read_lines,
-)
+from finetune.events import State, blank_damaged_lines, read_lines
 from finetune.files import (
     Damaged,
     digest,
@@ -41,6 +37,7 @@ from finetune.files import (
 )
 from finetune.grouping import NOT_TRAINED, Limit
 from finetune.inputs import Inputs
+from finetune.run_files import WEIGHTS
 
 log = logging.getLogger("finetune")
 
@@ -79,9 +76,7 @@ def slug(text: str) -> str:
 def distinct_slug(text: str) -> str:
     """Return a slug that no other text has: with a digest where the slug leaves something out."""
     name = slug(text)
-    if name == text:
-        return name
-    return f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
+    return name if name == text else f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
 
 
 def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -143,7 +138,6 @@ class Status:
     last_lines: list[str] = field(default_factory=list)  # of the log, where a run failed
 
 
-WEIGHTS = ("adapter", "model")
 REMEDY = "the command that made the run makes it anew"
 
 
@@ -167,7 +161,7 @@ class RunFolder:
 
     def last_lines(self, count: int = 5) -> list[str]:
         """Return the end of the run's log."""
-        if not self.log.exists():
+        if not self.log.is_file():
             return []
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
 
@@ -187,7 +181,8 @@ class RunFolder:
 
     def weights(self) -> list[Path]:
         """Return the files of what was trained, adapter or model, in order."""
-        return sorted(p for f in (self.adapter, self.model) for p in f.glob("*.safetensors"))
+        found = (p for f in (self.adapter, self.model) for p in f.glob("*.safetensors"))
+        return sorted(path for path in found if path.is_file())
 
     @property
     def checkpoints(self) -> Path:
@@ -295,8 +290,9 @@ class RunFolder:
     def find_weights_damage(self, *, thorough: bool = False) -> dict[str, str]:
         """Return what is wrong with the adapter or the model, by the names of its files."""
         names = [name for name in self._names() if name.startswith(WEIGHTS)]
-        problems = {name: self.find_problem(name, thorough=thorough) for name in names}
-        return {name: problem for name, problem in problems.items() if problem}
+        found = {name: self.find_problem(name, thorough=thorough) for name in names}
+        unproven = run_files.find_unproven(self.path, self.weights())
+        return unproven | {name: problem for name, problem in found.items() if problem}
 
     def find_problem(self, name: str, *, thorough: bool = True) -> str | None:
         """Return what is wrong with one file; None where it is as written, or was never there."""
@@ -309,7 +305,7 @@ class RunFolder:
             problem = run_files.find_difference(file, entry, thorough=thorough)
             if problem is not None:
                 return problem
-        return run_files.find_misfit(file, name) if file.exists() else None
+        return run_files.find_misfit(file, name) if os.path.lexists(file) else None
 
     def read_overrides(self) -> list[str]:
         """Return what was typed for the run; nothing where that is lost."""
@@ -329,6 +325,7 @@ class RunFolder:
                 check()
             except Damaged as damage:
                 problems[name] = str(damage)
+        problems |= run_files.find_unproven(self.path, self.weights()) if of_weights else {}
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
@@ -337,6 +334,8 @@ class RunFolder:
 
     def find_lost_events(self) -> str | None:
         """Return how many events cannot be read, or that the last ones are not there."""
+        if os.path.lexists(self.events) and not self.events.is_file():
+            return "it is not a file"
         lines, status = read_lines(self.events), self.status()
         if lines.damaged:
             return f"{len(lines.damaged)} of its lines cannot be read"
@@ -363,11 +362,11 @@ class RunFolder:
         """
         for name, problem in self.find_damage().items():
             path = self.path / name
-            if name == "events.jsonl":
+            if name == "events.jsonl" and path.is_file():
                 blank_damaged_lines(path)
             elif name.startswith(WEIGHTS):
                 self.set_weights_aside(name, problem)
-            elif path.exists():
+            elif os.path.lexists(path):
                 set_aside(path, problem)
 
     def set_weights_aside(self, name: str, problem: str) -> None:

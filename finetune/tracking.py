@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from finetune.config import TrackingConfig
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
 from finetune.events import State, parse_events
-from finetune.files import Damaged, read_json, set_aside, write_atomic
+from finetune.files import Damaged, open_file, read_json, set_aside, write_atomic
 from finetune.mlflow_store import find_experiment, open_store
 from finetune.overrides import first_line
 from finetune.run_folder import RunFolder
@@ -387,20 +387,20 @@ def _first_time(events: Sequence[dict[str, Any]]) -> int:
 def _is_begun_anew(child: Child) -> bool:
     """Return whether the run's folder was deleted and made again since its log was last read."""
     try:
-        with (Path(child.path) / "events.jsonl").open("rb") as file:
+        with open_file(Path(child.path) / "events.jsonl") as file:
             file.seek(max(0, child.offset - 1))
             return child.offset > 0 and file.read(1) != b"\n"
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
 def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
     """Return the whole lines that were not sent yet, and the offset behind them."""
     try:
-        with (Path(child.path) / "events.jsonl").open("rb") as file:
+        with open_file(Path(child.path) / "events.jsonl") as file:
             file.seek(child.offset)
             new = file.read()
-    except FileNotFoundError:
+    except OSError:  # a fault of the run's folder, which the run itself says, not of the store
         return [], child.offset
     whole = new[: new.rfind(b"\n") + 1]
     return parse_events(whole), child.offset + len(whole)

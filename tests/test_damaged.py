@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def test_a_damaged_file_of_a_run_is_named_and_set_aside(
         aside = name.partition("/")[0] if name.startswith("adapter") else name
         assert (run.path / f"{aside}{ASIDE}").exists()
         assert name in caplog.text
-    assert run.is_trained == (name != "training.json" and not name.startswith("adapter"))
+    retrained = ("training.json", "digests.json")  # without a record nothing proves the weights
+    assert run.is_trained == (name not in retrained and not name.startswith("adapter"))
     run.forget_missing()
     assert not set(run.find_damage()) - {"adapter", "events.jsonl"}
     read_everything(folder, run)
@@ -286,3 +288,66 @@ def test_a_large_file_is_taken_by_size_and_time_unless_it_is_used(
     os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
     assert run_files.find_difference(file, entry, thorough=False) is None
     assert run_files.find_difference(file, entry) == "it was altered since it was written"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "null", '{"sha256": 3, "files": {}}', "sealed without weights"]
+)
+def test_weights_that_no_record_proves_are_not_used(
+    folder: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are refused, and trained anew, rather than recorded as they are."""
+    run = RunFolder(tmp_path / "outputs" / "run-0")
+    (run.path / "digests.json").write_text(content)
+    if content.startswith("sealed"):
+        run.write_text("overrides.yaml", "- lora.r=4\n")  # over a damaged record
+        assert json.loads((run.path / "digests.json").read_text())["files"]
+    assert "adapter/adapter_model.safetensors" in run.find_weights_damage(thorough=True)
+    assert "adapter/adapter_model.safetensors" in run.find_damage()
+    assert not run.is_trained
+    with caplog.at_level(logging.WARNING, "finetune"):
+        run.set_damaged_aside()
+    assert (run.path / "adapter.damaged").is_dir()
+    assert "adapter" in caplog.text
+    assert not run.is_trained
+
+
+def test_the_weights_of_an_older_release_come_with_the_first_record(
+    folder: Path, tmp_path: Path
+) -> None:
+    """They had no record; scoring them again does not make them unproven."""
+    run = RunFolder(tmp_path / "outputs" / "run-0")
+    (run.path / "digests.json").unlink()
+    run.write_text("overrides.yaml", "- lora.r=4\n")
+    assert run.is_trained
+    assert not run.find_weights_damage(thorough=True)
+
+
+IN_PLACE: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize("what", IN_PLACE)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_is_named_and_never_waited_for(
+    folder: Path, tmp_path: Path, name: str, what: str, is_recorded: bool
+) -> None:
+    """A pipe, device, folder or loop of links in a file's place is damaged, and set aside."""
+    run = RunFolder(tmp_path / "outputs" / "run-0")
+    if not is_recorded:
+        (run.path / "digests.json").unlink()
+    (run.path / name).unlink(missing_ok=True)
+    IN_PLACE[what](run.path / name)
+    read_everything(folder, run)
+    run.last_lines()
+    runs.tell_damage([run])
+    if is_recorded and name != "finetune.log":
+        assert name in run.find_damage()
+    run.set_damaged_aside()
+    EventLog(run.events).close()
+    assert run.events.is_file()
