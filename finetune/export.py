@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Refused
+from finetune.files import resolved
 from finetune.foreign_runs import find_link_problems
 from finetune.streams import keep_streams
 
@@ -51,7 +52,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.private and not given.push:
         parser.error("--private says how to --push OWNER/NAME")
-    into = given.into or Path("exports") / given.run.resolve().name
+    into = given.into or Path("exports") / resolved(given.run).name
     try:
         trusts = given.trust_remote_code
         export(given.run, into, is_merged=given.merge, repo=given.push, trusts_remote_code=trusts)
@@ -85,7 +86,7 @@ def export(
         Refused: the run, the folder or the hub's name cannot be used.
         NotExported: what was written does not say what the run's model says.
     """
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+    if os.path.lexists(into) and (not into.is_dir() or any(into.iterdir())):
         raise Refused([f"{into} is there already; name another with --into, or remove it"])
     if repo is not None:
         refuse_push(repo)

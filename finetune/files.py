@@ -69,10 +69,14 @@ def keep_regular(path: Path) -> None:
         set_aside(path, "it is not a file")
 
 
-def keep_folder(path: Path) -> None:
-    """Set aside what is in a folder's place and is none, so that it can be made."""
-    if os.path.lexists(path) and not path.is_dir():
-        set_aside(path, "it is no folder")
+def is_obstructed(folder: Path) -> bool:
+    """Return whether something that is no folder is in its place, such as a loop of links."""
+    return os.path.lexists(folder) and not folder.is_dir()
+
+
+def resolved(path: Path) -> Path:
+    """Return a path without its links; pathlib's own way raises where they are a loop."""
+    return Path(os.path.realpath(path))
 
 
 def write_atomic(path: Path, text: str) -> None:

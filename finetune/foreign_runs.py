@@ -6,6 +6,7 @@ command line.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,11 +74,12 @@ def find_link_problems(run: Path) -> Iterator[str]:
 
     A copy would publish what they lead to.
     """
-    whole = run.resolve()
+    whole = os.path.realpath(run)  # pathlib's own raises where links are a loop
     places = [run / "prompt.jinja", run / "adapter", run / "model"]
     for path in (file for place in places for file in (place, *sorted(place.rglob("*")))):
-        if not path.resolve().is_relative_to(whole):
-            yield f"{path}: links to {path.resolve()}, out of the run's folder; copy it there"
+        real = os.path.realpath(path)
+        if not Path(real).is_relative_to(whole):
+            yield f"{path}: links to {real}, out of the run's folder; copy it there"
 
 
 def find_rerun_problems(

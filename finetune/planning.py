@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
 from finetune.events import State
-from finetune.files import digest
+from finetune.files import digest, resolved
 from finetune.grouping import Group, Limit, find_groups
 from finetune.results import RunRecord, SweepRecord
 from finetune.run_folder import Job, RunFolder, distinct_slug, slug
@@ -68,9 +68,9 @@ class Sweep:
 
     def record(self, arguments: Sequence[str]) -> SweepRecord:
         """Return what the report needs; paths hold wherever both folders are moved together."""
-        here = self.folder.resolve()
+        here = resolved(self.folder)
         runs = [
-            RunRecord(os.path.relpath(p.run.path.resolve(), here), p.job.swept) for p in self.points
+            RunRecord(os.path.relpath(resolved(p.run.path), here), p.job.swept) for p in self.points
         ]
         return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs)
 
@@ -148,6 +148,8 @@ def plan_sweep(
         except WorkerDied as error:
             told.append(f"checking the jobs failed: {error}")
             break
+    folders = [RunFolder(plan.inputs.folder) for plan in plans if plan.inputs is not None]
+    told += [problem for run in folders if (problem := run.find_place_problem()) is not None]
     refuse(told)
     points: dict[Path, Point] = {}
     limits: dict[Path, Limit] = {}

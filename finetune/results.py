@@ -242,6 +242,8 @@ def _tracked(folder: Path) -> dict[str, str | None]:
 
 def find_damage(run: RunFolder) -> list[str]:
     """Return a line for each damaged file that a report would read; it is left out there."""
+    if problem := run.find_place_problem():
+        return [f"{run.name}: {problem}"]
     status = run.status()
     if status is not None and status.state == "running":
         return []  # its process writes them now

@@ -29,6 +29,7 @@ from finetune.events import State, blank_damaged_lines, read_lines
 from finetune.files import (
     Damaged,
     digest,
+    is_obstructed,
     parse_lines,
     read_json,
     read_yaml,
@@ -121,6 +122,8 @@ def replaced(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         _open_like(folder.parent, temporary)
+        if is_obstructed(folder):
+            set_aside(folder, "it is no folder")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
@@ -158,6 +161,12 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "finetune.log"
+
+    def find_place_problem(self) -> str | None:
+        """Return that something else is where the run's folder belongs."""
+        if not is_obstructed(self.path):
+            return None
+        return f"{os.path.relpath(self.path)} is no folder; move it away"
 
     def last_lines(self, count: int = 5) -> list[str]:
         """Return the end of the run's log."""
@@ -326,6 +335,9 @@ class RunFolder:
             except Damaged as damage:
                 problems[name] = str(damage)
         problems |= run_files.find_unproven(self.path, self.weights()) if of_weights else {}
+        folders = (*WEIGHTS, "checkpoints", "evaluation") if of_weights else ("evaluation",)
+        obstructed = [name for name in folders if is_obstructed(self.path / name)]
+        problems |= dict.fromkeys(obstructed, "it is no folder")
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
@@ -372,7 +384,7 @@ class RunFolder:
     def set_weights_aside(self, name: str, problem: str) -> None:
         """Rename the folder of a damaged file of the weights, so that they are trained anew."""
         folder = self.path / name.partition("/")[0]
-        if folder.is_dir():
+        if os.path.lexists(folder):
             set_aside(folder, f"{name}: {problem}")
         (self.path / "training.json").unlink(missing_ok=True)
 

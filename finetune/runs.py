@@ -41,6 +41,8 @@ def main() -> None:
         tell_damage(runs)
         print_table(render_pair(runs[0], runs[1]))
         return
+    places = [RunFolder(path) for path in sorted(given.outputs.glob("*-????????????"))]
+    tell_damage([run for run in places if run.find_place_problem()])
     found = [run for path in sorted(given.outputs.glob("*")) if is_run(run := RunFolder(path))]
     if not found:
         print(f"no runs in {given.outputs}/", file=sys.stderr)

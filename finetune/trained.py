@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import models, quantization
 from finetune.config import Config, ModelConfig, Refused
+from finetune.files import resolved
 from finetune.foreign_runs import find_config_problems
 from finetune.grouping import CHANGE_THE_BASE
 from finetune.identity import model_identity
@@ -89,7 +90,7 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
         Refused: it is no run's folder, has nothing trained yet, its base is not there, or it asks
             for what only the user may.
     """
-    folder = RunFolder(path.resolve())
+    folder = RunFolder(resolved(path))
     _refuse_code(folder, trusts_remote_code=trusts_remote_code)
     config = folder.read_config()
     if why := folder.find_problem(folder.prompt_template.name):
@@ -97,6 +98,8 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     if folder.prompt_template.is_file():  # as it was; the file that the settings name may be gone
         template = replace(config.data, prompt_template=str(folder.prompt_template))
         config = replace(config, data=template)
+    if damage := folder.find_weights_damage(thorough=True):
+        raise Refused([f"{path}: {n} is damaged: {why}; {REMEDY}" for n, why in damage.items()])
     is_full = config.peft.method == "full"
     if not (folder.model / "config.json" if is_full else folder.adapter / CONFIG_NAME).is_file():
         status = folder.status()
@@ -106,8 +109,6 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
                 f"{f' ({status.state})' if status else ''}; the command that began it finishes it"
             ]
         )
-    if damage := folder.find_weights_damage(thorough=True):
-        raise Refused([f"{path}: {n} is damaged: {why}; {REMEDY}" for n, why in damage.items()])
     model = config.model
     if is_full:
         model = replace(model, path=str(folder.model), revision=None, quantization="none")

@@ -264,6 +264,7 @@ def full_copy(run: Path, into: Path) -> Path:
     adapted: Any = adapters.load(trained.load_base(), trained.folder.adapter)
     adapted.merge_and_unload().save_pretrained(into / "model")
     run_files.forget(into, "adapter")
+    run_files.record(into, "model")
     change(into, "peft.method", "full")
     return into
 

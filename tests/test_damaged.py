@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from finetune import reproduction, run_files, runs
 from finetune.config import Config, Refused
 from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
+from finetune.foreign_runs import find_link_problems
 from finetune.live import read_progress
 from finetune.report import write_report
 from finetune.results import read_results, write_csv
@@ -351,3 +353,35 @@ def test_what_is_no_file_is_named_and_never_waited_for(
     run.set_damaged_aside()
     EventLog(run.events).close()
     assert run.events.is_file()
+
+
+@pytest.mark.parametrize("name", ["adapter", "evaluation", "checkpoints"])
+@pytest.mark.parametrize("what", ["pipe", "loop"])
+def test_what_is_in_a_folders_place_is_set_aside(
+    folder: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    """A pipe or a loop of links is kept beside, so that the folder can be made anew."""
+    run = RunFolder(tmp_path / "outputs" / "run-0")
+    shutil.rmtree(run.path / name, ignore_errors=True)
+    IN_PLACE[what](run.path / name)
+    read_everything(folder, run)
+    assert run.find_damage()[name] == "it is no folder"
+    run.set_damaged_aside()
+    assert os.path.lexists(run.path / f"{name}.damaged")
+    (run.path / name).mkdir()
+
+
+@pytest.mark.parametrize("what", ["pipe", "loop", "device"])
+def test_what_is_in_a_runs_place_is_refused(
+    folder: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning, report and list name it in a line; no command ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(tmp_path / "outputs" / "run-0")
+    shutil.rmtree(run.path)
+    IN_PLACE[what](run.path)
+    assert run.find_place_problem() == "outputs/run-0 is no folder; move it away"
+    assert "run-0: outputs/run-0 is no folder; move it away" in read_results(folder).remarks
+    assert list(find_link_problems(run.path)) == []
+    with pytest.raises(Refused):
+        run.read_config()
