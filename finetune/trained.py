@@ -98,8 +98,6 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     if folder.prompt_template.is_file():  # as it was; the file that the settings name may be gone
         template = replace(config.data, prompt_template=str(folder.prompt_template))
         config = replace(config, data=template)
-    if damage := folder.find_weights_damage(thorough=True):
-        raise Refused([f"{path}: {n} is damaged: {why}; {REMEDY}" for n, why in damage.items()])
     is_full = config.peft.method == "full"
     if not (folder.model / "config.json" if is_full else folder.adapter / CONFIG_NAME).is_file():
         status = folder.status()
@@ -109,6 +107,8 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
                 f"{f' ({status.state})' if status else ''}; the command that began it finishes it"
             ]
         )
+    if damage := folder.find_weights_damage(thorough=True):
+        raise Refused([f"{path}: {n} is damaged: {why}; {REMEDY}" for n, why in damage.items()])
     model = config.model
     if is_full:
         model = replace(model, path=str(folder.model), revision=None, quantization="none")
