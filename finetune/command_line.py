@@ -36,6 +36,8 @@ def read_command_line(
     problems = [*_find_flag_problems(args), *_find_settings_typed_twice(args.overrides)]
     if problems:
         raise Refused(problems)
+    if args.hydra_help:  # Hydra would apply what is typed to its own config, which has none of it
+        args.overrides = []
     args.overrides = without_null([rewrite(argument) for argument in args.overrides])
     return args, parser
 

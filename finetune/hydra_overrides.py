@@ -36,6 +36,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 LAUNCHER = "hydra.launcher."  # its parameters
 GRID = "hydra.sweeper.params"
+MODES = ("RUN", "MULTIRUN")
 SEARCHPATH = "hydra.searchpath"
 KNOWN = f"{', '.join([*KEYS, *GROUPS])}, {LAUNCHER}PARAMETER and {GRID}"
 
@@ -70,6 +71,8 @@ def find_hydra_problems(override: Override) -> Iterator[str]:
             f"{typed}: {key} can run code or change the process's environment; of Hydra's own "
             f"settings these can be typed: {KNOWN}"
         )
+    elif key == "hydra.mode" and str(override.value()) not in MODES:
+        yield f"{typed}: hydra.mode is RUN or MULTIRUN; write hydra.mode=MULTIRUN for a sweep"
     elif isinstance(override._value, Mapping):
         yield f"{typed}: {key} is a single value"
 

@@ -59,7 +59,11 @@ def find_override_problems(
     """
     own = [Path(config_dir)] if config_dir else []
     foreign = [
-        f"--config-dir {folder}: there is no such folder" for folder in own if not folder.is_dir()
+        f"--config-dir {folder}: is a file, not a folder; name the folder of experiment/ or lora/"
+        if folder.exists()
+        else f"--config-dir {folder}: there is no such folder"
+        for folder in own
+        if not folder.is_dir()
     ]
     own += searched_folders(arguments)
     for folder in filter(Path.is_dir, own):
@@ -84,7 +88,12 @@ def find_override_problems(
         problems += found
         if not found:
             sound.append(override)
-    return problems + _range_problems(sound, folders, config_dir) if problems else []
+    if not problems:
+        return []
+    wrong = {key_of(argument) for argument in arguments} - {o.key_or_group for o in sound}
+    ranges = _range_problems(sound, folders, config_dir)
+    # A setting whose value is wrong as typed has none there.
+    return problems + [one for one in ranges if one.split(" ")[0] not in wrong]
 
 
 def _chosen(arguments: Sequence[str]) -> set[str]:
@@ -133,6 +142,10 @@ def _option_problems(override: Override, group: str, folders: list[Path]) -> Ite
     for value in _values(override):
         if value == []:
             yield f"{group}=[] names no option; write {group}=OPTION, or leave it out"
+        if isinstance(value, dict):
+            typed = " ".join(f"{group}.{key}={one}" for key, one in value.items())
+            yield f"{override.input_line} names no option; set {typed}"
+            continue
         for option in value if isinstance(value, list) else [value]:
             shown = "null" if option is None else str(option)
             if shown not in options and f"{group}={shown}" != NO_EXPERIMENT:
@@ -200,7 +213,10 @@ def _unread(argument: str, error: Exception) -> str:
     if "=" not in argument and re.fullmatch(r"[\w.-]+", argument):
         groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
         return find_word_problem(argument, [*groups, *_kinds(Config)])
-    return f"{argument}: {first_line(error)}; put a value with commas, quotes or brackets in quotes"
+    what = "commas, quotes or brackets" if argument.isascii() else "letters outside ASCII"
+    key, _, value = argument.partition("=")
+    shown = f": '{key}=\"{value}\"'" if not set("'\"") & set(value) else ""
+    return f"{argument}: {first_line(error)}; put a value with {what} in quotes{shown}"
 
 
 def _undeleted(key: str, groups: list[str], folders: list[Path]) -> str:

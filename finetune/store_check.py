@@ -75,7 +75,7 @@ def store_checked(tracking: TrackingConfig) -> Iterator[None]:
 
 
 def _collect(tracking: TrackingConfig, problems: list[str]) -> None:
-    if not tracking.enabled:
+    if not tracking.enabled or tracking.uri == "":  # which the ranges refuse
         return
     address = find_address(tracking)
     try:

@@ -87,3 +87,8 @@ def test_a_key_taken_away_may_be_set_anew() -> None:
     """`~` and the value after it are one wish."""
     typed = ["~data.columns.input", "+data.columns.input=x"]
     assert read_command_line(typed)[0].overrides == typed
+
+
+def test_hydras_help_is_printed_beside_settings() -> None:
+    """Hydra would look for them in its own config."""
+    assert read_command_line(["model=tiny", "--hydra-help"])[0].overrides == []

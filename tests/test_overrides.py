@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hydra import initialize_config_dir
 
@@ -39,6 +41,8 @@ register()
         ("lora=glob(zz*)", "lora=glob(zz*): no option matches; known: attention"),
         ("lora=[default,dra]", "lora=dra: there is no such option; did you mean 'dora'?"),
         ("experiment=[]", "experiment=[] names no option; write experiment=OPTION, or leave it"),
+        ("lora={r:4,alpha:8}", "lora={r:4,alpha:8} names no option; set lora.r=4 lora.alpha=8"),
+        ("hydra.mode=multirun", "hydra.mode=multirun: hydra.mode is RUN or MULTIRUN; write hydra"),
         ("model=null", "model=null: there is no such option"),
         ("~tracking", "~tracking: the defaults of tracking would stay in force; set tracking=none"),
         ("~lora", "~lora: the defaults of lora would stay in force; set lora=OPTION"),
@@ -128,3 +132,27 @@ def test_a_wrong_grid_is_told_while_hydra_is_at_work() -> None:
         with_grid({"lora.r": "4,abc"}, [], None)
     (problem,) = caught.value.problems
     assert problem.startswith("lora.r=abc: Value 'abc'")
+
+
+@pytest.mark.parametrize("typed", ["lora=é", "sweep.name=é"])
+def test_letters_outside_ascii_are_to_be_quoted(typed: str) -> None:
+    """Hydra's grammar has them in quotes only."""
+    (problem,) = find_override_problems([typed], multirun=False)
+    key, _, value = typed.partition("=")
+    assert problem.endswith(
+        f"put a value with letters outside ASCII in quotes: '{key}=\"{value}\"'"
+    )
+
+
+def test_a_value_that_cannot_be_read_is_one_problem() -> None:
+    """Its setting is not named as missing beside it."""
+    (problem,) = find_override_problems(["data=local", "data.path=[x].jsonl"], multirun=False)
+    assert problem.startswith("data.path=[x].jsonl: ")
+
+
+def test_a_file_in_place_of_a_config_folder_is_named(tmp_path: Path) -> None:
+    """It is there, but no folder."""
+    file = tmp_path / "x.yaml"
+    file.touch()
+    (problem,) = find_override_problems([], multirun=False, config_dir=str(file))
+    assert problem.startswith(f"--config-dir {file}: is a file, not a folder")
