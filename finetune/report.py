@@ -18,7 +18,7 @@ from finetune.comparison import compare_seeds
 from finetune.escaping import for_terminal
 from finetune.files import write_atomic
 from finetune.pages import build_pages
-from finetune.results import Results, read_outcomes, read_results, write_csv
+from finetune.results import Results, find_damage, read_outcomes, read_results, write_csv
 from finetune.run_folder import RunFolder
 from finetune.score_tables import build_score_table, describe_methods
 from finetune.streams import keep_streams
@@ -150,10 +150,16 @@ def main() -> None:
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except IsADirectoryError as error:
+        name = error.filename2 or error.filename
+        print(f"{name} is a folder; move it away", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         fault = error.strerror or error
         print(f"{sys.argv[1]} cannot be written to ({fault}); see its rights", file=sys.stderr)
         sys.exit(2)
+    for line in (line for run in results.runs for line in find_damage(run)):
+        print(for_terminal(line), file=sys.stderr)
     print(for_terminal(verdict(results)))
     print(f"written: {results.folder / 'report.html'}, report.md, results.csv, figures/")
 

@@ -206,8 +206,12 @@ def read_results(folder: Path) -> Results:
         for run, place in zip(runs, record.runs, strict=True)
     ]
     results = Results(folder, record, runs, rows)
-    for run in runs:
-        results.remarks += find_damage(run)
+    for run, row in zip(runs, rows, strict=True):
+        told = find_damage(run)
+        results.remarks += told
+        lost = [line for line in told if ": evaluation/" in line or "is no folder" in line]
+        if lost:  # why the row has no scores
+            row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
     labels = [results.label(row) for row in rows]
     for task in record.tasks:
         scores = [read_scores(run, task) for run in runs]

@@ -39,7 +39,11 @@ def main() -> None:
             print(f"no run in {', '.join(missing)}: config.yaml is missing", file=sys.stderr)
             sys.exit(2)
         tell_damage(runs)
-        print_table(render_pair(runs[0], runs[1]))
+        table = render_pair(runs[0], runs[1])
+        if not table.row_count and any(find_damage(run) for run in runs):
+            print("nothing can be compared: the damaged files are left out", file=sys.stderr)
+            sys.exit(1)
+        print_table(table)
         return
     places = [RunFolder(path) for path in sorted(given.outputs.glob("*-????????????"))]
     tell_damage([run for run in places if run.find_place_problem()])

@@ -24,6 +24,7 @@ from finetune import devices, distributed, signals
 from finetune.config import Config, Refused
 from finetune.escaping import for_terminal
 from finetune.events import EventLog, State
+from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
@@ -79,6 +80,8 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
             sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
             if (problem := find_foreign_problem(p.run for p in sweep.points)) is not None:
                 raise Refused([problem])
+            if is_obstructed(sweep.folder):
+                raise Refused([f"{sweep.folder} is no folder; move it away"])
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
             for line in render_groups(sweep):

@@ -37,7 +37,10 @@ def main() -> None:
     untracked = [folder for folder in folders if folder not in tracked and folder.is_dir()]
     missing = [folder for folder in folders if not folder.is_dir()]
     for folder in untracked:
-        print(f"{folder}: was not tracked (it has no mlflow.json)")
+        print(
+            f"{folder}: has no mlflow.json: not tracked, or the file was deleted; "
+            "the sweep's own command sends its runs again"
+        )
     for folder in missing:
         print(f"{folder}: there is no such sweep", file=sys.stderr)
     refused = [folder for folder in tracked if _is_refused(folder)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from finetune import reproduction, run_files, runs
+from finetune import report, reproduction, run_files, runs
 from finetune.config import Config, Refused
 from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
@@ -385,3 +385,33 @@ def test_what_is_in_a_runs_place_is_refused(
     assert list(find_link_problems(run.path)) == []
     with pytest.raises(Refused):
         run.read_config()
+
+
+def test_the_report_command_names_what_is_damaged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On the terminal too; a folder in a report's place is named itself."""
+    damage(tmp_path / "outputs" / "run-0" / f"evaluation/{TASK}.json", "truncated")
+    monkeypatch.setattr("sys.argv", ["report", str(folder)])
+    report.main()
+    assert f"evaluation/{TASK}.json is damaged" in capsys.readouterr().err
+    assert f"evaluation/{TASK}.json is damaged" in (folder / "results.csv").read_text()
+    (folder / "results.csv").unlink()
+    (folder / "results.csv").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert f"{folder / 'results.csv'} is a folder; move it away" in capsys.readouterr().err
+
+
+def test_two_runs_of_which_damage_leaves_nothing_are_not_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is said, with exit code 1, rather than shown as an empty table."""
+    run = tmp_path / "outputs" / "run-0"
+    damage(run / f"evaluation/{TASK}.json", "truncated")
+    monkeypatch.setattr("sys.argv", ["runs", str(run), str(run)])
+    with pytest.raises(SystemExit, match="1"):
+        runs.main()
+    assert "nothing can be compared" in capsys.readouterr().err
