@@ -359,7 +359,7 @@ def test_a_full_disk_is_said_and_nothing_partial_counts(tmp_path: Path) -> None:
     """A limit on file sizes stands for a full disk: the run fails with path and bytes."""
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     cache = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -367,7 +367,7 @@ def test_a_full_disk_is_said_and_nothing_partial_counts(tmp_path: Path) -> None:
     # The tiny model is made without the limit.
     subprocess.run(plan, cwd=tmp_path, env=cache, check=True, capture_output=True)
     done = subprocess.run(
-        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=16"], cwd=tmp_path, env=cache,
+        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=32"], cwd=tmp_path, env=cache,
         capture_output=True, text=True, preexec_fn=limited, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -378,7 +378,7 @@ def test_a_full_disk_is_said_and_nothing_partial_counts(tmp_path: Path) -> None:
     assert not (run / "adapter").exists()
     shutil.rmtree(tmp_path / "multirun_reports")
     again = subprocess.run(
-        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=16"], cwd=tmp_path, env=cache,
+        [sys.executable, "-m", "finetune", *TRAINING, "lora.r=32"], cwd=tmp_path, env=cache,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr

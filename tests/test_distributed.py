@@ -129,8 +129,9 @@ def test_two_processes_leave_what_one_leaves(launched: tuple[Path, str, str]) ->
     assert len(runs) == 2
     for run in runs:
         assert sorted(path.name for path in run.iterdir()) == [
-            ".lock", "adapter", "config.yaml", "data.json", "environment.json", "evaluation",
-            "events.jsonl", "finetune.log", "overrides.yaml", "samples.json", "status.json",
+            ".lock", "adapter", "config.yaml", "data.json", "digests.json", "environment.json",
+            "evaluation", "events.jsonl", "finetune.log", "overrides.yaml", "samples.json",
+            "status.json",
             "training.json",
         ]  # fmt: skip
         steps = [event["step"] for event in events(run) if event.get("key") == "train/loss"]
