@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -64,6 +65,22 @@ def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """Take off the handlers that a test's command set up: they write to a stream that is closed."""
+
+    def loggers() -> list[logging.Logger]:
+        known = logging.root.manager.loggerDict.values()
+        return [logging.root, *(one for one in known if isinstance(one, logging.Logger))]
+
+    before = {one.name: list(one.handlers) for one in loggers()}
+    yield
+    for one in loggers():
+        for handler in one.handlers[:]:
+            if type(handler) is logging.StreamHandler and handler not in before.get(one.name, []):
+                one.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
