@@ -32,11 +32,13 @@ from finetune.run_folder import Job
 from tests.conftest import TINY, Command, last_of_each
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.
-TRAINING = (
-    *TINY, "evaluation=none", "data.num_examples=32", "training.epochs=2", "training.batch_size=2",
-    "training.gradient_accumulation_steps=2", "optimizer.scheduler=cosine",
-    "optimizer.warmup_ratio=0.2", "lora.dropout=0.1", "training.checkpoint_every=1",
-    "training.keep_checkpoints=2",
+TRAINING = last_of_each(
+    (
+        *TINY, "evaluation=none", "data.num_examples=32", "training.epochs=2",
+        "training.batch_size=2", "training.gradient_accumulation_steps=2",
+        "optimizer.scheduler=cosine", "optimizer.warmup_ratio=0.2", "lora.dropout=0.1",
+        "training.checkpoint_every=1", "training.keep_checkpoints=2",
+    )
 )  # fmt: skip
 
 
