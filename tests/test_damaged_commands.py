@@ -22,7 +22,8 @@ SETTINGS = (
 )  # fmt: skip
 CASES = (
     ("outputs/*/config.yaml", "missing"), ("outputs/*/overrides.yaml", "empty"),
-    ("outputs/*/evaluation/scores/*.json", "top bit"), ("multirun_reports/*/sweep.yaml", "not UTF-8"),
+    ("outputs/*/evaluation/scores/*.json", "top bit"),
+    ("multirun_reports/*/sweep.yaml", "not UTF-8"),
 )  # fmt: skip
 
 
