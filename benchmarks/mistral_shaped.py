@@ -1,24 +1,70 @@
-"""A model of the shape of Mistral-7B with random weights, to measure a CUDA card on."""
+"""A model of the shape of Mistral-7B with random weights in 4-bit, to measure a CUDA card on."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.config import ModelConfig
+from finetune.models import find_model, load_tokenizer
+from finetune.run_folder import cache_dir, replaced
 
 
-def write_mistral_shaped(folder: Path, device: torch.device, **changes: Any) -> None:
-    """Write it in bf16; `changes` are of its config (a vocabulary that fits a tokenizer)."""
+def mistral_shaped(tokenizer: Path | None = None) -> Path:
+    """Return its folder, made once on the first card; the tokenizer is the demo's or another's."""
+    folder = cache_dir() / "models" / "mistral-shaped-nf4"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        chosen = (
+            load_tokenizer(ModelConfig(), find_model(ModelConfig()))
+            if tokenizer is None
+            else AutoTokenizer.from_pretrained(tokenizer)
+        )
+        with replaced(folder) as temporary:
+            write_mistral_shaped(temporary, chosen, torch.device("cuda", 0))
+    return folder
+
+
+def write_mistral_shaped(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, **changes: Any
+) -> None:
+    """Write it in nf4 with its tokenizer, as pre-quantised checkpoints are.
+
+    Args:
+        folder: to write into.
+        tokenizer: whose vocabulary the model gets.
+        device: to draw the weights on, 15 GB of them in bf16.
+        changes: of its config.
+    """
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(MistralConfig(**changes))
+    config = MistralConfig(vocab_size=len(tokenizer), **changes)
+    with tempfile.TemporaryDirectory() as whole:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with device:
+                AutoModelForCausalLM.from_config(config).save_pretrained(whole)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            whole, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
+        )
         model.save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    del model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        tokenizer.save_pretrained(folder)

@@ -18,9 +18,12 @@ def build_stock(
     arguments: Arguments,
     rows: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    by_liger: bool = False,
 ) -> SFTTrainer:
-    """Build SFTTrainer as it comes: padded batches, logits and metrics everywhere."""
+    """Build SFTTrainer as it comes, with padded batches; Liger's kernels stay on the model."""
     arguments.padding_free, arguments.save_strategy = False, "no"
+    arguments.use_liger_kernel = by_liger
     return SFTTrainer(
         model=model,
         args=arguments,

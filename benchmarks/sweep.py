@@ -1,6 +1,6 @@
 """Measure a whole sweep against stock scripts: three ranks times three learning rates.
 
-    python benchmarks/sweep.py [--quick] [--data FOLDER] [--device cuda]
+    python benchmarks/sweep.py [--quick] [--data FOLDER] [--device cuda] [--tokenizer FOLDER]
 
 Stock is one process a point, as a script would do it: SFTTrainer, then lm-eval's HFLM on the base
 and on the tuned model. Ours is one command. Same rows, same questions, one thread each; prints
@@ -125,18 +125,11 @@ def run_stock(overrides: list[str]) -> StockPoint:
     return StockPoint(training_seconds, base_seconds + tuned_seconds, scores)
 
 
-def write_cuda_model(folder: Path) -> list[str]:
-    """Write the model that a CUDA card is measured on, with the default's tokenizer."""
-    import torch
+def choose_cuda_model(tokenizer: Path | None) -> list[str]:
+    """Name the model that a CUDA card is measured on."""
+    from benchmarks.mistral_shaped import mistral_shaped
 
-    from benchmarks.mistral_shaped import write_mistral_shaped
-    from finetune.config import ModelConfig
-    from finetune.models import find_model, load_tokenizer
-
-    tokenizer = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
-    write_mistral_shaped(folder, torch.device("cuda", 0), vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(folder)
-    return [f"model.path={folder}", "model.quantization=nf4", "training.device=cuda"]
+    return [f"model.path={mistral_shaped(tokenizer)}", "training.device=cuda"]
 
 
 def main() -> None:
@@ -147,17 +140,19 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of rows and questions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="of the model on CUDA, a folder (default: the demo's)"
+    )
     parser.add_argument("--script", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.script:
         print(json.dumps(asdict(run_stock(json.loads(given.script)))))
         return
     ranks, rates = ([8], [1e-4, 1e-3]) if given.quick else ([4, 8, 16], [1e-4, 3e-4, 1e-3])
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_cuda_model(Path(folder)) if given.device == "cuda" else []
-        common = [*settings(given.data.resolve(), given.quick), *model]
-        stock = measure_stock(common, list(product(ranks, rates)))
-        ours = measure_ours(common, ranks, rates)
+    model = choose_cuda_model(given.tokenizer) if given.device == "cuda" else []
+    common = [*settings(given.data.resolve(), given.quick), *model]
+    stock = measure_stock(common, list(product(ranks, rates)))
+    ours = measure_ours(common, ranks, rates)
     print_comparison(stock, ours)
 
 

@@ -1,6 +1,7 @@
 """Measure training against stock SFTTrainer, and several adapters against one after the other.
 
-    python benchmarks/training.py [--quick] [--only TEXT] [--data FILE] [--device cuda]
+    python benchmarks/training.py [--quick] [--only TEXT] [--data FILE]
+        [--device cuda] [--tokenizer FOLDER]
 
 FILE holds Alpaca rows; without it the demo's are measured. TEXT runs only comparisons whose name
 contains it; all take more than an hour. On a CPU all run in one process on one core, in turns.
@@ -24,20 +25,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.mistral_shaped import write_mistral_shaped
+from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.stock import build_stock
 from finetune import adapters, steps, training
 from finetune.adapter_training import AdapterSpec
@@ -49,7 +46,6 @@ from finetune.config import (
     TrainingConfig,
 )
 from finetune.data import (
-    IGNORED,
     Example,
     Examples,
     RowCounts,
@@ -80,6 +76,9 @@ class Case:
     together: int = 1  # adapters in one step
     times: int = 1  # how often, one after the other
     is_stock: bool = False
+    by_liger: bool = False  # stock with Liger's kernels
+    checkpointing: bool = False
+    row_tokens: int | None = None  # rows of exactly so many; None takes them as they are
 
 
 @dataclass(frozen=True)
@@ -93,31 +92,16 @@ class Measured:
     losses: list[float]  # of one adapter after the other
 
 
+@lru_cache(maxsize=1)
 def load(kind: str, device: torch.device) -> PreTrainedModel:
     if device.type == "cuda":
-        return _mistral_shaped(device)
+        shaped = ModelConfig(path=str(mistral_shaped()), dtype="bf16")
+        return load_base(shaped, find_model(shaped), device)
     settings = ModelConfig(
         dtype="bf16" if "bf16" in kind else "fp32",
         quantization="nf4" if "nf4" in kind else "none",
     )
     return load_base(settings, find_model(settings), device)
-
-
-def _mistral_shaped(device: torch.device) -> PreTrainedModel:
-    """Build a model of Mistral-7B's shape with random weights in 4-bit, layer by layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_mistral_shaped(Path(folder), device)
-        quantised = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
-        )
-    base.requires_grad_(False)
-    return base
 
 
 def arguments(case: Case, folder: Path, device: torch.device) -> training.Arguments:
@@ -131,6 +115,7 @@ def arguments(case: Case, folder: Path, device: torch.device) -> training.Argume
             max_steps=case.steps,
             max_length=case.max_length,
             checkpoint_every=10_000,
+            gradient_checkpointing=case.checkpointing,
         ),
         precision,
         validate=False,
@@ -147,7 +132,7 @@ def train_stock(
     """Train by SFTTrainer as it comes."""
     given = arguments(case, folder, base.device)
     adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
-    trainer = build_stock(adapted, given, rows, _tokenizer())
+    trainer = build_stock(adapted, given, rows, tokenizer(base.device), by_liger=case.by_liger)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     adapted.unload()
@@ -209,19 +194,26 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def read_examples(file: Path, max_length: int) -> list[Example]:
+def read_examples(file: Path, case: Case, device: torch.device) -> list[Example]:
     """Tokenise Alpaca rows in a fixed order; without the file, the demo's."""
     file = file / DATA.name if file.is_dir() else file
     path = str(file) if file.is_file() else "package://finetune/demo/rows.jsonl"
     settings = DataConfig(path=path)
     rows = read_sources(find_sources(settings))
-    return build_examples(rows, settings, TrainingConfig(max_length=max_length), _tokenizer()).train
+    given = TrainingConfig(max_length=case.max_length)
+    examples = build_examples(rows, settings, given, tokenizer(device)).train
+    if case.row_tokens is None:
+        return examples
+    joined = [token for example in examples for token in example["input_ids"]]
+    cut = [joined[i : i + case.row_tokens] for i in range(0, len(joined), case.row_tokens)]
+    return [Example(input_ids=ids, labels=ids) for ids in cut[:-1]]
 
 
 @lru_cache(maxsize=1)
-def _tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer(device: torch.device) -> PreTrainedTokenizerBase:
     """Load it once, so that its time is on neither side."""
-    return load_tokenizer(ModelConfig(), find_model(ModelConfig()))
+    model = ModelConfig() if device.type == "cpu" else ModelConfig(path=str(mistral_shaped()))
+    return load_tokenizer(model, find_model(model))
 
 
 def peak_of(case: Case, file: Path) -> float:
@@ -233,31 +225,24 @@ def peak_of(case: Case, file: Path) -> float:
 def _measure_alone(case: Case, file: Path) -> Measured:
     _quieten()
     base = load(case.kind, torch.device("cpu"))
-    return run_case(base, replace(case, steps=2), read_examples(file, case.max_length))
+    return run_case(base, replace(case, steps=2), read_examples(file, case, base.device))
 
 
 def compare(
     what: str, stock: Case, ours: Case, file: Path, device: torch.device, quick: bool
 ) -> dict[str, Any]:
     """Measure two cases in turns; print and return the comparison."""
-    base, rows = load(ours.kind, device), read_examples(file, ours.max_length)
-    size = base.config.vocab_size  # on CUDA another than the tokenizer's
-    rows = [
-        Example(
-            input_ids=[token % size for token in row["input_ids"]],
-            labels=[label if label == IGNORED else label % size for label in row["labels"]],
-        )
-        for row in rows
-    ]
+    base, rows = load(ours.kind, device), read_examples(file, ours, device)
+    bases = {"ours": base, "stock": load.__wrapped__(ours.kind, device) if stock.by_liger else base}
     both = {"stock": stock, "ours": ours}
     rounds = 1 if quick else 2
-    for case in both.values():  # one step each, to warm up
+    for name, case in both.items():  # one step each, to warm up
         small = replace(case, batch_size=1, accumulation=1) if quick else case
-        run_case(base, replace(small, steps=1, times=1), rows)
+        run_case(bases[name], replace(small, steps=1, times=1), rows)
     found: dict[str, list[Measured]] = {name: [] for name in both}
     for number in range(rounds):
         for name in list(both)[:: 1 if number % 2 == 0 else -1]:
-            found[name].append(run_case(base, both[name], rows))
+            found[name].append(run_case(bases[name], both[name], rows))
     speed = {n: sum(m.tokens for m in ms) / sum(m.seconds for m in ms) for n, ms in found.items()}
     pairs = zip(found["stock"][0].losses, found["ours"][0].losses, strict=True)
     worst = max(abs(a - b) for a, b in pairs)
@@ -285,16 +270,14 @@ def compare(
 def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case]]:
     """Return what is measured: stock against ours, then alone against together."""
     if device.type == "cuda":
-        batches = [Case("nf4-bf16", 8, 4, 2 if quick else 6, 2048)]
-        grid = [("nf4-bf16", size, count, 160) for size in (1, 4) for count in (4, 8)]
-    else:
-        kinds = ("fp32",) if quick else ("fp32", "bf16")
-        batches = [Case(kind, 4, 2, 1 if quick else 6, 512) for kind in kinds]
-        grid = [("fp32", 1, 4, 96)]
-        if not quick:
-            all_kinds = ("fp32", "bf16", "nf4", "nf4-bf16")
-            grid = list(product(all_kinds, (1, 2, 4), (2, 4, 8), (160,)))
-            grid += product(("fp32", "nf4-bf16"), (1,), (2, 4, 8), (48,))
+        return _cuda_comparisons(quick)
+    kinds = ("fp32",) if quick else ("fp32", "bf16")
+    batches = [Case(kind, 4, 2, 1 if quick else 6, 512) for kind in kinds]
+    grid = [("fp32", 1, 4, 96)]
+    if not quick:
+        all_kinds = ("fp32", "bf16", "nf4", "nf4-bf16")
+        grid = list(product(all_kinds, (1, 2, 4), (2, 4, 8), (160,)))
+        grid += product(("fp32", "nf4-bf16"), (1,), (2, 4, 8), (48,))
     found = [
         (
             f"{case.batch_size} x {case.accumulation} rows, {case.kind}",
@@ -306,6 +289,22 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
     for kind, size, count, length in grid:
         alone = Case(kind, size, 1, 2, length, times=count)
         name = f"{count} adapters, micro-batch {size}, {kind}, up to {length} tokens"
+        found.append((name, alone, replace(alone, together=count, times=1)))
+    return found
+
+
+def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
+    """Return what is measured on a card: the reference's batches, and groups by their rows."""
+    case = Case("nf4-bf16", 8, 4, 1 if quick else 4, 2048, checkpointing=True)
+    stock = replace(case, is_stock=True)
+    found = [("8 x 4 rows, nf4-bf16", stock, case)]
+    if find_spec("liger_kernel") is not None:
+        found.append(("8 x 4 rows, nf4-bf16, stock by Liger", replace(stock, by_liger=True), case))
+    free = replace(case, checkpointing=False)
+    found.append(("8 x 4 rows, nf4-bf16, activations kept", replace(free, is_stock=True), free))
+    for length, count in [(200, 4)] if quick else product((50, 100, 200, 400), (2, 4, 8)):
+        alone = Case("nf4-bf16", 1, 1, 4, 2048, times=count, row_tokens=length)
+        name = f"{count} adapters, micro-batch 1, nf4-bf16, {length} tokens"
         found.append((name, alone, replace(alone, together=count, times=1)))
     return found
 
@@ -326,10 +325,15 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only what has TEXT in its name")
     parser.add_argument("--data", type=Path, default=DATA, help="Alpaca rows, or their folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="of the model on CUDA, a folder (default: the demo's)"
+    )
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/training.py: there is no CUDA device; leave out --device")
     _quieten()
+    if given.device == "cuda":
+        mistral_shaped(given.tokenizer)
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
     chosen = [one for one in comparisons(given.quick, device) if given.only in one[0]]
     if not chosen:

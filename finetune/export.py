@@ -186,9 +186,10 @@ def push(folder: Path, repo: str, *, is_private: bool) -> str:
     Raises:
         NotExported: it did not work; the folder is left, to be uploaded again.
     """
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
+
+    from finetune.compatibility import HTTPError
 
     again = f"{folder} stays; later: hf upload {repo} {folder}"
     hub = HfApi()

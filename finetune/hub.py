@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import datasets
-from httpx2 import HTTPError, InvalidURL  # what huggingface_hub's requests raise
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from finetune.compatibility import HTTPError, InvalidURL
 
 FIRST_ANSWER_SECONDS = 3.0
 TIMEOUT_SECONDS = 10.0

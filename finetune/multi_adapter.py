@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
 from finetune.adapters import LoraWeights
+from finetune.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
 from finetune.data import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
@@ -108,9 +109,8 @@ class SharedBase:
             if checkpointing:
                 if self.device.type == "cpu":
                     return_freed_memory()
-                self._base.activation_checkpointing_enable({"use_reentrant": False})
-                stack.callback(self._base.disable_input_require_grads)
-                stack.callback(self._base.activation_checkpointing_disable)
+                enable_checkpointing(self._base)
+                stack.callback(disable_checkpointing, self._base)
             stack.callback(self._base.eval)
             self._base.train()
             yield
@@ -203,7 +203,7 @@ def train_together(
             yield number, None, error  # its own: the others are begun
     if not live:
         return
-    checkpointing = any(spec.arguments.activation_checkpointing for spec in specs)
+    checkpointing = any(getattr(spec.arguments, CHECKPOINTING) for spec in specs)
     with (
         shared.opened(list(live.values()), checkpointing=checkpointing),
         signals.watched(),

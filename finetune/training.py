@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -29,6 +30,7 @@ from finetune.adapters import (
     num_trainable,
 )
 from finetune.checkpoints import find_newest
+from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import Example, Examples
 from finetune.events import EventLog
@@ -126,7 +128,7 @@ def train(
     problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
     arguments.padding_free = problem is None
     _set_validations(arguments, examples)
-    if arguments.activation_checkpointing and arguments.device.type == "cpu":
+    if getattr(arguments, CHECKPOINTING) and arguments.device.type == "cpu":
         return_freed_memory()
     with _base_restored(model), signals.watched():
         trainer = _build_trainer(model, tokenizer, examples, arguments, watch)
@@ -220,6 +222,7 @@ def build_arguments(
 ) -> Arguments:
     """Translate our settings into TRL's."""
     validation = "epoch" if training.validate_every is None else "steps"
+    checkpointing: Any = {CHECKPOINTING: training.gradient_checkpointing}
     return Arguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=training.epochs,
@@ -227,7 +230,6 @@ def build_arguments(
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        activation_checkpointing=training.gradient_checkpointing,
         bf16=precision.autocast == torch.bfloat16,
         fp16=precision.autocast == torch.float16,
         use_cpu=precision.device.type == "cpu",
@@ -252,6 +254,7 @@ def build_arguments(
         max_length=None,  # the rows are cut and counted already
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=precision.device.type == "cuda",
+        **checkpointing,
     )
 
 
@@ -269,9 +272,8 @@ def _base_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
     finally:
         base.__dict__.pop("forward", None)  # TRL's fused head
-        if base.is_activation_checkpointing:
-            base.activation_checkpointing_disable()
-            base.disable_input_require_grads()
+        if is_checkpointing(base):
+            disable_checkpointing(base)
         for name, value in before.items():
             setattr(config, name, value)
         model.eval()

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "streams", "signals",
     "escaping", "tables", "pages", "resolvers", "metrics", "resampling", "devices",
+    "compatibility",
     "config", "grammar", "commands", "command_line", "config_files", "composition",
     "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.mistral_shaped import write_mistral_shaped
+from finetune.config import ModelConfig
+from finetune.models import find_model, load_base, load_tokenizer
+from finetune.quantization import find_quantization
+from finetune.shape import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,10 +44,14 @@ def test_a_benchmark_runs_on_cuda(script: str, first: str) -> None:
 
 
 def test_the_model_for_cuda_has_the_shape_it_is_given(tmp_path: Path) -> None:
-    """It is written in bf16 and loads; here with sizes that a CPU takes."""
+    """It is written in 4-bit and loads; here with sizes that a CPU takes."""
+    tiny = ModelConfig(path="random://tiny")
+    tokenizer = load_tokenizer(tiny, find_model(tiny))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
-    write_mistral_shaped(tmp_path, torch.device("cpu"), **sizes, **heads)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (model.dtype, model.config.hidden_size) == (torch.bfloat16, 64)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    write_mistral_shaped(tmp_path, tokenizer, torch.device("cpu"), **sizes, **heads)
+    shaped = ModelConfig(path=str(tmp_path))
+    model = load_base(shaped, find_model(shaped), torch.device("cpu"))
+    assert (model.config.vocab_size, model.config.hidden_size) == (len(tokenizer), 64)
+    assert find_quantization(shaped, load_config(shaped)) == "nf4"
     assert torch.get_default_dtype() == torch.float32

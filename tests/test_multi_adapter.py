@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance
 from finetune import adapters, training
 from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
+from finetune.compatibility import is_checkpointing
 from finetune.config import ModelConfig
 from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
@@ -316,7 +317,7 @@ def test_the_base_is_bitwise_what_it_was(tmp_path: Path, quantization: str) -> N
         assert torch.equal(base(input_ids=ids).logits, expected)
     assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
     assert [len(module._forward_hooks) for module in base.modules()] == hooks
-    assert not base.is_activation_checkpointing
+    assert not is_checkpointing(base)
 
 
 @pytest.mark.parametrize(

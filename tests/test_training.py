@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, optimizers, training
+from finetune.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, RowCounts
 from finetune.events import EventLog, read_events
@@ -57,6 +58,7 @@ def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
     """Twenty steps with accumulation, clipping and weight decay: within 1e-4 of stock TRL."""
     strong = {"weight_decay": 1.0, "max_grad_norm": 0.05}  # of which none could be missing
+    kept: Any = {CHECKPOINTING: False}
     ours, result, losses = train(tmp_path / "ours", training={"epochs": 4}, optimizer=strong)
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
     theirs = adapters.attach(model, adapters.lora_settings(LoraConfig(r=4)), 42)
@@ -67,7 +69,7 @@ def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
             per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
             weight_decay=1.0, max_grad_norm=0.05, lr_scheduler_type="cosine", warmup_steps=0.03,
             seed=42, data_seed=42, logging_steps=1, save_strategy="no", report_to="none",
-            activation_checkpointing=False, disable_tqdm=True, max_length=None,
+            disable_tqdm=True, max_length=None, **kept,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_list([dict(e) for e in random_examples(40)]),
@@ -100,7 +102,7 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
     with adapted.disable_adapter():
         assert torch.equal(adapted(input_ids=ids).logits, expected)
     assert not torch.equal(adapted(input_ids=ids).logits, expected)
-    assert not adapted.get_base_model().is_activation_checkpointing
+    assert not is_checkpointing(adapted.get_base_model())
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
