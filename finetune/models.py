@@ -126,6 +126,7 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
         device_map={"": device},
     )
     base.requires_grad_(False)
+    quantization.cast_the_rest(base, dtype)
     quantization.keep_4bit_layout(base)
     # Its backward pass otherwise adds up in any order, and no two trainings are the same.
     if base.config._attn_implementation in FLASH:

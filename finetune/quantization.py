@@ -155,6 +155,19 @@ def is_castable(model: torch.nn.Module) -> bool:
     return not in_8bit and getattr(model, "quantization_method", None) != "gptq"
 
 
+def cast_the_rest(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Compute in one dtype, norms and embeddings too, where a checkpoint is in bitsandbytes' 4-bit.
+
+    transformers 5.23 leaves what is not quantised in the checkpoint's dtype, whatever is asked for:
+    bf16 on a card that has none, and fp32 that is none.
+    """
+    if not getattr(base, "is_loaded_in_4bit", False):
+        return
+    for parameter in base.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
+
+
 def let_go_of_the_file(base: PreTrainedModel) -> None:
     """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
     for parameter in base.parameters():
