@@ -295,7 +295,7 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
 
 def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
     """Return what is measured on a card: the reference's batches, and groups by their rows."""
-    case = Case("nf4-bf16", 8, 4, 1 if quick else 4, 2048, checkpointing=True)
+    case = Case("nf4-bf16", 8, 4, 1 if quick else 6, 2048, checkpointing=True)
     stock = replace(case, is_stock=True)
     found = [("8 x 4 rows, nf4-bf16", stock, case)]
     if find_spec("liger_kernel") is not None:

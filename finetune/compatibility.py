@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from functools import partial
+from inspect import signature
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel, TrainingArguments
 
 _RENAMED = any(one.name == "activation_checkpointing" for one in fields(TrainingArguments))
@@ -22,6 +26,37 @@ HTTPError: type[Exception] = next(
     one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError"
 )
 InvalidURL: type[Exception] = sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL
+
+# Heads that share keys: torch 2.11 and 2.12 see them, later ones want to be told.
+_varlen = (
+    partial(varlen_attn, enable_gqa=True)
+    if "enable_gqa" in signature(varlen_attn).parameters
+    else varlen_attn
+)
+
+
+def attend_by_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attend causally in each of the sequences that lie end to end, by one kernel.
+
+    Args:
+        query: [token, head, feature]; key and value may have fewer heads.
+        key: as the query.
+        value: as the query.
+        bounds: where each sequence begins, and where the last ends, int32.
+        longest: tokens of the longest sequence.
+        scale: of the scores; None takes the usual one.
+    """
+    attended: torch.Tensor = _varlen(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0)
+    )
+    return attended
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

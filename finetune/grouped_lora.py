@@ -21,11 +21,6 @@ class Part:
     dropout: float
     seed: int  # of the dropped inputs: of this run, micro-batch and layer
 
-    def dtype(self, matrix: torch.Tensor) -> torch.dtype:
-        """Return the dtype of the products: autocast's, or else the matrices' own."""
-        kind = matrix.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
-
     def dropped(self, values: torch.Tensor) -> torch.Tensor:
         """Return values [token, in] after dropout; the same places each time it is asked."""
         if self.dropout == 0:
@@ -44,6 +39,7 @@ class GroupedLora(torch.autograd.Function):
         output: torch.Tensor,
         inputs: torch.Tensor,
         parts: Sequence[Part],
+        cast: Sequence[torch.Tensor],
         *matrices: torch.Tensor,
     ) -> torch.Tensor:
         """Return the output [1, token, out].
@@ -53,43 +49,42 @@ class GroupedLora(torch.autograd.Function):
             output: of the frozen layer, [1, token, out].
             inputs: of the layer, [1, token, in].
             parts: whose tokens they are.
-            matrices: A [r, in] and B [out, r] of each part, in order.
+            cast: the matrices in the dtype of the products.
+            matrices: A [r, in] and B [out, r] of each part, in order; they get the gradients.
         """
         rows, given = _rows(output), _rows(inputs)
         low_rank = []
-        for part, a, b in zip(parts, matrices[::2], matrices[1::2], strict=True):
-            dtype = part.dtype(a)
-            product = part.dropped(given[part.tokens].to(dtype)) @ a.to(dtype).t()
+        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+            product = part.dropped(given[part.tokens].to(a.dtype)) @ a.t()
             low_rank.append(product)
-            if dtype == rows.dtype:
-                rows[part.tokens].addmm_(product, b.to(dtype).t(), alpha=part.scaling)
+            if b.dtype == rows.dtype:
+                rows[part.tokens].addmm_(product, b.t(), alpha=part.scaling)
             else:
-                rows[part.tokens] += ((product @ b.to(dtype).t()) * part.scaling).to(rows.dtype)
+                rows[part.tokens] += ((product @ b.t()) * part.scaling).to(rows.dtype)
         ctx.mark_dirty(output)
-        ctx.parts = parts
-        ctx.save_for_backward(inputs, *low_rank, *matrices)
+        ctx.parts, ctx.dtypes = parts, [matrix.dtype for matrix in matrices]
+        ctx.save_for_backward(inputs, *low_rank, *cast)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, *saved = ctx.saved_tensors
-        low_rank, matrices = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
+        low_rank, cast = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
         slope, given = grads[0].reshape(-1, grads[0].shape[-1]), _rows(inputs)
-        to_inputs = torch.zeros_like(given) if ctx.needs_input_grad[1] else None
+        is_covered = sum(p.tokens.stop - p.tokens.start for p in ctx.parts) == len(given)
+        begin = torch.empty_like if is_covered else torch.zeros_like
+        to_inputs = begin(given) if ctx.needs_input_grad[1] else None
         to_matrices: list[torch.Tensor] = []
-        for part, product, a, b in zip(
-            ctx.parts, low_rank, matrices[::2], matrices[1::2], strict=True
-        ):
-            dtype = product.dtype
-            here = slope[part.tokens].to(dtype)
-            inner = (here @ b.to(dtype)) * part.scaling
-            dropped = part.dropped(given[part.tokens].to(dtype))
-            to_matrices.append((inner.t() @ dropped).to(a.dtype))
-            to_matrices.append(((here.t() @ product) * part.scaling).to(b.dtype))
+        for part, product, a, b in zip(ctx.parts, low_rank, cast[::2], cast[1::2], strict=True):
+            here = slope[part.tokens].to(product.dtype)
+            inner = (here @ b) * part.scaling
+            dropped = part.dropped(given[part.tokens].to(product.dtype))
+            to_matrices += [inner.t() @ dropped, (here.t() @ product) * part.scaling]
             if to_inputs is not None:
-                to_inputs[part.tokens] = part.dropped(inner @ a.to(dtype)).to(to_inputs.dtype)
+                to_inputs[part.tokens] = part.dropped(inner @ a).to(to_inputs.dtype)
         flat = None if to_inputs is None else to_inputs.view_as(inputs)
-        return grads[0], flat, None, *to_matrices
+        gradients = (m.to(dtype) for m, dtype in zip(to_matrices, ctx.dtypes, strict=True))
+        return grads[0], flat, None, None, *gradients
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:

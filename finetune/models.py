@@ -106,8 +106,22 @@ def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedM
     return built
 
 
+def settle_kernels() -> None:
+    """Let a card compute the same bits each time, and not prepare for every length of a row.
+
+    cuDNN's attention builds a plan of some 0.1 s for each new shape, where rows have hundreds;
+    without it PyTorch takes its own flash attention. What has no deterministic kernel warns.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTrainedModel:
     """Load the base onto one device, quantised as it is or as set, with all weights frozen."""
+    if device.type == "cuda":
+        settle_kernels()
     dtype, config = compute_dtype(model, device), load_config(model, source)
     settings = quantization.build_settings(model, config, dtype)
     if quantization.is_quantised_already(config):

@@ -89,6 +89,8 @@ class SharedBase:
         self._attention = SequenceAttention(base)
         self._loss = LabelLoss(base)
         self._present: list[tuple[AdapterTraining, slice, int]] = []  # whose tokens, dropout's seed
+        # Each training's matrices as they are multiplied, A and B by the layer's name.
+        self._cast: dict[AdapterTraining, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -117,16 +119,17 @@ class SharedBase:
 
     def _hook(self, name: str, number: int) -> Callable[..., torch.Tensor]:
         def add(_layer: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> Any:
-            parts, matrices = [], []
+            parts, matrices, cast = [], [], []
             for one, tokens, seed in self._present:
                 layer = one.weights.layers.get(name)
                 if layer is not None:
                     dropout = one.spec.lora.dropout if torch.is_grad_enabled() else 0.0
                     parts.append(Part(tokens, layer.scaling, dropout, seed * 4099 + number))
                     matrices += [layer.a, layer.b]
+                    cast += self._cast[one][name]
             if not parts:
                 return output
-            return GroupedLora.apply(output, args[0], parts, *matrices)  # type: ignore[no-untyped-call]
+            return GroupedLora.apply(output, args[0], parts, cast, *matrices)  # type: ignore[no-untyped-call]
 
         return add
 
@@ -155,6 +158,8 @@ class SharedBase:
         self._attention.lay_out(bounds)
         ids = torch.tensor([tokens], device=device)
         low, kind = self._precision.autocast, device.type
+        for one, *_ in batches:
+            self._cast_matrices(one, low)
         with torch.autocast(kind, low, enabled=low != torch.float32):
             each = self._loss(
                 lambda: self._base(
@@ -166,6 +171,21 @@ class SharedBase:
                 counts,
             )
         return torch.stack([part.sum() for part in torch.split(each, counts)])
+
+    def _cast_matrices(self, one: AdapterTraining, dtype: torch.dtype) -> None:
+        """Bring a training's matrices into the dtype of the products, all of them at once."""
+        layers = one.weights.layers
+        own = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
+        if dtype == torch.float32:
+            self._cast[one] = own
+            return
+        if one not in self._cast:
+            self._cast[one] = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in own.items()}
+        cast, matrices = (
+            [matrix for pair in pairs.values() for matrix in pair]
+            for pairs in (self._cast[one], own)
+        )
+        torch._foreach_copy_(cast, matrices)
 
     def validate(self, one: AdapterTraining) -> float:
         """Return the mean loss of a training's held-out labels."""

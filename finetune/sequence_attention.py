@@ -21,9 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.adapters import base_of
 from finetune.block_attention import find_obstacle
-from finetune.fused_kernels import FLASH
+from finetune.compatibility import attend_by_varlen
+from finetune.fused_kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
 
 NAME = "finetune_sequences"
+WIDEST_HEAD = 256  # features, of flash attention
 CHECKED_TOKENS = 64  # of each sequence that the layout is tried on
 # Of the logits, relative; another sequence's tokens in the attention make it some tenths.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -35,6 +37,7 @@ class SequenceAttention:
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
         self._bounds: list[int] = []
+        self._on_device: torch.Tensor | None = None  # the bounds, where one kernel takes them all
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -54,6 +57,11 @@ class SequenceAttention:
     def lay_out(self, bounds: Sequence[int]) -> None:
         """Say where the next row's sequences begin, and at last where it ends."""
         self._bounds = list(bounds)
+        self._on_device = (
+            torch.tensor(self._bounds, dtype=torch.int32, device=self._base.device)
+            if has_varlen(self._base.device)
+            else None
+        )
 
     def _attend(
         self,
@@ -71,6 +79,10 @@ class SequenceAttention:
         unknown = [n for n in ("s_aux", "position_bias", "softcap") if more.get(n) is not None]
         if unknown:
             raise ValueError(f"its attention takes {unknown[0]}")
+        if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
+            longest = max(end - start for start, end in pairwise(self._bounds))
+            rows = (each[0].transpose(0, 1) for each in (query, key, value))
+            return attend_by_varlen(*rows, self._on_device, longest, scaling)[None], None
         parts = [
             F.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -84,6 +96,18 @@ class SequenceAttention:
             for start, end in pairwise(self._bounds)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Return whether the device has PyTorch's flash attention, Ampere and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLASH
+
+
+def fits_varlen(query: torch.Tensor) -> bool:
+    """Return whether flash attention takes the query's dtype and the width of a head."""
+    return (
+        query.dtype in FLASH_DTYPES and query.shape[-1] <= WIDEST_HEAD and not query.shape[-1] % 8
+    )
 
 
 def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
