@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.data import Example
+from finetune.models import settle_kernels
 from finetune.training import Arguments
+
+
+@contextmanager
+def as_it_comes() -> Iterator[None]:
+    """Let PyTorch choose its kernels on a card, as it does where nobody settled them."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            settle_kernels()
 
 
 def build_stock(

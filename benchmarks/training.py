@@ -35,7 +35,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.mistral_shaped import mistral_shaped
-from benchmarks.stock import build_stock
+from benchmarks.stock import as_it_comes, build_stock
 from finetune import adapters, steps, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
@@ -133,7 +133,8 @@ def train_stock(
     given = arguments(case, folder, base.device)
     adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
     trainer = build_stock(adapted, given, rows, tokenizer(base.device), by_liger=case.by_liger)
-    trainer.train()
+    with as_it_comes():
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     adapted.unload()
     base.__dict__.pop("forward", None)
@@ -235,7 +236,7 @@ def compare(
     base, rows = load(ours.kind, device), read_examples(file, ours, device)
     bases = {"ours": base, "stock": load.__wrapped__(ours.kind, device) if stock.by_liger else base}
     both = {"stock": stock, "ours": ours}
-    rounds = 1 if quick else 2
+    rounds = 1 if quick or device.type == "cuda" else 2
     for name, case in both.items():  # one step each, to warm up
         small = replace(case, batch_size=1, accumulation=1) if quick else case
         run_case(bases[name], replace(small, steps=1, times=1), rows)
@@ -300,10 +301,12 @@ def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
     found = [("8 x 4 rows, nf4-bf16", stock, case)]
     if find_spec("liger_kernel") is not None:
         found.append(("8 x 4 rows, nf4-bf16, stock by Liger", replace(stock, by_liger=True), case))
-    free = replace(case, checkpointing=False)
+    free, whole = replace(case, checkpointing=False), replace(case, batch_size=32, accumulation=1)
     found.append(("8 x 4 rows, nf4-bf16, activations kept", replace(free, is_stock=True), free))
-    for length, count in [(200, 4)] if quick else product((50, 100, 200, 400), (2, 4, 8)):
-        alone = Case("nf4-bf16", 1, 1, 4, 2048, times=count, row_tokens=length)
+    found.append(("32 x 1 rows, nf4-bf16", replace(whole, is_stock=True), whole))
+    groups = [(4, 50), (4, 100), (4, 200), (4, 400), (2, 200), (8, 200)]
+    for count, length in [(4, 200)] if quick else groups:
+        alone = Case("nf4-bf16", 1, 1, 12, 2048, times=count, row_tokens=length)
         name = f"{count} adapters, micro-batch 1, nf4-bf16, {length} tokens"
         found.append((name, alone, replace(alone, together=count, times=1)))
     return found

@@ -119,7 +119,9 @@ class SharedBase:
 
     def _hook(self, name: str, number: int) -> Callable[..., torch.Tensor]:
         def add(_layer: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> Any:
-            parts, matrices, cast = [], [], []
+            parts: list[Part] = []
+            matrices: list[torch.Tensor] = []
+            cast: list[torch.Tensor] = []
             for one, tokens, seed in self._present:
                 layer = one.weights.layers.get(name)
                 if layer is not None:

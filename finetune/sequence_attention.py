@@ -81,8 +81,8 @@ class SequenceAttention:
             raise ValueError(f"its attention takes {unknown[0]}")
         if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
             longest = max(end - start for start, end in pairwise(self._bounds))
-            rows = (each[0].transpose(0, 1) for each in (query, key, value))
-            return attend_by_varlen(*rows, self._on_device, longest, scaling)[None], None
+            q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+            return attend_by_varlen(q, k, v, self._on_device, longest, scaling)[None], None
         parts = [
             F.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -105,9 +105,8 @@ def has_varlen(device: torch.device) -> bool:
 
 def fits_varlen(query: torch.Tensor) -> bool:
     """Return whether flash attention takes the query's dtype and the width of a head."""
-    return (
-        query.dtype in FLASH_DTYPES and query.shape[-1] <= WIDEST_HEAD and not query.shape[-1] % 8
-    )
+    width = query.shape[-1]
+    return query.dtype in FLASH_DTYPES and width <= WIDEST_HEAD and width % 8 == 0
 
 
 def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
