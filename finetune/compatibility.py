@@ -53,9 +53,10 @@ def attend_by_varlen(
         longest: tokens of the longest sequence.
         scale: of the scores; None takes the usual one.
     """
-    attended: torch.Tensor = _varlen(
+    attended = _varlen(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0)
     )
+    assert isinstance(attended, torch.Tensor)
     return attended
 
 
