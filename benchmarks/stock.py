@@ -20,7 +20,6 @@ from finetune.training import Arguments
 def as_it_comes() -> Iterator[None]:
     """Let PyTorch choose its kernels on a card, as it does where nobody settled them."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:

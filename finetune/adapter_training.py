@@ -74,6 +74,8 @@ class AdapterTraining:
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
+        # Tokens of the longest micro-batch, which fits; on a CPU each is passed alone.
+        self._longest = self._longest_batch() if base.device.type == "cuda" else None
         self._resume()
         rows = spec.examples.train
         tokens = sum(len(row["input_ids"]) for row in rows)
@@ -86,6 +88,16 @@ class AdapterTraining:
         groups = [{"params": self.parameters, "weight_decay": self.arguments.weight_decay}]
         built: torch.optim.Optimizer = kind(groups, **settings)
         return built
+
+    def _longest_batch(self) -> int:
+        """Return the tokens of the longest micro-batch of all steps."""
+        rows = self.spec.examples.train
+        lengths = [len(row["input_ids"]) for row in rows]
+        return max(
+            sum(lengths[row] for row in batch)
+            for step in range(self.num_steps)
+            for batch in rows_of_step(step, len(rows), self.arguments)
+        )
 
     @property
     def is_done(self) -> bool:
@@ -108,12 +120,24 @@ class AdapterTraining:
         if not self._waiting:
             rows = self.spec.examples.train
             batches = rows_of_step(self.step, len(rows), self.arguments)
-            self._waiting = [[rows[row] for row in batch] for batch in batches]
+            self._waiting = self._joined([[rows[row] for row in batch] for batch in batches])
             self._labels = sum(num_labels(e) for batch in self._waiting for e in batch)
         batch = self._waiting.pop(0)
-        self.num_tokens += sum(len(example["input_ids"]) for example in batch)
+        self.num_tokens += _tokens(batch)
         place = self.step * self.arguments.gradient_accumulation_steps + len(self._waiting)
         return batch, 1 / max(self._labels, 1), self.arguments.seed * 1_000_003 + place
+
+    def _joined(self, batches: list[list[Example]]) -> list[list[Example]]:
+        """Take micro-batches together up to the longest one's tokens, where launches cost most."""
+        if self._longest is None:
+            return batches
+        joined: list[list[Example]] = []
+        for batch in batches:
+            if joined and _tokens(joined[-1]) + _tokens(batch) <= self._longest:
+                joined[-1] = joined[-1] + batch
+            else:
+                joined.append(batch)
+        return joined
 
     def learn(self, loss: float) -> None:
         """Count a micro-batch whose gradients are there; after the step's last one, step.
@@ -222,6 +246,10 @@ def rows_of_step(step: int, num_rows: int, arguments: SFTConfig) -> list[list[in
     mine = order[place * size : (place + 1) * size]
     batch = arguments.per_device_train_batch_size
     return [mine[start : start + batch] for start in range(0, len(mine), batch)]
+
+
+def _tokens(batch: list[Example]) -> int:
+    return sum(len(example["input_ids"]) for example in batch)
 
 
 def num_labels(example: Example) -> int:

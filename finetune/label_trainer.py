@@ -75,7 +75,8 @@ class LabelTrainer(SFTTrainer):
         if self._ranks is not None:
             self.add_callback(RankSchedule(self._ranks))
         self._attention = SequenceAttention(base_of(trainee))
-        self._losses = LabelLoss(base_of(trainee))
+        with self.accelerator.autocast():  # as in training, where adapters may stay in fp32
+            self._losses = LabelLoss(base_of(trainee))
         self._labels_a_row = 0.0  # held out, on average
         if self.eval_dataset is not None:
             held_out = cast(Dataset, self.eval_dataset)["labels"]

@@ -107,15 +107,13 @@ def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedM
 
 
 def settle_kernels() -> None:
-    """Let a card compute the same bits each time, and not prepare for every length of a row.
+    """Let a card's products have the same bits each time, and prepare nothing for each shape.
 
-    cuDNN's attention builds a plan of some 0.1 s for each new shape, where rows have hundreds;
-    without it PyTorch takes its own flash attention. What has no deterministic kernel warns.
+    cuDNN's attention builds a plan of some 0.1 s for every new shape, and rows have hundreds of
+    lengths; without it PyTorch takes its own flash attention.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTrainedModel:

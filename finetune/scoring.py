@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest.mock import patch
 
 import psutil
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -225,6 +226,27 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         flipped = sum(picked(own, question) != picked(lower, question) for question in sample)
         return replace(scoring, sampled=len(sample), flipped=flipped)
 
+    def _as_trained(self) -> AbstractContextManager[Any]:
+        """Autocast where an adapter in fp32 would leave its dtype to a base in a lower one.
+
+        LoRA brings its inputs and its update into the dtypes that they need; (IA)^3, say, does not.
+        """
+        adapters = self.model.peft_config.values() if isinstance(self.model, PeftModel) else []
+        is_low = self.model.dtype in (torch.bfloat16, torch.float16)
+        if not is_low or all(adapter.peft_type == PeftType.LORA for adapter in adapters):
+            return nullcontext()
+        return torch.autocast(self.device.type, self.model.dtype)
+
+    def _model_call(self, *args: Any, **given: Any) -> torch.Tensor:
+        with self._as_trained():
+            logits: torch.Tensor = super()._model_call(*args, **given)
+        return logits
+
+    def _model_generate(self, *args: Any, **given: Any) -> torch.Tensor:
+        with self._as_trained():
+            tokens: torch.Tensor = super()._model_generate(*args, **given)
+        return tokens
+
     def _plain(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
         requests: list[Request] = [(None, list(context), list(rest)) for context, rest in keys]
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=not progress)
@@ -302,7 +324,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         ids = torch.tensor([tree.tokens], device=self.device)
         positions = torch.tensor([tree.positions], device=self.device)
         rows = torch.tensor(list(row_of), device=self.device)
-        with torch.inference_mode(), head_on_rows(self.model.get_output_embeddings(), rows):
+        head = self.model.get_output_embeddings()
+        with torch.inference_mode(), head_on_rows(head, rows), self._as_trained():
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
             return len(tree.tokens), self._read(logits, wanted)
 

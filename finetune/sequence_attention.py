@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +52,7 @@ class SequenceAttention:
         try:
             yield
         finally:
+            torch.use_deterministic_algorithms(False)  # where a backward pass broke off
             self._base.set_attn_implementation(before)
             del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
 
@@ -79,23 +81,65 @@ class SequenceAttention:
         unknown = [n for n in ("s_aux", "position_bias", "softcap") if more.get(n) is not None]
         if unknown:
             raise ValueError(f"its attention takes {unknown[0]}")
+        attend = partial(self._each, scaling=scaling, dropout=dropout)
         if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
-            longest = max(end - start for start, end in pairwise(self._bounds))
-            q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-            return attend_by_varlen(q, k, v, self._on_device, longest, scaling)[None], None
+            attend = partial(self._at_once, scaling=scaling)
+        return attend(query, key, value), None
+
+    def _at_once(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Attend by one kernel for all sequences."""
+        assert self._on_device is not None
+        longest = max(end - start for start, end in pairwise(self._bounds))
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        attended = attend_by_varlen(q, k, v, self._on_device, longest, scaling)
+        return _make_deterministic(attended)[None]
+
+    def _each(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attend in one sequence after the other."""
         parts = [
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+            _make_deterministic(
+                F.scaled_dot_product_attention(
+                    query[:, :, start:end],
+                    key[:, :, start:end],
+                    value[:, :, start:end],
+                    dropout_p=dropout,
+                    is_causal=True,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
             )
             for start, end in pairwise(self._bounds)
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _make_deterministic(attended: torch.Tensor) -> torch.Tensor:
+    """Let the backward pass of an attention add up in one order: the same bits each time.
+
+    PyTorch's flash and memory-efficient attention have such kernels, and take them where
+    deterministic algorithms are asked for; asked for everywhere, they would refuse some models.
+    """
+    node = attended.grad_fn
+    is_wanted = attended.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    if node is not None and is_wanted:
+        node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
+        node.register_hook(lambda *_: torch.use_deterministic_algorithms(False))
+    return attended
 
 
 def has_varlen(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -76,6 +76,12 @@ class Arguments(SFTConfig):
 
     early_stopping: int | None = None
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the arithmetic of a forward pass, as accelerate chooses it."""
+        if not (self.bf16 or self.fp16):
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.bf16 else torch.float16)
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -125,7 +131,8 @@ def train(
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_rows, num_tokens = len(examples.train), sum(len(e["input_ids"]) for e in examples.train)
     watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
-    problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
+    with arguments.autocast():
+        problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
     arguments.padding_free = problem is None
     _set_validations(arguments, examples)
     if getattr(arguments, CHECKPOINTING) and arguments.device.type == "cpu":

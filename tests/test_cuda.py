@@ -90,7 +90,7 @@ def test_a_training_killed_on_a_card_ends_with_the_same_adapter(
     killed.wait()
     finished(command(tmp_path / "killed", *settings))
     status = json.loads((run_in(tmp_path / "killed") / "status.json").read_text())
-    assert status["status"] == "finished"
+    assert status["state"] == "finished"
     one, other = (
         load_file(run_in(tmp_path / name) / "adapter" / "adapter_model.safetensors")
         for name in ("whole", "killed")

@@ -285,7 +285,23 @@ def test_a_method_runs_on_a_base(
     pipeline._release_memory()
 
 
+@pytest.mark.parametrize(
+    ("method", "quantization"), [("ia3", "none"), ("ia3", "nf4"), ("adalora", "int8")]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_adapter_that_stays_in_fp32_runs_on_a_base_in_bf16(
+    tmp_path: Path, method: str, quantization: str
+) -> None:
+    """It is trained and scored in the base's arithmetic, where its own dtype would not fit."""
+    model = ModelConfig(path="random://tiny", quantization=quantization, dtype="bf16")
+    run = run_all(tmp_path, Config(model=model, peft=PeftConfig(method, 5)))
+    scores = run.read_json("evaluation/demo_science.json")
+    assert scores["tuned"]["scoring"]["path"] == "shared"
+    pipeline._release_memory()
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("method", "quantization", "where"), MATRIX)
 def test_a_method_runs_on_a_base_on_cuda(
     tmp_path: Path, method: str, quantization: str, where: str
