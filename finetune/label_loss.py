@@ -105,7 +105,8 @@ class LabelLoss:
             return F.cross_entropy(logits.float(), targets, reduction="none") * weights
         with _hidden_before(self._head) as caught:
             forward()
-        hidden = caught[0].flatten(0, 1)[rows]
+        # An adapter in fp32 may have lifted it out of the base's dtype.
+        hidden = caught[0].flatten(0, 1)[rows].to(self._head.weight.dtype)
         losses: torch.Tensor = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
             hidden, self._head, targets, weights, parts
         )

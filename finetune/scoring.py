@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 from unittest.mock import patch
 
 import psutil
@@ -24,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapters import base_of, foldable_layers, folded
+from finetune.adapters import autocast_dtype, base_of, foldable_layers, folded
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
 from finetune.models import cast_parameters, head_on_rows, is_out_of_memory
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
@@ -92,6 +91,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self.scoring = Scoring()
         self._own_dtype: torch.dtype = model.dtype
         self._dtype = dtype or model.dtype
+        self.mixed_precision_dtype = autocast_dtype(model, model.dtype)  # HFLM's name
         self._batch_tokens = batch_tokens or self._free_tokens()
         self._base_passed = base_passed
         self._attention = BlockAttention(model)
@@ -199,8 +199,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if dtype == self._own_dtype:
             yield
             return
+        before = self.mixed_precision_dtype
         with cast_parameters(self.model, dtype), attention_in(self.model, dtype):
-            yield
+            self.mixed_precision_dtype = autocast_dtype(self.model, dtype)
+            try:
+                yield
+            finally:
+                self.mixed_precision_dtype = before
 
     def _difference(self, questions: list[list[Key]]) -> tuple[float, dict[Key, Answer]]:
         """Return the largest difference between the two paths, in nats, and the shared answers."""
@@ -225,27 +230,6 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
         flipped = sum(picked(own, question) != picked(lower, question) for question in sample)
         return replace(scoring, sampled=len(sample), flipped=flipped)
-
-    def _as_trained(self) -> AbstractContextManager[Any]:
-        """Autocast where an adapter in fp32 would leave its dtype to a base in a lower one.
-
-        LoRA brings its inputs and its update into the dtypes that they need; (IA)^3, say, does not.
-        """
-        adapters = self.model.peft_config.values() if isinstance(self.model, PeftModel) else []
-        is_low = self.model.dtype in (torch.bfloat16, torch.float16)
-        if not is_low or all(adapter.peft_type == PeftType.LORA for adapter in adapters):
-            return nullcontext()
-        return torch.autocast(self.device.type, self.model.dtype)
-
-    def _model_call(self, *args: Any, **given: Any) -> torch.Tensor:
-        with self._as_trained():
-            logits: torch.Tensor = super()._model_call(*args, **given)
-        return logits
-
-    def _model_generate(self, *args: Any, **given: Any) -> torch.Tensor:
-        with self._as_trained():
-            tokens: torch.Tensor = super()._model_generate(*args, **given)
-        return tokens
 
     def _plain(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
         requests: list[Request] = [(None, list(context), list(rest)) for context, rest in keys]
@@ -325,7 +309,9 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         positions = torch.tensor([tree.positions], device=self.device)
         rows = torch.tensor(list(row_of), device=self.device)
         head = self.model.get_output_embeddings()
-        with torch.inference_mode(), head_on_rows(head, rows), self._as_trained():
+        low = self.mixed_precision_dtype
+        autocast = torch.autocast(self.device.type, low, enabled=low is not None)
+        with torch.inference_mode(), head_on_rows(head, rows), autocast:
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
             return len(tree.tokens), self._read(logits, wanted)
 
