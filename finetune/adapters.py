@@ -18,7 +18,6 @@ from peft import (
     IA3Config,
     IA3Model,
     PeftModel,
-    PeftType,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -229,20 +228,6 @@ def load_weights(weights: LoraWeights, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             tensor.copy_(saved[name])
-
-
-def autocast_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype to autocast to where an adapter in fp32 would not keep to it by itself.
-
-    LoRA brings its inputs and its update into the dtypes that they need; (IA)^3, say, does not.
-
-    Args:
-        model: the base, with or without adapters.
-        dtype: that the base computes in.
-    """
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
-    is_lora = all(adapter.peft_type == PeftType.LORA for adapter in adapters)
-    return None if is_lora or dtype == torch.float32 else dtype
 
 
 def ranks(model: torch.nn.Module) -> AdaLoraModel | None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
+from peft import PeftModel, PeftType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -338,3 +339,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, of the GPU or of the machine."""
     out = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return out or "can't allocate memory" in str(error)  # of torch's CPU allocator
+
+
+def autocast_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype to autocast to where an adapter in fp32 would not keep to it by itself.
+
+    LoRA brings its inputs and its update into the dtypes that they need; (IA)^3, say, does not.
+
+    Args:
+        model: the base, with or without adapters.
+        dtype: that the base computes in.
+    """
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
+    is_lora = all(adapter.peft_type == PeftType.LORA for adapter in adapters)
+    return None if is_lora or dtype == torch.float32 else dtype

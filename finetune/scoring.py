@@ -27,9 +27,9 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapters import autocast_dtype, base_of, foldable_layers, folded
+from finetune.adapters import base_of, foldable_layers, folded
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
-from finetune.models import cast_parameters, head_on_rows, is_out_of_memory
+from finetune.models import autocast_dtype, cast_parameters, head_on_rows, is_out_of_memory
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.quantization import is_castable
 
