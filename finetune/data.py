@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import NotRequired, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -83,13 +83,26 @@ class RowCounts:
         return f"joined into {self.sequences} sequences, {self.fullness:.1%} full"
 
 
+class Origin(NamedTuple):
+    """Where an example comes from: the place of its source in the mix, and its row, from 1."""
+
+    source: int
+    row: int
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows, in the order drawn or joined, and what became of the others."""
+    """Tokenised rows, in the order drawn or joined, and what became of the others.
+
+    `train_origins` has one entry for each row to train on, in the order drawn, also where the rows
+    were joined into sequences.
+    """
 
     train: list[Example]
     validation: list[Example]
     counts: RowCounts
+    train_origins: list[Origin] = field(default_factory=list)
+    validation_origins: list[Origin] = field(default_factory=list)
 
     @property
     def all(self) -> list[Example]:
@@ -191,7 +204,7 @@ def build_examples(
     weights = [source.settings.weight for source, _ in read]
     sizes = share_sizes(weights, [len(rows) for rows in sound], data.num_examples)
     seed = training.order_seed
-    examples: list[Example] = []
+    examples: list[tuple[Example, Origin]] = []
     for place, (rows, size, own) in enumerate(zip(sound, sizes, counts, strict=True)):
         own.missing = max(0, size - len(rows))
         drawn = rows
@@ -206,7 +219,7 @@ def build_examples(
             else:
                 own.drawn += 1
                 own.truncated += len(example["input_ids"]) > training.max_length
-                examples.append(_cut(example, training.max_length))
+                examples.append((_cut(example, training.max_length), Origin(place, number)))
     total = counts[0] if len(read) == 1 else _total(read, counts)
     held_out = round(len(examples) * data.validation_fraction)
     if held_out == len(examples):
@@ -217,13 +230,18 @@ def build_examples(
             "and training.early_stopping validates; raise it"
         )
     shuffled = random.Random(seed).sample(examples, len(examples)) if held_out else examples
-    train = shuffled[held_out:]
+    train, train_origins = _unzip(shuffled[held_out:])
     if training.sequence_packing:
         train = pack(train, training.max_length)
         total.sequences = len(train)
         tokens = sum(len(example["input_ids"]) for example in train)
         total.fullness = tokens / (len(train) * training.max_length)
-    return Examples(train, shuffled[:held_out], total)
+    validation, validation_origins = _unzip(shuffled[:held_out])
+    return Examples(train, validation, total, train_origins, validation_origins)
+
+
+def _unzip(pairs: Sequence[tuple[Example, Origin]]) -> tuple[list[Example], list[Origin]]:
+    return [example for example, _ in pairs], [origin for _, origin in pairs]
 
 
 def pack(rows: list[Example], length: int) -> list[Example]:

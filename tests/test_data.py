@@ -255,3 +255,19 @@ def test_real_alpaca_rows_are_all_accounted_for(
     rows = read_file(shared_data / "alpaca_999.jsonl", name="alpaca")
     built = build(rows, tokenizer, max_length=1024)
     assert built.counts.drawn + sum(built.counts.dropped.values()) == len(rows) == 999
+
+
+def test_every_example_says_its_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Also where rows were left out, drawn at random, held out and joined."""
+    rows = [{"text": f"the number {n}" if n % 3 else " "} for n in range(1, 31)]
+    data = DataConfig(path="x", prompt_template="text", num_examples=15, validation_fraction=0.2)
+    for packing in (False, True):
+        training = TrainingConfig(max_length=64, sequence_packing=packing)
+        built = build_examples([(source(data), rows)], data, training, tokenizer)
+        origins = [*built.train_origins, *built.validation_origins]
+        assert len(origins) == 15 and len(built.validation_origins) == 3
+        for example, origin in zip(built.validation, built.validation_origins, strict=True):
+            assert str(origin.row) in str(tokenizer.decode(example["input_ids"]))
+        if not packing:
+            for example, origin in zip(built.train, built.train_origins, strict=True):
+                assert str(origin.row) in str(tokenizer.decode(example["input_ids"]))
