@@ -167,7 +167,8 @@ def _judge_safety(code: int, text: str) -> tuple[str, str]:
     if code == SKIPPED:
         return "skipped", "it cannot run on this machine"
     last = text.strip().splitlines()[-1:] or [""]
-    if code == 0 and last[0].startswith("ok") and "Traceback" not in text:
+    is_ours = re.search(r"Traceback[\s\S]*?finetune[/.]", text)  # not the script's own
+    if code == 0 and last[0].startswith("ok") and not is_ours:
         return "passed", last[0]
     return "failed", f"exit code {code}: {' / '.join(text.strip().splitlines()[-3:])}"
 

@@ -20,10 +20,20 @@ SETTINGS = (
     "model=tiny", "data.num_examples=16", "training.max_length=400", "training.max_steps=4",
     "evaluation.limit=4", "lora.r=2",
 )  # fmt: skip
+# One damage for each file, in turns; test_damaged.py does all to all, in one process.
 CASES = (
     ("outputs/*/config.yaml", "missing"), ("outputs/*/overrides.yaml", "empty"),
+    ("outputs/*/environment.json", "truncated"), ("outputs/*/status.json", "not UTF-8"),
+    ("outputs/*/events.jsonl", "top bit"), ("outputs/*/data.json", "empty"),
+    ("outputs/*/training.json", "top bit"), ("outputs/*/samples.json", "truncated"),
+    ("outputs/*/digests.json", "not UTF-8"),
+    ("outputs/*/adapter/adapter_config.json", "missing"),
+    ("outputs/*/adapter/adapter_model.safetensors", "truncated"),
+    ("outputs/*/evaluation/demo_science.json", "empty"),
+    ("outputs/*/evaluation/demo_science.items.jsonl", "not UTF-8"),
     ("outputs/*/evaluation/scores/*.json", "top bit"),
-    ("multirun_reports/*/sweep.yaml", "not UTF-8"),
+    ("multirun_reports/*/sweep.yaml", "not UTF-8"), ("multirun_reports/*/results.csv", "empty"),
+    ("multirun_reports/*/mlflow.json", "truncated"),
 )  # fmt: skip
 
 
