@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+PART_OF_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 IMPORTING = ("megatron_config", "megatron_core")
 
 
@@ -80,4 +83,25 @@ def _find_shape_problems(key: str, expected: dict[str, torch.Tensor], file: Path
                 f"{key} does not fit the model: its {name} is {list(shapes[name])}, and the "
                 f"model's layer takes {list(wanted)}; name the model it was trained on"
             ]
+    return _find_unmatched(key, expected, shapes)
+
+
+def _find_unmatched(key: str, expected: Collection[str], saved: Collection[str]) -> list[str]:
+    """Return that layers would be left without their tensors, or tensors without a layer.
+
+    PEFT leaves such layers as a new adapter begins. AdaLoRA drops layers that have no rank left.
+    """
+    own = [name for name in expected if PART_OF_LORA.search(name)]
+    missing = [name for name in own if name not in saved]
+    surplus = [name for name in saved if PART_OF_LORA.search(name) and name not in expected]
+    if missing:
+        return [
+            f"{key} is incomplete: {len(missing)} of {len(own)} tensors that its settings ask for "
+            f"are missing ({missing[0]}); save the adapter again"
+        ]
+    if surplus:
+        return [
+            f"{key} does not fit the model: {len(surplus)} of its tensors belong to no layer of it "
+            f"({surplus[0]}); name the model it was trained on"
+        ]
     return []

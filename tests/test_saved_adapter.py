@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune import adapters, saved_adapter
@@ -130,6 +131,8 @@ def test_trained_biases_cost_the_base_its_place_in_memory(tied: Path, tmp_path: 
     [
         ("another width", "does not fit the model: its base_model.model"),
         ("other layers", "does not fit the model: Target modules"),
+        ("tensors gone", "is incomplete: 2 of 4 tensors that its settings ask for are missing"),
+        ("layers gone", "does not fit the model: 2 of its tensors belong to no layer of it"),
         ("no config", "adapter_config.json cannot be read"),
         ("cannot be removed", "type ADAPTION_PROMPT, which cannot be taken off"),
     ],
@@ -150,6 +153,12 @@ def test_one_that_does_not_fit_is_refused_before_weights_are_loaded(
         config.write_text(text, encoding="utf-8")
     model = ModelConfig(path=str(tied))
     shape = load_config(model, find_model(model))
+    if harm == "tensors gone":
+        weights = folder / "adapter_model.safetensors"
+        saved = load_file(weights)
+        save_file({n: t for n, t in saved.items() if ".layers.0." in n}, weights)
+    if harm == "layers gone":
+        shape.num_hidden_layers = 1
     if harm == "another width":
         shape.hidden_size, shape.num_attention_heads = 32, 2
     (problem,) = saved_adapter.find_problems(load_meta_model(model, shape), folder)
