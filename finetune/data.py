@@ -27,7 +27,7 @@ from finetune.prompts import (
     find_chat_problems,
     load_template,
 )
-from finetune.rows import Row, find_source, read_rows
+from finetune.rows import Row, RowStream, find_source, read_rows
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
@@ -120,8 +120,8 @@ def find_sources(data: DataConfig) -> list[DataSource]:
 
 
 def read_sources(sources: Sequence[DataSource]) -> list[SourceRows]:
-    """Read every source; raises what `read_rows` does."""
-    return [(source, read_rows(source)) for source in sources]
+    """Open every source; its rows are read at each pass, which raises what `read_rows` does."""
+    return [(source, RowStream(source)) for source in sources]
 
 
 def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from finetune.config import SourceConfig, local_path
 from finetune.files import file_digest
@@ -45,32 +47,78 @@ def read_rows(source: DataSource) -> list[Row]:
     Raises:
         ValueError: a malformed line (with its number), or no row at all.
     """
-    if source.revision is None:
-        rows = read_file(Path(source.location), name=str(source))
-    else:
-        rows = _read_hub(source)
-    if not rows:
-        raise ValueError(f"{source} holds no rows")
-    return rows
+    return list(RowStream(source))
 
 
+class RowStream(Sequence[Row]):
+    """The rows of a source, read anew at each pass and never held: a file may outgrow the memory.
+
+    Iteration raises what `read_rows` does. The length takes a pass, and so does a place.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Row]:
+        is_empty = True
+        for row in self._rows():
+            is_empty = False
+            yield row
+        if is_empty:
+            raise ValueError(f"{self.source} holds no rows")
+
+    def _rows(self) -> Iterator[Row]:
+        if self.source.revision is None:
+            return stream_file(Path(self.source.location), name=str(self.source))
+        return iter(self._hub)
+
+    @cached_property
+    def _hub(self) -> Any:
+        return _load_hub(self.source)
+
+    @cached_property
+    def _length(self) -> int:
+        return sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
+        if isinstance(place, slice):
+            return list(islice(self, *place.indices(len(self))))
+        wanted = place if place >= 0 else len(self) + place
+        for row in islice(self, wanted, None) if wanted >= 0 else ():
+            return row
+        raise IndexError(f"{self.source} has no row {place}")
+
+
+PARQUET_ROWS = 1024  # that are in memory at a time
 ENCODING = "utf-8-sig"  # spreadsheets put a mark before the first column's name
 
 
 def read_file(path: Path, *, name: str) -> list[Row]:
     """Read the rows of a json, jsonl, csv or parquet file; `name` begins what its errors say."""
+    return list(stream_file(path, name=name))
+
+
+def stream_file(path: Path, *, name: str) -> Iterator[Row]:
+    """Read the rows of a file one by one; raises ValueError at the first that is malformed."""
     try:
-        return list(READERS[path.suffix](path))
+        yield from READERS[path.suffix](path)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _read_hub(source: DataSource) -> list[Row]:
+def _load_hub(source: DataSource) -> Any:
     from datasets import load_dataset
 
     part, split = source.settings.subset, source.settings.split
     try:
-        return list(load_dataset(source.location, part, revision=source.revision, split=split))
+        return load_dataset(source.location, part, revision=source.revision, split=split)
     except ValueError as error:  # such as an unknown split; without the example in code
         told = " ".join(str(error).partition("\nExample")[0].split())
         remedy = "; set data.subset=NAME" if told.startswith("Config name is missing") else ""
@@ -125,7 +173,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"it is not a parquet file: {error}") from None
 

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.config import DataConfig
 from finetune.data import find_problems, find_sources
-from finetune.rows import read_rows
+from finetune.rows import RowStream, read_rows
 from tests.conftest import write_rows
 
 ROWS: list[dict[str, Any]] = [
@@ -104,3 +104,23 @@ def test_a_missing_file_is_told_with_its_full_path() -> None:
     """What was looked for, and where."""
     with pytest.raises(FileNotFoundError, match=r"data.path=rows.jsonl: there is no file /"):
         find_sources(DataConfig(path="rows.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_rows_are_read_at_each_pass(tmp_path: Path, suffix: str) -> None:
+    """A stream of rows has the list's rows, length and places, and holds none of them."""
+    rows = [{"n": str(n)} for n in range(3000)]
+    path = tmp_path / f"rows{suffix}"
+    writers: dict[str, Any] = {
+        ".jsonl": lambda: write_rows(path, list(rows)),
+        ".json": lambda: path.write_text(json.dumps(rows)),
+        ".csv": lambda: path.write_text("n\n" + "".join(f"{row['n']}\n" for row in rows)),
+        ".parquet": lambda: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    }
+    writers[suffix]()
+    (source,) = find_sources(DataConfig(path=str(path)))
+    stream = RowStream(source)
+    assert list(stream) == list(stream) == read_rows(source) == rows
+    assert (len(stream), stream[0], stream[-1], stream[7:9]) == (3000, rows[0], rows[-1], rows[7:9])
+    with pytest.raises(IndexError, match="has no row 3000"):
+        stream[3000]
