@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -27,6 +26,7 @@ from finetune.config_files import (
     read_defaults,
     read_values,
 )
+from finetune.grammar import find_override
 
 GRID = "hydra.sweeper.params"
 MISSING_VALUE = "???"
@@ -110,9 +110,8 @@ def chosen_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[tupl
 
 def _typed_options(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
     for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except (HydraException, ValueError):
+        override = find_override(argument)
+        if override is None:
             continue
         group = override.key_or_group
         if "." in group or override.is_delete() or not any((f / group).is_dir() for f in folders):

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf._utils import get_yaml_loader
 
 from finetune.foreign_configs import find_syntax_problem, read_small
@@ -24,6 +22,7 @@ from finetune.foreign_values import (
     shortened,
     single_values,
 )
+from finetune.grammar import find_override
 from finetune.hydra_overrides import is_hydra
 
 # Settings whose values are printed, and published with an exported model.
@@ -122,9 +121,8 @@ def find_settings_to_type(
 def _find_override_reason(typed: Any) -> str | None:
     if not isinstance(typed, str) or typed.startswith("-"):
         return "is an option of the command, not an override"
-    try:
-        override = OverridesParser.create().parse_override(typed)
-    except (HydraException, ValueError):
+    override = find_override(typed)
+    if override is None:
         return None  # the rerun refuses it
     if is_hydra(override):
         return "changes Hydra's own config"

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
     ChoiceSweep,
     Glob,
@@ -20,10 +19,9 @@ from hydra.core.override_parser.types import (
     QuotedString,
     RangeSweep,
 )
-from hydra.errors import HydraException
 
 from finetune.config import Config, conf_dir, nearest
-from finetune.grammar import quote_nested
+from finetune.grammar import parse, quote_nested
 
 SECTIONS: Mapping[str, Any] = get_type_hints(Config)
 OPEN_MAPPINGS = ("data.columns", "evaluation.data_files", "model.dimensions")
@@ -115,9 +113,9 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
         return
     typed = ",".join(map(_literal, values)) if isinstance(values, list) else _literal(values)
     try:
-        override = OverridesParser.create().parse_override(f"{key}={quote_nested(typed)}")
-    except (HydraException, ValueError) as error:
-        yield f"{key}={shortened(typed)}: {str(error).strip().splitlines()[0]}"
+        override = parse(f"{key}={quote_nested(typed)}")
+    except ValueError as error:
+        yield f"{key}={shortened(typed)}: {error}"
         return
     for value in single_values(override):
         if not is_group:

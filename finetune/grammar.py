@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -22,15 +23,31 @@ NO_EXPERIMENT = "experiment=null"  # the one group that may have no option
 ELEMENT_STARTS, ELEMENT_ENDS = ("", ",", "(", "[", ":", " "), ("", ",", ")", "]", "}", " ")
 
 
+def parse(argument: str) -> Override:
+    """Parse an override by Hydra's grammar.
+
+    Raises:
+        ValueError: it cannot be read; the message is the parser's first line.
+    """
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except (HydraException, ValueError) as error:  # ValueError: a number of 5,000 digits
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+
+
+def find_override(argument: str) -> Override | None:
+    """Return an override; None where it cannot be read, which is reported where it is checked."""
+    with suppress(ValueError):
+        return parse(argument)
+    return None
+
+
 def rewrite(argument: str) -> str:
     """Return an override in Hydra's grammar; one that cannot be read is returned as it is."""
     key, equals, value = argument.partition("=")
     argument = f"{key}={quote_nested(value)}" if equals else argument
-    try:
-        override = OverridesParser.create().parse_override(argument)
-    except (HydraException, ValueError):  # reported where it is checked
-        return argument
-    if override.key_or_group not in list_settings() or override.is_delete():
+    override = find_override(argument)
+    if override is None or override.key_or_group not in list_settings() or override.is_delete():
         return argument
     return _as_list(override, argument)
 

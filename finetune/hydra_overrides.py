@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
-from hydra.errors import HydraException
 
 from finetune.foreign_values import find_grid_problems, is_option
+from finetune.grammar import find_override
 
 # A launcher's own files go into the sweep's folder.
 KEYS = (
@@ -129,12 +127,11 @@ def is_installed(package: str) -> bool:
 def searched_folders(arguments: Sequence[str]) -> Iterator[Path]:
     """Yield the folders of `hydra.searchpath`; packages are installed, and trusted as such."""
     for argument in arguments:
-        with suppress(HydraException, ValueError):  # reported where it is parsed
-            override = OverridesParser.create().parse_override(argument)
-            if override.key_or_group == SEARCHPATH:
-                for place in _places(override):
-                    if not place.startswith("pkg://"):
-                        yield Path(place.removeprefix("file://"))
+        override = find_override(argument)
+        if override is not None and override.key_or_group == SEARCHPATH:
+            for place in _places(override):
+                if not place.startswith("pkg://"):
+                    yield Path(place.removeprefix("file://"))
 
 
 def _places(override: Override) -> list[str]:

@@ -14,9 +14,7 @@ from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +32,7 @@ from finetune.config import (
 )
 from finetune.config_files import describe_kind
 from finetune.foreign_configs import find_foreign_problems
-from finetune.grammar import NO_EXPERIMENT, grid_arguments, key_of, rewrite, without_null
+from finetune.grammar import NO_EXPERIMENT, grid_arguments, key_of, parse, rewrite, without_null
 from finetune.hydra_overrides import (
     SEARCHPATH,
     find_hydra_problems,
@@ -76,8 +74,8 @@ def find_override_problems(
     sound: list[Override] = []
     for argument in arguments:
         try:
-            override = OverridesParser.create().parse_override(argument)
-        except (HydraException, ValueError) as error:  # ValueError: a number of 5,000 digits
+            override = parse(argument)
+        except ValueError as error:
             problems.append(_unread(argument, error))
             continue
         found = list(_problems_of(override, folders, elsewhere=has_packages))
