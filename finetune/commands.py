@@ -11,6 +11,7 @@ from importlib.metadata import version
 # Each is a module with a `main`; the text stands in the help.
 COMMANDS = {
     "memory": "estimate a run's memory without loading a weight",
+    "preview": "show rows as the model gets them, without loading a weight",
     "report": "write a sweep's report again",
     "runs": "list runs, or compare two of them",
     "rerun": "run again what a run's folder says, and compare",

@@ -47,6 +47,7 @@ from finetune.scores import (
 )
 from finetune.steps import Diverged
 from finetune.tasks import LoadedTask
+from finetune.token_display import describe_first
 from finetune.training import Precision, TrainResult
 
 log = logging.getLogger("finetune")
@@ -191,6 +192,8 @@ def _train_once(runs: Sequence[ActiveRun]) -> None:
     specs = [_spec(run) for run in runs]
     for run, spec in zip(runs, specs, strict=True):
         log.info("data: %s", spec.examples.counts.summary())
+        # For the run's log, not for the screen.
+        log.debug("%s", describe_first(spec.examples, _tokenizer(run)))
         run.folder.write_json("data.json", asdict(spec.examples.counts))
     precision = find_precision(runs[0].config)
     rows = sorted((example["input_ids"] for example in specs[0].examples.all), key=len)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from omegaconf import OmegaConf
+from transformers import PreTrainedConfig
 
 from finetune import (
     adapters,
@@ -71,6 +72,12 @@ def prepare(config: Config) -> Plan:
         limit = _find_limit(loaded, shape, place, tokens)
     told = [] if finished else forecasts(config, inputs)
     return Plan(inputs, [], finished=finished, limit=limit, forecasts=told)
+
+
+def find_row_problems(config: Config) -> list[str]:
+    """Return what keeps rows from becoming the tokens of a model, whatever a run needs besides."""
+    checks = _find_source_problems, _find_data_problems
+    return list(dict.fromkeys(problem for check in checks for problem in _found(check, config)))
 
 
 def _found(check: Callable[[Config], list[str]], config: Config) -> list[str]:
@@ -150,9 +157,17 @@ def _find_device_problems(config: Config) -> list[str]:
 
 
 def _find_source_problems(config: Config) -> list[str]:
-    """Return whether the model is there, the least of what _find_model_problems asks."""
-    models.load_config(config.model, models.find_model(config.model))
-    return []
+    """Return whether the model is there and long enough, the least of _find_model_problems."""
+    model_config = models.load_config(config.model, models.find_model(config.model))
+    return _find_length_problems(config, model_config)
+
+
+def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> list[str]:
+    longest, length = models.max_positions(model_config), config.training.max_length
+    if not longest or length <= longest:
+        return []
+    made_for = f"{config.model.path} was made for at most {longest} tokens"
+    return [f"training.max_length is {length}; {made_for}"]
 
 
 def _find_model_problems(config: Config) -> list[str]:
@@ -188,13 +203,7 @@ def _find_model_problems(config: Config) -> list[str]:
             f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own; "
             "set evaluation.dtype=auto"
         )
-    longest = models.max_positions(model_config)
-    if longest and config.training.max_length > longest:
-        problems.append(
-            f"training.max_length is {config.training.max_length}; "
-            f"{config.model.path} was made for at most {longest} tokens"
-        )
-    return problems
+    return problems + _find_length_problems(config, model_config)
 
 
 def _find_data_problems(config: Config) -> list[str]:

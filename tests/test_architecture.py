@@ -20,7 +20,7 @@ ORDER = [
     "overrides", "distributed", "grouping",
     "files", "events", "run_files", "run_folder", "home", "live",
     "quantization", "fused_kernels", "hub", "models", "adapters", "saved_adapter",
-    "prompts", "rows", "data",
+    "prompts", "rows", "data", "token_display",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
@@ -29,8 +29,8 @@ ORDER = [
     "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape", "memory",
     "verdict", "score_tables",
     "figures", "report", "identity_0_1", "identity",
-    "scores", "preflight", "active_run", "pipeline", "worker", "planning", "sweep",
-    "trained", "merging", "model_card", "conversation", "chat", "export", "sync",
+    "scores", "preflight", "row_preview", "active_run", "pipeline", "worker", "planning", "sweep",
+    "trained", "merging", "model_card", "conversation", "chat", "export", "preview", "sync",
     "runs", "reproduction", "rerun", "__main__",
 ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_the_version_is_this_projects(
         ("runs", "it comes first: finetune runs"),
         ("lora.r", "write lora.r=VALUE"),
         ("lora", "write lora=VALUE"),
-        ("zzz", "Commands: memory, report"),
+        ("zzz", "Commands: memory, preview, report"),
     ],
 )
 def test_a_word_alone_is_answered(word: str, expected: str) -> None:

@@ -265,7 +265,8 @@ def test_every_example_says_its_row(tokenizer: PreTrainedTokenizerBase, tmp_path
         training = TrainingConfig(max_length=64, sequence_packing=packing)
         built = build_examples([(source(data), rows)], data, training, tokenizer)
         origins = [*built.train_origins, *built.validation_origins]
-        assert len(origins) == 15 and len(built.validation_origins) == 3
+        assert len(origins) == 15
+        assert len(built.validation_origins) == 3
         for example, origin in zip(built.validation, built.validation_origins, strict=True):
             assert str(origin.row) in str(tokenizer.decode(example["input_ids"]))
         if not packing:

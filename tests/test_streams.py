@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from finetune.streams import LastingOutput, is_gone
 
-COMMANDS = ("__main__", "chat", "export", "memory", "report", "rerun", "runs", "sync")
+COMMANDS = ("__main__", "chat", "export", "memory", "preview", "report", "rerun", "runs", "sync")
 Opened = tuple[int, Callable[[], None]]  # a descriptor to write to, and what takes its reader away
 
 

@@ -1,0 +1,142 @@
+"""Preview of a run's rows: their tokens and labels, lengths, and what was left out.
+
+Built by the code that builds the run's own rows, from the tokenizer alone: no weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import median
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from finetune import data, models
+from finetune.config import Config, Refused
+from finetune.data import IGNORED, Example, Examples, Origin
+from finetune.escaping import for_terminal
+from finetune.inputs import DataSource
+from finetune.memory import compose_job
+from finetune.preflight import find_row_problems
+from finetune.scores import load_tokenizer
+from finetune.token_display import (
+    decode,
+    describe_marks,
+    find_spans,
+    render_brackets,
+    render_colour,
+    render_histogram,
+)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The rows of one run; `examples` are not joined, also with training.sequence_packing."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    sources: list[DataSource]
+    examples: Examples
+    summary: str  # what became of the rows
+
+    @property
+    def rows(self) -> Iterator[tuple[Origin, Example, bool]]:
+        """Yield origin, tokens and whether it is held out: rows to train on in their order first.
+
+        In this order they were drawn; training shuffles them in each epoch.
+        """
+        found = self.examples
+        yield from ((*one, False) for one in zip(found.train_origins, found.train, strict=True))
+        held_out = zip(found.validation_origins, found.validation, strict=True)
+        yield from ((*one, True) for one in held_out)
+
+
+def load_preview(overrides: Sequence[str]) -> Preview:
+    """Compose a job and build its rows.
+
+    Raises:
+        Refused: the settings, the model or the rows have problems.
+    """
+    config = compose_job(overrides)
+    if config.training.is_skipped:
+        raise Refused(["training=none trains on no rows; leave it out to preview them"])
+    problems = find_row_problems(config)
+    if problems:
+        raise Refused(problems)
+    tokenizer = load_tokenizer(config, models.find_model(config.model))
+    sources = data.find_sources(config.data)
+    read = data.read_sources(sources)
+    separate = replace(config.training, sequence_packing=False)
+    try:
+        examples = data.build_examples(read, config.data, separate, tokenizer)
+        counts = examples.counts
+        if config.training.sequence_packing:
+            counts = data.build_examples(read, config.data, config.training, tokenizer).counts
+    except ValueError as error:  # no row can be used
+        raise Refused([str(error)]) from None
+    return Preview(config, tokenizer, sources, examples, counts.summary())
+
+
+def print_preview(preview: Preview, num_rows: int, console: Console) -> None:
+    """Print counts, lengths and the first rows; without colours, learned tokens are in brackets."""
+    for line in _describe(preview):
+        console.print(Text(for_terminal(line)), soft_wrap=True)
+    is_coloured = console.color_system is not None and not console.no_color
+    marks = "on green" if is_coloured else "in brackets"
+    for origin, example, is_held_out in islice(preview.rows, num_rows):
+        use = "to validate on" if is_held_out else "to train on"
+        title = f"{name_row(preview.sources, origin)}, {use}: {describe_marks(example)} ({marks})"
+        console.print()
+        console.print(Rule(Text(for_terminal(title)), align="left", characters="-"))
+        spans = find_spans(example, preview.tokenizer)
+        text = render_colour(spans) if is_coloured else Text(for_terminal(render_brackets(spans)))
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _describe(preview: Preview) -> Iterator[str]:
+    config, examples = preview.config, preview.examples
+    yield f"model.path={config.model.path}, data.prompt_template={config.data.prompt_template}"
+    yield f"data: {preview.summary}"
+    learned = sum(label != IGNORED for _, one, _ in preview.rows for label in one["labels"])
+    lengths = [len(example["input_ids"]) for _, example, _ in preview.rows]
+    held_out = len(examples.validation)
+    split = f"{len(examples.train)} rows to train on, {held_out} to validate on"
+    share = f"{learned / sum(lengths):.1%} of them learned"
+    yield f"{split}; {sum(lengths)} tokens, {share}"
+    cut, drawn = examples.counts.truncated, examples.counts.drawn
+    yield (
+        f"{cut} of {drawn} rows ({cut / drawn:.1%}) are cut at "
+        f"training.max_length={config.training.max_length}"
+    )
+    yield ""
+    yield f"tokens a row: {min(lengths)} to {max(lengths)}, median {median(lengths):g}"
+    yield from render_histogram(lengths)
+
+
+def name_row(sources: Sequence[DataSource], origin: Origin) -> str:
+    """Name a row by its number, and in a mix by its source too."""
+    return f"row {origin.row}" + (f" of {sources[origin.source]}" if len(sources) > 1 else "")
+
+
+def write_json(preview: Preview, num_rows: int | None) -> None:
+    """Print one JSON object a row on standard output, and the counts on standard error."""
+    for line in _describe(preview):
+        print(for_terminal(line), file=sys.stderr)
+    for origin, example, _ in islice(preview.rows, num_rows):
+        source = {"source": str(preview.sources[origin.source])} if len(preview.sources) > 1 else {}
+        tokens = preview.tokenizer.convert_ids_to_tokens(example["input_ids"])
+        row = {
+            "row": origin.row,
+            **source,
+            "text": decode(example["input_ids"], preview.tokenizer),
+            "input_ids": list(example["input_ids"]),
+            "labels": list(example["labels"]),
+            "tokens": [str(token) for token in tokens],
+        }
+        print(json.dumps(row))
