@@ -117,24 +117,25 @@ class OptimizerConfig:
 class SourceConfig:
     """One of several sources of rows, in `data.mix`."""
 
-    path: str = setting(MISSING, NEUTRAL)  # hub id, or a json, jsonl, csv or parquet file
+    path: str = setting(MISSING, NEUTRAL)  # as data.path
     weight: float = setting(1.0, NEUTRAL)  # its share of all rows, against the others' weights
     revision: str | None = setting(None, NEUTRAL)  # branch, tag or commit; only of a hub id
     split: str | None = None  # split of a hub data set; null takes data.split
     subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(default_factory=dict)  # where they differ from data.columns
+    encoding: str | None = setting(None, NEUTRAL)  # of text files; null takes data.encoding
 
 
 @dataclass
 class DataConfig:
     """The rows to train on."""
 
-    path: str | None = setting(None, NEUTRAL)  # hub id, or a json, jsonl, csv or parquet file
+    path: str | None = setting(None, NEUTRAL)  # hub id, file, folder, glob, or saved data set
     mix: list[SourceConfig] = field(  # several sources, instead of path
         default_factory=list, metadata={NEUTRAL: True}
     )
     revision: str | None = setting(None, NEUTRAL)  # branch, tag or commit; only of a hub id
-    split: str = "train"  # split of a hub data set; no effect on files
+    split: str = "train"  # of a hub data set, folder or saved data set; train[:10%] of any
     subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(  # the template's field -> the data's column
         default_factory=lambda: {"instruction": "instruction", "input": "input", "output": "output"}
@@ -143,12 +144,19 @@ class DataConfig:
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
     prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
+    encoding: str = setting("utf-8", NEUTRAL)  # of text files without a byte order mark; in digests
 
     def sources(self) -> dict[str, SourceConfig]:
         """Return every source, filled in, by the key that names it; `path` is a mix of one."""
         if not self.mix:
             single = SourceConfig(
-                self.path or "", 1.0, self.revision, self.split, self.subset, self.columns
+                self.path or "",
+                1.0,
+                self.revision,
+                self.split,
+                self.subset,
+                self.columns,
+                self.encoding,
             )
             return {"data.path": single}
         return {
@@ -157,6 +165,7 @@ class DataConfig:
                 split=source.split or self.split,
                 subset=source.subset or self.subset,
                 columns={**self.columns, **source.columns},
+                encoding=source.encoding or self.encoding,
             )
             for number, source in enumerate(self.mix)
         }

@@ -67,15 +67,23 @@ def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> 
         return _cached_commit(path, revision, repo_type=repo_type, key=key)
 
 
-def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+def cached_folder(path: str, revision: str | None, *, repo_type: str) -> Path | None:
+    """Return the folder of the hub cache that holds a repository's files at a commit, if any."""
     try:
         folder = snapshot_download(
             path, revision=revision, repo_type=repo_type, local_files_only=True
         )
     except LocalEntryNotFoundError:
+        return None
+    return Path(folder)
+
+
+def _cached_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> str:
+    folder = cached_folder(path, revision, repo_type=repo_type)
+    if folder is None:
         raise FileNotFoundError(
             f"{key}={path} is not on this machine: there is no such folder, the hub cache "
             f"{constants.HF_HUB_CACHE} does not hold it, and the hub cannot be reached (see "
             "HF_ENDPOINT, HF_HUB_OFFLINE); name a local folder or file"
-        ) from None
-    return Path(folder).name
+        )
+    return folder.name

@@ -1,24 +1,28 @@
-"""Rows as they lie in files and on the hub: found, named by their content, and read.
+"""Rows of files and hub data sets: found, identified by their content, and read.
 
-What a row must hold is known to its template; which rows are taken is `data`'s matter.
+A path is a file, a folder, a glob, a data set saved by `datasets`, or a hub id. What a row must
+hold is known to its template; which rows are taken is `data`'s matter.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+from finetune import data_paths
 from finetune.config import SourceConfig, local_path
-from finetune.files import file_digest
-from finetune.hub import hub_commit
+from finetune.data_paths import LocalData
+from finetune.file_formats import find_format, iterate_file
+from finetune.files import digest
+from finetune.hub import cached_folder, hub_commit
 from finetune.inputs import DataSource
+from finetune.json_rows import Row
+from finetune.text_lines import DEFAULT_ENCODING
 
-Row = Mapping[str, Any]
+__all__ = ["Row", "RowStream", "find_source", "read_file", "read_rows"]
 
 
 def find_source(key: str, settings: SourceConfig) -> DataSource:
@@ -30,15 +34,24 @@ def find_source(key: str, settings: SourceConfig) -> DataSource:
     """
     given = settings.path
     path = local_path(given)
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(f"{key}={path}: rows are read from {', '.join(READERS)} files")
-        return DataSource(key, str(path), file_digest(path), settings)
+    try:
+        local = data_paths.find_local(path, settings.split or "")
+    except ValueError as error:
+        raise ValueError(f"{key}={given}: {error}") from None
+    if local is not None:
+        return DataSource(key, str(path), _content_digest(local, settings), settings)
     is_hub_id = given.count("/") == 1 and not given.startswith((".", "/", "~"))
-    if path.suffix in READERS or not is_hub_id:
+    if find_format(path) is not None or not is_hub_id:
         raise FileNotFoundError(f"{key}={given}: there is no file {path.absolute()}")
     commit = hub_commit(given, settings.revision, repo_type="dataset", key=key)
     return DataSource(key, given, f"hub:{given}@{commit}", settings, commit)
+
+
+def _content_digest(local: LocalData, settings: SourceConfig) -> str:
+    """Return what stands for the rows: the bytes, and the encoding where it is not UTF-8."""
+    if settings.encoding in (None, DEFAULT_ENCODING):
+        return local.digest
+    return digest([local.digest, settings.encoding])
 
 
 def read_rows(source: DataSource) -> list[Row]:
@@ -68,13 +81,41 @@ class RowStream(Sequence[Row]):
             raise ValueError(f"{self.source} holds no rows")
 
     def _rows(self) -> Iterator[Row]:
-        if self.source.revision is None:
-            return stream_file(Path(self.source.location), name=str(self.source))
-        return iter(self._hub)
+        if self.source.revision is not None:
+            return iter(self._loaded)
+        split = self.source.settings.split or ""
+        return _sliced(self._local_rows, split, str(self.source))
+
+    def _local_rows(self) -> Iterator[Row]:
+        """Yield the rows of files; a folder that `datasets` wrote or describes is its to read."""
+        source, local = self.source, self._local
+        if local.is_saved or local.is_card:
+            yield from self._loaded
+            return
+        encoding = source.settings.encoding or DEFAULT_ENCODING
+        split = data_paths.split_name(source.settings.split or "")
+        for file in local.files:
+            name = str(source) if len(local.files) == 1 else f"{source}: {file}"
+            yield from _named(iterate_file(file, encoding=encoding, split=split), name)
 
     @cached_property
-    def _hub(self) -> Any:
-        return _load_hub(self.source)
+    def _local(self) -> LocalData:
+        location, split = Path(self.source.location), self.source.settings.split or ""
+        local = data_paths.find_local(location, split)
+        if local is None:
+            raise ValueError(f"{self.source}: there is no file {location.absolute()} any more")
+        return local
+
+    @cached_property
+    def _loaded(self) -> Any:
+        if self.source.revision is not None:
+            return _load_hub(self.source)
+        if self._local.is_card:
+            split = data_paths.split_name(self.source.settings.split or "")
+            return _load_dataset(self.source, str(self._local.path), split)
+        from datasets import load_from_disk
+
+        return load_from_disk(str(self._local.path))
 
     @cached_property
     def _length(self) -> int:
@@ -96,93 +137,55 @@ class RowStream(Sequence[Row]):
         raise IndexError(f"{self.source} has no row {place}")
 
 
-PARQUET_ROWS = 1024  # that are in memory at a time
-ENCODING = "utf-8-sig"  # spreadsheets put a mark before the first column's name
-
-
-def read_file(path: Path, *, name: str) -> list[Row]:
-    """Read the rows of a json, jsonl, csv or parquet file; `name` begins what its errors say."""
-    return list(stream_file(path, name=name))
-
-
-def stream_file(path: Path, *, name: str) -> Iterator[Row]:
-    """Read the rows of a file one by one; raises ValueError at the first that is malformed."""
+def _named(rows: Iterator[Row], name: str) -> Iterator[Row]:
     try:
-        yield from READERS[path.suffix](path)
+        yield from rows
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _load_hub(source: DataSource) -> Any:
-    from datasets import load_dataset
+def _sliced(read: Callable[[], Iterator[Row]], split: str, name: str) -> Iterator[Row]:
+    """Yield the rows of a split such as train[:10%]; of a name without a slice, all rows."""
+    if "[" not in split:
+        return read()
+    from datasets import ReadInstruction
 
-    part, split = source.settings.subset, source.settings.split
+    total = sum(1 for _ in read())
     try:
-        return load_dataset(source.location, part, revision=source.revision, split=split)
-    except ValueError as error:  # such as an unknown split; without the example in code
+        parts = ReadInstruction.from_spec(split).to_absolute({data_paths.split_name(split): total})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{name}: data.split={split}: {error}") from None
+    return (row for part in parts for row in islice(read(), part.from_, part.to))
+
+
+def read_file(path: Path, *, name: str) -> list[Row]:
+    """Read the rows of a file; `name` begins what its errors say."""
+    return list(_named(iterate_file(path), name))
+
+
+def _load_hub(source: DataSource) -> Any:
+    """Load a hub data set; from its files in the hub cache where the hub cannot be reached."""
+    split = source.settings.split or ""
+    try:
+        return _load_dataset(source, source.location, split, revision=source.revision)
+    except ConnectionError:
+        folder = cached_folder(source.location, source.revision, repo_type="dataset")
+        if folder is None:
+            raise ValueError(
+                f"{source} is in the hub cache without its files, and the hub cannot be reached; "
+                "name a local folder or file"
+            ) from None
+        return _load_dataset(source, str(folder), split)
+
+
+def _load_dataset(source: DataSource, location: str, split: str, **revision: Any) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(location, source.settings.subset, split=split, **revision)
+    except (ValueError, DatasetGenerationError) as error:
+        # Such as an unknown split; without the example in code.
         told = " ".join(str(error).partition("\nExample")[0].split())
         remedy = "; set data.subset=NAME" if told.startswith("Config name is missing") else ""
         raise ValueError(f"{source}: {told}{remedy}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding=ENCODING) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _as_row(_parse_json(line.rstrip("\n"), number), f"line {number}")
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    rows = _parse_json(path.read_text(encoding=ENCODING), 1)
-    if not isinstance(rows, list):
-        raise ValueError("a .json file is one list of rows; or name it .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield _as_row(row, f"row {number}")
-
-
-def _parse_json(text: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{where} is not JSON: {error.msg}") from None
-
-
-def _as_row(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a row of named fields")
-    return value
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding=ENCODING, newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise csv.Error(
-                        f"it has not the {len(reader.fieldnames or [])} fields of line 1"
-                    )
-                yield row
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} is malformed: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_ROWS):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"it is not a parquet file: {error}") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

@@ -78,14 +78,14 @@ def test_a_named_part_of_a_hub_data_set_is_read(monkeypatch: pytest.MonkeyPatch)
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction":\n', "line 2, column"),
-        ("a.jsonl", "[1]\n", "line 1 is not a row of named fields"),
+        ("a.jsonl", "[1]\n", "row 1 is not a row of named fields"),
         ("a.jsonl", "", "holds no rows"),
         ("a.json", '[{"instruction": "a"},\n}]', "line 2, column"),
-        ("a.json", '{"rows": []}', "a .json file is one list of rows"),
+        ("a.json", '{"rows": []}', "holds no rows"),
         ("a.csv", "instruction,output\na,b\na,b,c\n", "line 3 is malformed"),
         ("a.csv", "instruction,output\na\n", "line 2 is malformed"),
         ("a.parquet", "no parquet", "is not a parquet file"),
-        ("a.txt", "text", "rows are read from .jsonl, .json, .csv, .parquet"),
+        ("a.xlsx", "text", "rows are read from .jsonl, .json, .ndjson, .csv, .tsv"),
         ("a.jsonl", '{"question": "a", "output": "b"}\n', "no column 'instruction'.*columns are"),
     ],
 )

@@ -1,0 +1,153 @@
+"""Rows of JSON files by their content: JSON Lines, a list, pretty-printed or wrapped rows, columns.
+
+JSON Lines are read line by line. Any other text is one document, or several, and held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# Keys that hold a file's rows, in files of one object.
+WRAPPERS = (
+    "data", "rows", "train", "examples", "instances", "items", "records", "samples", "dataset",
+)  # fmt: skip
+CONVERSATIONS = ("messages", "conversations", "conversation")  # lists that one row holds
+LIST_COLUMN = "messages"  # of a row that is a list
+TEXT_COLUMN = "text"  # of a row that is a string
+
+
+def read_json_rows(lines: Iterable[str], split: str) -> Iterator[Row]:
+    """Yield the rows of a JSON file, whatever its layout.
+
+    Args:
+        lines: of the file, with their ends.
+        split: the key that is read where a file holds several splits.
+
+    Raises:
+        ValueError: it is not JSON, or not rows; the message says the line or the row.
+    """
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    head = next(numbered, None)
+    if head is None:
+        return
+    second = next(numbered, None)
+    if second is None or not _is_value(head[1]):
+        rest = [] if second is None else [second]
+        yield from _read_documents(list(chain([head], rest, numbered)), split)
+        return
+    for number, line in chain([head, second], numbered):
+        yield as_row(_parse(line.strip(), number), f"line {number}")
+
+
+def _is_value(line: str) -> bool:
+    """Return whether a line is an object or a list in itself, as those of JSON Lines are."""
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_documents(numbered: list[tuple[int, str]], split: str) -> Iterator[Row]:
+    """Yield the rows of a text that is one JSON value, or several one after the other."""
+    first = numbered[0][0]
+    text = _join(numbered)
+    try:
+        values = list(_decode_values(text, first))
+    except ValueError:
+        if len(numbered) > 1 and _is_value(numbered[1][1].strip()):
+            _parse(numbered[0][1].strip(), first)  # JSON Lines whose first line is at fault
+        raise
+    if len(values) == 1:
+        values = list(_rows_of(values[0], split))
+    for number, value in enumerate(values, start=1):
+        yield as_row(value, f"row {number}")
+
+
+def _join(numbered: list[tuple[int, str]]) -> str:
+    """Return the text with its blank lines, so that lines keep their numbers."""
+    parts, expected = [], numbered[0][0]
+    for number, line in numbered:
+        parts += ["\n" * (number - expected), line]
+        expected = number + 1
+    return "".join(parts)
+
+
+def _decode_values(text: str, first: int) -> Iterator[Any]:
+    decoder, place = json.JSONDecoder(), 0
+    while True:
+        while place < len(text) and text[place].isspace():
+            place += 1
+        if place == len(text):
+            return
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, first) from None
+        yield value
+
+
+def _parse(text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, line) from None
+
+
+def _not_json(error: Exception, line: int) -> ValueError:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        return ValueError(f"{where} is not JSON: {error.msg}")
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return ValueError(f"line {line} cannot be read: {reason}")
+
+
+def as_row(value: Any, where: str) -> Row:
+    """Return a value as a row of named columns; a list is a conversation, a string is a text."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(v, dict | list | str) for v in value):
+        return {LIST_COLUMN: value}
+    if isinstance(value, str):
+        return {TEXT_COLUMN: value}
+    raise ValueError(f"{where} is not a row of named fields")
+
+
+def _rows_of(document: Any, split: str) -> Iterable[Any]:
+    """Return the rows of the one value that a file holds."""
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict) or any(name in document for name in CONVERSATIONS):
+        return [document]
+    if {"columns", "data"} <= document.keys():  # pandas, orient="split"
+        names = document["columns"]
+        return (dict(zip(names, row, strict=False)) for row in document["data"])
+    for name in (split, *WRAPPERS):
+        if _holds_rows(document.get(name)):
+            return list(document[name])
+    return _rows_of_columns(document)
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict | list) for item in value)
+
+
+def _rows_of_columns(document: dict[str, Any]) -> Iterable[Any]:
+    """Return the rows of columns: lists of one length, or pandas' objects of index to value."""
+    values = list(document.values())
+    if values and all(isinstance(value, list) for value in values):
+        if len({len(value) for value in values}) == 1:
+            return (dict(zip(document, row, strict=True)) for row in zip(*values, strict=True))
+        return [document]
+    if not values or not all(isinstance(value, dict) for value in values):
+        return [document]
+    if all(key.isdigit() for key in document):  # pandas, orient="index"
+        return values
+    keys = values[0].keys()
+    if keys and all(key.isdigit() for key in keys) and all(v.keys() == keys for v in values):
+        return ({name: column[key] for name, column in document.items()} for key in keys)
+    return [document]
