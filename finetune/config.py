@@ -65,6 +65,7 @@ class ModelConfig:
     double_quant: bool = True  # quantise the constants too; only nf4 and fp4 that are made here
     dtype: str = setting("auto", NEUTRAL)  # weights, compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
+    chat_template: str | None = setting(None, NEUTRAL)  # a .jinja file; null: the tokenizer's own
     trust_remote_code: bool = False  # run Python code that a hub model brings along
     adapter: str | None = setting(None, NEUTRAL)  # folder of a saved one; only with training=none
     dimensions: dict[str, Any] = field(  # of its config, for finetune.memory
@@ -144,6 +145,7 @@ class DataConfig:
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
     prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
+    mask_empty_think: bool = False  # learn no <think></think> without a thought; only chat
     encoding: str = setting("utf-8", NEUTRAL)  # of text files without a byte order mark; in digests
 
     def sources(self) -> dict[str, SourceConfig]:

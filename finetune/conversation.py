@@ -19,9 +19,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from finetune import models
+from finetune.chat_tokens import encode_chat
 from finetune.config import Refused
-from finetune.prompts import Template, Turn, Unusable, encode_chat, load_template
+from finetune.prompts import Template, load_template
 from finetune.trained import Trained, find_difference, write_adapter
+from finetune.turns import Turn, Unusable
 
 BASE = "base"
 Fields = dict[str, Any]

@@ -17,17 +17,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
+from finetune.chat_tokens import find_chat_problems, find_learned
 from finetune.config import DataConfig, TrainingConfig
 from finetune.inputs import DataSource
-from finetune.prompts import (
-    Prompt,
-    Template,
-    Turn,
-    Unusable,
-    find_chat_problems,
-    load_template,
-)
+from finetune.prompts import Template, load_template
 from finetune.rows import Row, RowStream, find_source, read_rows
+from finetune.turns import Encoded, Prompt, Turn, Unusable
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
@@ -59,7 +54,12 @@ class RowCounts:
     fullness: float | None = None  # of these sequences: their tokens over the places for them
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)  # of what, in how many rows drawn
     sources: dict[str, RowCounts] = field(default_factory=dict)
+
+    def note(self, notes: Sequence[str]) -> None:
+        for one in notes:
+            self.notes[one] = self.notes.get(one, 0) + 1
 
     def drop(self, reason: str, number: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -76,7 +76,8 @@ class RowCounts:
         missing = [f"{self.missing} fewer than asked for"] if self.missing else []
         packed = [] if self.fullness is None else [self._packed()]
         used = [f"{self.read} rows read", f"{self.drawn} used"]
-        own = ", ".join([*used, *cut, *missing, *reasons, *packed])
+        noted = [f"{note} (rows: {count})" for note, count in self.notes.items()]
+        own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed])
         return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])
 
     def _packed(self) -> str:
@@ -125,11 +126,11 @@ def read_sources(sources: Sequence[DataSource]) -> list[SourceRows]:
 
 
 def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Return what is wrong with the template and with each source, without tokenising a row.
+    """Return what is wrong with the template and with each source, without tokenising all rows.
 
     Args:
         data: the section, its values in range.
-        tokenizer: the model's, to try a chat template on; None leaves that out.
+        tokenizer: the model's, to try its chat template on; None leaves that out.
     """
     problems: list[str] = []
     template = None
@@ -137,18 +138,19 @@ def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -
         template = load_template(data.prompt_template)
     except (FileNotFoundError, ValueError) as error:
         problems.append(str(error))
-    num_responses = 1
+    tries = None  # the tokenizer, where rows can be tried on it
+    if tokenizer is not None and template is not None and template.has_turns:
+        problems += (unfit := find_chat_problems(tokenizer))
+        tries = None if unfit else tokenizer
     for key, settings in data.sources().items():
         try:
             source = find_source(key, settings)
             rows = read_rows(source)
             if template is not None:
                 _check_columns(source, rows, template, data.prompt_template)
-                num_responses = max(num_responses, _check_rows(source, rows, template))
+                _check_rows(source, rows, template, tries)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-    if tokenizer is not None and template is not None and template.has_turns:
-        problems += find_chat_problems(tokenizer, num_responses=num_responses)
     return problems
 
 
@@ -166,17 +168,22 @@ def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, 
         )
 
 
-def _check_rows(source: DataSource, rows: Sequence[Row], template: Template) -> int:
-    """Return whether rows have one response or several (2); ValueError if no row can be used."""
+def _check_rows(
+    source: DataSource,
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raise ValueError if no row can be used, by a chat template if there is a tokenizer."""
     counts = RowCounts(read=len(rows))
-    most = 0
-    for _, turns in _sound_rows(source, rows, template, counts):
-        most = max(most, sum(turn.role == "assistant" for turn in turns))
-        if most > 1 or not template.has_turns:
-            break
-    if not most:
-        raise _nothing_left(source, counts)
-    return min(most, 2)
+    for number, turns in _sound_rows(source, rows, template, counts):
+        try:
+            if tokenizer is not None:
+                template.encode(turns, tokenizer)
+            return
+        except Unusable as fault:
+            counts.drop(str(fault), number)
+    raise _nothing_left(source, counts)
 
 
 def _nothing_left(source: DataSource | str, counts: RowCounts) -> ValueError:
@@ -213,10 +220,12 @@ def build_examples(
             drawn = random.Random(seed + place).sample(rows, min(size, len(rows)))
         for number, turns in drawn:
             try:
-                example = _encode(turns, template, data, training, tokenizer)
+                encoded = template.encode(turns, tokenizer)
+                example = _label(encoded, data, training, tokenizer)
             except Unusable as fault:
                 own.drop(str(fault), number)
             else:
+                own.note(encoded.notes)
                 own.drawn += 1
                 own.truncated += len(example["input_ids"]) > training.max_length
                 examples.append((_cut(example, training.max_length), Origin(place, number)))
@@ -287,7 +296,7 @@ def longest_batch(
         if len(lengths) == 4 * training.batch_size:
             break
         with suppress(Unusable):
-            example = _encode(turns, template, data, training, tokenizer)
+            example = _label(template.encode(turns, tokenizer), data, training, tokenizer)
             lengths.append(min(len(example["input_ids"]), training.max_length))
     return sum(sorted(lengths)[-training.batch_size :])
 
@@ -325,6 +334,8 @@ def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts
         total.missing += own.missing
         for reason, count in own.dropped.items():
             total.dropped[reason] = total.dropped.get(reason, 0) + count
+        for note, count in own.notes.items():
+            total.notes[note] = total.notes.get(note, 0) + count
     return total
 
 
@@ -371,18 +382,18 @@ def _sound_rows(
             yield number, turns
 
 
-def _encode(
-    turns: Sequence[Turn],
-    template: Template,
+def _label(
+    encoded: Encoded,
     data: DataConfig,
     training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Example:
-    """Return the row's tokens and labels, not cut yet."""
-    encoded = template.encode(turns, tokenizer)
+    """Return a row's tokens and labels, not cut yet."""
     if True not in encoded.is_response[: training.max_length]:
         raise Unusable(f"prompt alone fills training.max_length={training.max_length}")
-    is_learned = encoded.is_response if data.mask_prompt else [True] * len(encoded.tokens)
+    is_learned = find_learned(
+        encoded, tokenizer, prompt=not data.mask_prompt, empty_think=not data.mask_empty_think
+    )
     labels = [
         token if learned else IGNORED
         for token, learned in zip(encoded.tokens, is_learned, strict=True)

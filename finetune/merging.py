@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models
 from finetune.config import Refused
-from finetune.prompts import Prompt
 from finetune.trained import Trained, load_as_published
+from finetune.turns import Prompt
 
 NUM_PROMPTS = 8
 # Of a prompt's log-likelihood a token. Measured for SmolLM2-135M, merged: fp32 2e-6, fp16 3e-3,

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from finetune import distributed, quantization
+from finetune.chat_templates import read_chat_template
 from finetune.config import ModelConfig, local_path
 from finetune.files import Damaged, digest, file_digest, read_json, write_atomic
 from finetune.fused_kernels import FLASH
@@ -89,12 +90,18 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def load_tokenizer(model: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end of sequence."""
+    """Load the tokenizer; one without a padding token pads with its end of sequence.
+
+    Raises:
+        ValueError, OSError: the file of `model.chat_template` is not there, or no template.
+    """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(model.chat_template)
     return tokenizer
 
 

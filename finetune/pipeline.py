@@ -31,7 +31,6 @@ from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
-from finetune.prompts import Prompt
 from finetune.run_files import WEIGHTS
 from finetune.run_folder import Job, RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
@@ -49,6 +48,7 @@ from finetune.steps import Diverged
 from finetune.tasks import LoadedTask
 from finetune.token_display import describe_first
 from finetune.training import Precision, TrainResult
+from finetune.turns import Prompt
 
 log = logging.getLogger("finetune")
 

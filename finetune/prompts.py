@@ -13,16 +13,18 @@ last one has its newline. `demo/question.jinja` is an example.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from finetune.chat_messages import render_chat
+from finetune.chat_tokens import ask_chat, encode_chat
 from finetune.config import TEMPLATE_FILE, local_path
+from finetune.turns import Encoded, Prompt, Turn, Unusable
 
 # The wording of the Stanford Alpaca release (Taori et al. 2023).
 ALPACA_WITH_INPUT = (
@@ -34,40 +36,8 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
-ROLES = ("system", "user", "assistant")
 SAMPLE_WORDS = 12  # of a plain text, for a model to go on from
-# As transformers looks for it, before it can tell the assistant's tokens from the others.
-MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REWRITES = "the chat template writes earlier turns anew when others follow"
-
 Fields = Mapping[str, Any]
-
-
-class Unusable(ValueError):
-    """A row that cannot be learned from; the message is the reason it is counted under."""
-
-
-class Turn(NamedTuple):
-    """What one side says; plain text has at most a user's turn and the assistant's."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A row's tokens; `is_response` is as long, and true where the assistant speaks."""
-
-    tokens: list[int]
-    is_response: list[bool]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model is asked, as text and as the tokens it sees."""
-
-    text: str
-    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -143,103 +113,6 @@ def ask_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prom
     return Prompt(text, tokenizer(text)["input_ids"])
 
 
-def render_chat(fields: Fields) -> list[Turn]:
-    """Return the row's `messages`, each {role, content}, as they are."""
-    messages = fields["messages"]
-    if messages is None:
-        raise Unusable("messages is null")
-    if not isinstance(messages, list):
-        raise Unusable("messages is not a list")
-    turns = [_turn(message) for message in messages]
-    roles = [turn.role for turn in turns]
-    if "assistant" not in roles:
-        raise Unusable("messages has no assistant turn")
-    if roles[0] == "assistant":
-        raise Unusable("messages begins with an assistant turn")
-    return turns
-
-
-def _turn(message: Any) -> Turn:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise Unusable("messages has an item without role and content")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise Unusable(f"messages has another role than {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise Unusable("messages has a content that is not text")
-    if not content.strip():
-        raise Unusable("messages has an empty content")
-    return Turn(role, content)
-
-
-def encode_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode a conversation by the tokenizer's chat template; each assistant turn is a response.
-
-    A template that marks the assistant's turns (`{% generation %}`) is believed. With another, a
-    response is what a turn adds to the prompt that the turns before it make.
-    """
-    if MARKS_ASSISTANT.search(tokenizer.get_chat_template()):
-        marked = _apply(turns, tokenizer, return_assistant_tokens_mask=True)
-        return Encoded(marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]])
-    tokens = _apply(turns, tokenizer)["input_ids"]
-    is_response = [False] * len(tokens)
-    for number, turn in enumerate(turns):
-        if turn.role == "assistant":
-            before = _apply(turns[:number], tokenizer, add_generation_prompt=True)["input_ids"]
-            after = _apply(turns[: number + 1], tokenizer)["input_ids"]
-            if tokens[: len(after)] != after or after[: len(before)] != before:
-                raise Unusable(REWRITES)
-            is_response[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Encoded(tokens, is_response)
-
-
-def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the conversation up to where the assistant speaks last."""
-    last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
-    tokens = _apply(turns[:last], tokenizer, add_generation_prompt=True)["input_ids"]
-    return Prompt(str(tokenizer.decode(tokens)), tokens)
-
-
-def _apply(
-    turns: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool = False,
-    return_assistant_tokens_mask: bool = False,
-) -> Mapping[str, list[int]]:
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            [turn._asdict() for turn in turns],
-            return_dict=True,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-        )
-    except TemplateError as error:
-        raise Unusable(f"the chat template refuses it: {error}") from None
-    found: Mapping[str, list[int]] = encoded
-    return found
-
-
-def find_chat_problems(tokenizer: PreTrainedTokenizerBase, *, num_responses: int) -> list[str]:
-    """Return why the tokenizer cannot encode conversations of so many responses."""
-    remedy = (
-        "use a model that has a chat template to train on, "
-        f"or write single turns as a prompt: data.prompt_template=FILE{TEMPLATE_FILE}"
-    )
-    if not tokenizer.chat_template:
-        return [f"data.prompt_template=chat: the model's tokenizer has no chat template; {remedy}"]
-    exchange = [Turn("user", "What is it?"), Turn("assistant", "It is this.")]
-    try:
-        encoded = encode_chat(exchange * num_responses, tokenizer)
-    except Unusable as error:
-        return [f"data.prompt_template=chat: {error}; {remedy}"]
-    learned = {t for t, own in zip(encoded.tokens, encoded.is_response, strict=True) if own}
-    if not learned & {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}:
-        fault = "the chat template ends a response with no special token, to learn stopping from"
-        return [f"data.prompt_template=chat: {fault}; {remedy}"]
-    return []
-
-
 def _load_file(name: str) -> Template:
     path = local_path(name)
     if not path.is_file():
@@ -283,6 +156,13 @@ BY_NAME = {
     "alpaca": Template(
         ("instruction", "output"), ("input",), render_alpaca, encode_plain, ask_plain
     ),
-    "chat": Template(("messages",), (), render_chat, encode_chat, ask_chat, has_turns=True),
+    "chat": Template(
+        ("messages",),
+        ("tools", "chat_template_kwargs"),
+        render_chat,
+        encode_chat,
+        ask_chat,
+        has_turns=True,
+    ),
     "text": Template(("text",), (), render_text, encode_plain, ask_plain),
 }

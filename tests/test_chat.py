@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from finetune import adapters, chat, conversation, run_files, worker
 from finetune.config import DataConfig, LoraConfig, Refused
 from finetune.conversation import Conversation, Sampling
-from finetune.prompts import Unusable, load_template
+from finetune.prompts import load_template
 from finetune.run_folder import RunFolder
 from finetune.trained import Trained, find_trained
+from finetune.turns import Unusable
 from tests.conftest import train_tiny, write_rows
 
 FEW = Sampling(max_new_tokens=12, temperature=0.0)

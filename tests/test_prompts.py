@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from finetune import pipeline, preflight, samples
+from finetune.chat_messages import ROLES
+from finetune.chat_tokens import REWRITES, find_chat_problems
 from finetune.config import (
     Config,
     DataConfig,
@@ -36,7 +38,6 @@ from finetune.data import (
 from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.prompts import find_chat_problems
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -105,22 +106,20 @@ def test_the_mask_is_that_of_trls_assistant_only_loss(
         assert sum(mask) > 10
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(
+def test_a_template_that_rewrites_earlier_turns_leaves_those_rows_out(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Its second turn would be learned in a context that no generation sees; single turns pass."""
+    """A second turn would be learned in a context that no generation sees; single turns pass."""
     tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m.role }}{{ '' if loop.last else ' earlier' }}: "
-        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+        "{% for m in messages %}<s>{{ m.role }}: "
+        "{{ m.content if loop.last or m.role != 'assistant' else 'Something.' }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
-    (problem,) = find_chat_problems(tokenizer, num_responses=2)
-    assert "writes earlier turns anew" in problem
-    assert "data.prompt_template=FILE.jinja" in problem
-    tokenizer.add_tokens(["<|im_end|>", "<|end|>"], special_tokens=True)
-    for name in ("qwen3", "phi3"):
-        tokenizer.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-        assert find_chat_problems(tokenizer, num_responses=1) == []
-        assert find_chat_problems(tokenizer, num_responses=2) != []
+    rows = [{"messages": messages} for messages in (CONVERSATION, CONVERSATION[:3])]
+    built = build(rows, tokenizer, "chat")
+    assert built.counts.dropped == {REWRITES: 1}
+    assert built.counts.drawn == 1
+    assert find_chat_problems(tokenizer) == []
 
 
 def test_a_template_whose_responses_have_no_end_is_refused(
@@ -128,8 +127,8 @@ def test_a_template_whose_responses_have_no_end_is_refused(
 ) -> None:
     """A model that it trains would not learn to stop."""
     tokenizer.chat_template = (CHAT_TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
-    (problem,) = find_chat_problems(tokenizer, num_responses=2)
-    assert "no special token, to learn stopping from; use a model that has" in problem
+    (problem,) = find_chat_problems(tokenizer)
+    assert "no special token, to learn stopping from; set model.chat_template=FILE" in problem
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(
@@ -137,8 +136,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(
 ) -> None:
     """With the two ways out."""
     tokenizer.chat_template = None
-    (problem,) = find_chat_problems(tokenizer, num_responses=1)
-    assert "the model's tokenizer has no chat template; use a model that has" in problem
+    (problem,) = find_chat_problems(tokenizer)
+    assert "the model's tokenizer has no chat template; set model.chat_template=FILE" in problem
 
 
 def test_malformed_conversations_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,11 +147,22 @@ def test_malformed_conversations_are_counted(tokenizer: PreTrainedTokenizerBase)
         "messages is null": None,
         "messages is not a list": "hello",
         "messages has an item without role and content": [user, {"from": "gpt", "value": "x"}],
-        "messages has another role than system, user, assistant": [user, {**user, "role": "bot"}],
+        f"messages has another role than {', '.join(ROLES)}": [user, {**user, "role": "bot"}],
         "messages has an empty content": [user, {**assistant, "content": " "}],
         "messages has a content that is not text": [user, {**assistant, "content": None}],
         "messages has no assistant turn": [user],
-        "messages begins with an assistant turn": [assistant],
+        "messages has a content part that is not text (image_url)": [
+            {**user, "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            assistant,
+        ],
+        "messages has a weight other than 0 and 1 (false and true)": [
+            user,
+            {**assistant, "weight": 0.5},
+        ],
+        "messages has no assistant turn to learn (weight: 0, train: false)": [
+            user,
+            {**assistant, "train": False},
+        ],
     }
     rows = [{"messages": messages} for messages in (*faults.values(), CONVERSATION)]
     built = build(rows, tokenizer, "chat")
@@ -164,14 +174,14 @@ def test_malformed_conversations_are_counted(tokenizer: PreTrainedTokenizerBase)
 def test_a_row_that_the_chat_template_refuses_is_counted(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Such as a system turn where the model has none."""
+    """Such as one of more turns than the template writes."""
     tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}"
         "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     )
-    rows = [{"messages": CONVERSATION}, {"messages": CONVERSATION[1:]}]
+    rows = [{"messages": CONVERSATION[1:]}, {"messages": CONVERSATION[1:3]}]
     built = build(rows, tokenizer, "chat")
-    assert built.counts.dropped == {"the chat template refuses it: no system": 1}
+    assert built.counts.dropped == {"the chat template refuses it: too long": 1}
     data = DataConfig(path="rows.jsonl", prompt_template="chat")
     assert len(last_prompts(sourced(rows, data), data, TrainingConfig(), tokenizer, 3)) == 1
 
@@ -360,7 +370,7 @@ def test_a_sweep_over_templates_runs_to_the_end(tmp_path: Path, finetune: Comman
 def test_the_default_models_chat_template() -> None:
     """SmolLM2-135M-Instruct: two responses, each with its end; the system turn is its own."""
     smollm2 = load_tokenizer(ModelConfig(), find_model(ModelConfig()))
-    assert find_chat_problems(smollm2, num_responses=2) == []
+    assert find_chat_problems(smollm2) == []
     (example,) = build([{"messages": CONVERSATION[1:]}], smollm2, "chat").train
     assert learned(example, smollm2) == "Yes, one.<|im_end|>\nNo.<|im_end|>\n"
     assert "You are a helpful AI assistant" in str(smollm2.decode(example["input_ids"]))

@@ -1,0 +1,337 @@
+"""Tokens of conversations by the chat template in force, and which of them are responses.
+
+A template that marks the assistant's turns (`{% generation %}`) is believed. With another, a
+response is what a turn adds to the text that the turns before it make. What the template does not
+show of a message is named in `Encoded.notes`, and an answer of which it shows nothing is not
+learned.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+from finetune import chat_messages
+from finetune.chat_messages import REASONING, SPEECH, Messages
+from finetune.chat_templates import TEMPLATE_ERRORS, ChatTemplate, find_chat_template
+from finetune.config import TEMPLATE_FILE
+from finetune.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
+
+REWRITES = "the chat template writes earlier turns anew when others follow"
+JOINED = "the chat template takes no system turn, which was joined to the user's"
+THOUGHTS = re.compile(r"^(.*?)</think>", re.DOTALL)
+EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+PROBE = {"role": "user", "content": "-"}
+
+Message = dict[str, Any]
+Repair = Callable[[Sequence[Message]], list[Message]]
+Span = tuple[int, int]  # the first place, and the one after the last
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation, its template, and the tokenizer."""
+
+    messages: list[Message]
+    template: ChatTemplate
+    tokenizer: PreTrainedTokenizerBase
+    tools: list[Any] | None
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def render(self, count: int | None = None, *, asks: bool = False) -> str:
+        """Return the text of the first messages, all by default; raises Unusable."""
+        return str(self._apply(self.messages[:count], tokenize=False, add_generation_prompt=asks))
+
+    def marked(self) -> tuple[list[int], list[bool]]:
+        """Return tokens and the template's marks of the assistant's; raises Unusable."""
+        found = self._apply(self.messages, return_dict=True, return_assistant_tokens_mask=True)
+        return found["input_ids"], [bool(mark) for mark in found["assistant_masks"]]
+
+    def tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return tokens
+
+    def _apply(self, messages: Sequence[Message], **settings: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=self.tools,
+                chat_template=self.template.text,
+                **{**self.settings, **settings},
+            )
+        except TEMPLATE_ERRORS as error:
+            raise Unusable(_refusal(error, self)) from None
+
+
+def _refusal(error: Exception, chat: Chat) -> str:
+    if holds_surrogate([chat.messages, chat.tools]):
+        return SURROGATE
+    verb = "refuses it" if isinstance(error, TemplateError) else "fails"
+    return f"the chat template {verb}: {' '.join(str(error).split())}"
+
+
+def encode_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Encode a conversation by the chat template in force; each assistant turn is a response."""
+    chat, text = _fit(turns, tokenizer)
+    tokens, marks = _mark_responses(chat, text)
+    unused = list(_find_unused(chat, text))
+    silent = [number for number, _ in enumerate(chat.messages) if _is_silent(chat, number, unused)]
+    spans = [
+        _span(chat, text, tokens, number)
+        for number in sorted({*silent, *_find_unlearned(turns, chat)})
+    ]
+    if not _without(marks, spans).count(True):
+        raise Unusable(
+            "messages has no answer that the chat template shows"
+            if any(marks)
+            else "the chat template marks no response"
+        )
+    notes = [f"the chat template does not use {name}" for name in unused]
+    return Encoded(tokens, marks, notes=(*chat.notes, *notes), unlearned=tuple(spans))
+
+
+def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Return the conversation up to where the assistant speaks last."""
+    last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
+    if not last:
+        raise Unusable("messages asks nothing before its only assistant turn")
+    asked = list(turns[:last])
+    if isinstance(turns, Messages):
+        asked = Messages(asked, turns.tools, turns.settings)
+    chat, _ = _fit(asked, tokenizer)
+    tokens = chat.tokens(chat.render(asks=True))
+    return Prompt(str(tokenizer.decode(tokens)), tokens)
+
+
+def _fit(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str]:
+    """Return the conversation as its template takes it whole, and its text.
+
+    Where the template fails, or leaves something out, the messages are put as older ones were.
+    """
+    tools = turns.tools if isinstance(turns, Messages) else None
+    settings = turns.settings if isinstance(turns, Messages) else {}
+    template = find_chat_template(tokenizer, has_tools=tools is not None)
+    chat = Chat([turn.message for turn in turns], template, tokenizer, tools, settings)
+    text, fault = _try(chat)
+    for is_needed, repair, note in REPAIRS:
+        if is_needed(chat, text):
+            repaired = replace(chat, messages=repair(chat.messages), notes=(*chat.notes, *note))
+            other, why = _try(repaired)
+            if other is not None or text is None:
+                chat, text, fault = repaired, other, why
+    if text is None:
+        raise Unusable(fault)
+    return chat, text
+
+
+def _try(chat: Chat) -> tuple[str | None, str]:
+    try:
+        return chat.render(), ""
+    except Unusable as fault:
+        return None, str(fault)
+
+
+def _quotes_arguments(chat: Chat, text: str | None) -> bool:
+    """Return whether arguments that are JSON text fail, or would be JSON text of JSON text."""
+    given = chat_messages.argument_texts(chat.messages)
+    return bool(given) and (
+        text is None or any(json.dumps(one, ensure_ascii=False) in text for one in given)
+    )
+
+
+def _fails_at_null(chat: Chat, text: str | None) -> bool:
+    return text is None and any(one["content"] is None for one in chat.messages)
+
+
+def _drops_developer(chat: Chat, text: str | None) -> bool:
+    return any(
+        one["role"] == "developer" and not _is_shown(one["content"], text) for one in chat.messages
+    )
+
+
+def _fails_at_empty_system(chat: Chat, text: str | None) -> bool:
+    begins = chat_messages.begins_with_system(chat.messages)
+    return text is None and begins and not chat.messages[0]["content"].strip()
+
+
+def _drops_system(chat: Chat, text: str | None) -> bool:
+    return chat_messages.begins_with_system(chat.messages) and not _is_shown(
+        chat.messages[0]["content"], text
+    )
+
+
+# Each with what calls for it, and what is to be said about it; later ones find earlier ones done.
+REPAIRS: tuple[tuple[Callable[[Chat, str | None], bool], Repair, tuple[str, ...]], ...] = (
+    (_quotes_arguments, chat_messages.with_objects, ()),
+    (_fails_at_null, chat_messages.with_empty_contents, ()),
+    (_drops_developer, chat_messages.with_system_role, ()),
+    (_fails_at_empty_system, chat_messages.with_joined_system, ()),
+    (_drops_system, chat_messages.with_joined_system, (JOINED,)),
+)
+
+
+def _is_shown(value: str | None, text: str | None) -> bool:
+    """Return whether a rendered text holds another, as it is or as a JSON string."""
+    said = (value or "").strip()
+    return text is not None and (
+        said in text or any(json.dumps(said, ensure_ascii=a)[1:-1] in text for a in (False, True))
+    )
+
+
+def _find_unused(chat: Chat, text: str) -> Iterator[str]:
+    """Yield the names of what messages say that the text does not show."""
+    names = dict.fromkeys(name for one in chat.messages for name, value in one.items() if value)
+    for name in names:
+        if name in REASONING:
+            values = [str(one[name]) for one in chat.messages if one.get(name)]
+            if not all(_is_shown(value, text) for value in values):
+                yield name
+        elif name not in ("role", "content") and _renders(chat, without=name) == text:
+            yield name
+    if chat.tools and _try(replace(chat, tools=None))[0] == text:
+        yield "tools"
+    for role in dict.fromkeys(one["role"] for one in chat.messages):
+        contents = [one["content"] for one in chat.messages if one["role"] == role]
+        if role != "assistant" and not all(_is_shown(content, text) for content in contents):
+            yield f"the text of {role} turns"
+    if not all(_is_shown(thought, text) for thought in _thoughts(chat.messages)):
+        yield "thoughts in <think>"
+
+
+def _renders(chat: Chat, *, without: str) -> str | None:
+    messages = [{k: v for k, v in one.items() if k != without} for one in chat.messages]
+    return _try(replace(chat, messages=messages))[0]
+
+
+def _thoughts(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        found = (
+            THOUGHTS.search(message["content"] or "") if message["role"] == "assistant" else None
+        )
+        if found:
+            yield found[1].replace("<think>", "")
+
+
+def _is_silent(chat: Chat, number: int, unused: Sequence[str]) -> bool:
+    """Return whether an answer says something, and the template shows nothing of it."""
+    message = chat.messages[number]
+    said = [name for name in SPEECH if message.get(name) and name not in unused]
+    return message["role"] == "assistant" and not (message["content"] or "").strip() and not said
+
+
+def _find_unlearned(turns: Sequence[Turn], chat: Chat) -> list[int]:
+    """Return which messages are taken out of the loss, counted after a system turn was joined."""
+    joined = len(turns) - len(chat.messages)
+    return [n - joined for n, turn in enumerate(turns) if not turn.is_learned and n >= joined]
+
+
+def _mark_responses(chat: Chat, text: str) -> tuple[list[int], list[bool]]:
+    if chat.template.marks_responses and chat.tokenizer.is_fast:
+        return chat.marked()
+    tokens = chat.tokens(text)
+    is_response = [False] * len(tokens)
+    for number, message in enumerate(chat.messages):
+        if message["role"] == "assistant":
+            start, end = _span(chat, text, tokens, number)
+            is_response[start:end] = [True] * (end - start)
+    return tokens, is_response
+
+
+def _span(chat: Chat, text: str, tokens: list[int], number: int) -> Span:
+    """Return where a message's tokens are, a token across its first border among them.
+
+    Raises:
+        Unusable: the template writes a turn otherwise once others follow.
+    """
+    ends = (_find_start(chat, text, number), _find_end(chat, text, number))
+    start, end = (common_prefix_length(tokens, chat.tokens(text[:place])) for place in ends)
+    return start, max(start, end)
+
+
+def _find_start(chat: Chat, text: str, number: int) -> int:
+    """Return where in the text a message begins that follows the generation prompt."""
+    if not number:
+        opening = replace(chat, messages=[PROBE])
+        cue = opening.render(asks=True).removeprefix(opening.render())
+        return max(text.find(cue), 0) + len(cue)
+    asked = chat.render(number, asks=True)
+    if text.startswith(asked):
+        return len(asked)
+    if not text.startswith(chat.render(number)):
+        raise Unusable(REWRITES)
+    pairs = zip(text, asked, strict=False)  # the prompt begins the answer, such as by <think>
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _find_end(chat: Chat, text: str, number: int) -> int:
+    if number + 1 == len(chat.messages):
+        return len(text)
+    after = chat.render(number + 1)
+    if not text.startswith(after):  # some end the last turn alone in the end of the sequence
+        after = after.removesuffix(str(chat.tokenizer.eos_token))
+    if not text.startswith(after):
+        raise Unusable(REWRITES)
+    return len(after)
+
+
+def _without(marks: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
+    kept = list(marks)
+    for start, end in spans:
+        kept[start:end] = [False] * (end - start)
+    return kept
+
+
+def find_learned(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, prompt: bool, empty_think: bool
+) -> list[bool]:
+    """Return which tokens are learned.
+
+    Args:
+        encoded: a row's tokens.
+        tokenizer: that made them.
+        prompt: whether what stands before a response is learned too.
+        empty_think: whether a response's think block without a thought is.
+    """
+    marks = [True] * len(encoded.tokens) if prompt else encoded.is_response
+    learned = _without(marks, encoded.unlearned)
+    return learned if empty_think else _without(learned, _empty_thinks(encoded.tokens, tokenizer))
+
+
+def _empty_thinks(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    pieces = [str(tokenizer.decode([token])) for token in tokens]
+    ends = list(accumulate(map(len, pieces), initial=0))
+    blocks = [block.span() for block in EMPTY_THINK.finditer("".join(pieces))]
+    return [(bisect_left(ends, start), bisect_right(ends, end) - 1) for start, end in blocks]
+
+
+def find_chat_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return why the tokenizer cannot encode conversations."""
+    remedy = (
+        f"set model.chat_template=FILE{TEMPLATE_FILE}, use a model that has a chat template to "
+        f"train on, or write single turns as a prompt: data.prompt_template=FILE{TEMPLATE_FILE}"
+    )
+    if not tokenizer.chat_template:
+        return [f"data.prompt_template=chat: the model's tokenizer has no chat template; {remedy}"]
+    try:
+        encoded = encode_chat(
+            [Turn("user", "What is it?"), Turn("assistant", "It is this.")], tokenizer
+        )
+    except Unusable as error:
+        return [f"data.prompt_template=chat: {error}; {remedy}"]
+    learned = {t for t, own in zip(encoded.tokens, encoded.is_response, strict=True) if own}
+    if not learned & {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}:
+        fault = "the chat template ends a response with no special token, to learn stopping from"
+        return [f"data.prompt_template=chat: {fault}; {remedy}"]
+    return []
