@@ -32,6 +32,7 @@ class ActiveRun:
     events: EventLog
     started: float
     state: State | None = None
+    examples: data.Examples | None = None  # once they are built
 
     @property
     def is_trained(self) -> bool:

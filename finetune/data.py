@@ -22,7 +22,7 @@ from finetune.config import DataConfig, TrainingConfig
 from finetune.inputs import DataSource
 from finetune.prompts import Template, load_template
 from finetune.rows import Row, RowStream, find_source, read_rows
-from finetune.turns import Encoded, Prompt, Turn, Unusable
+from finetune.turns import Encoded, Turn, Unusable
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
@@ -339,29 +339,11 @@ def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts
     return total
 
 
-def last_prompts(
-    read: Sequence[SourceRows],
-    data: DataConfig,
-    training: TrainingConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-) -> list[Prompt]:
-    """Return the prompts of the last rows that can be used."""
-    template = load_template(data.prompt_template)
-    sound = [
-        turns
-        for source, rows in read
-        for _, turns in _sound_rows(source, rows, template, RowCounts())
-    ]
-    prompts: list[Prompt] = []
-    for turns in reversed(sound):
-        with suppress(Unusable):
-            prompt = template.ask(turns, tokenizer)
-            if len(prompt.tokens) < training.max_length:
-                prompts.append(prompt)
-        if len(prompts) == count:
-            break
-    return prompts[::-1]
+def sound_rows(
+    source: DataSource, rows: Sequence[Row], template: Template
+) -> Iterator[tuple[int, list[Turn]]]:
+    """Yield row number (from 1) and turns of each row whose fields can be used."""
+    return _sound_rows(source, rows, template, RowCounts())
 
 
 def _sound_rows(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models
 from finetune.config import Refused
+from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
 from finetune.turns import Prompt
 
@@ -106,7 +107,7 @@ def find_prompts(run: Trained, tokenizer: PreTrainedTokenizerBase) -> list[Promp
         rows = data.read_sources(data.find_sources(run.config.data))
     except (FileNotFoundError, ValueError) as error:
         raise Refused([f"the export is checked on the run's own rows: {error}"]) from None
-    found = data.last_prompts(rows, *settings, tokenizer, NUM_PROMPTS)
+    found = last_prompts(rows, *settings, tokenizer, NUM_PROMPTS)
     prompts = [prompt for prompt in found if len(prompt.tokens) > 1]
     if not prompts:
         raise Refused(["the export is checked on the run's own prompts, and all are too short"])

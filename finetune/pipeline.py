@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config, ModelConfig
+from finetune.data import Examples, RowCounts
 from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
+from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.run_files import WEIGHTS
 from finetune.run_folder import Job, RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
@@ -48,7 +51,6 @@ from finetune.steps import Diverged
 from finetune.tasks import LoadedTask
 from finetune.token_display import describe_first
 from finetune.training import Precision, TrainResult
-from finetune.turns import Prompt
 
 log = logging.getLogger("finetune")
 
@@ -191,6 +193,7 @@ def _train(runs: Sequence[ActiveRun]) -> None:
 def _train_once(runs: Sequence[ActiveRun]) -> None:
     specs = [_spec(run) for run in runs]
     for run, spec in zip(runs, specs, strict=True):
+        run.examples = spec.examples
         log.info("data: %s", spec.examples.counts.summary())
         # For the run's log, not for the screen.
         log.debug("%s", describe_first(spec.examples, _tokenizer(run)))
@@ -342,24 +345,31 @@ def _refuse_damaged_weights(run: ActiveRun) -> None:
 def _score_tuned(run: ActiveRun) -> None:
     tasks, tokenizer = _tasks(run), _tokenizer(run)
     tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
-    asked: list[Prompt] = []
-    if tasks and beside:
-        rows = data.read_sources(run.inputs.data)
-        settings = run.config.data, run.config.training
-        asked = data.last_prompts(rows, *settings, tokenizer, NUM_SAMPLES)
-    prompts = tuple(tuple(prompt.tokens) for prompt in asked)
+    asked = _choose_prompts(run) if tasks and beside else []
+    prompts = tuple(tuple(one.prompt.tokens) for one in asked)
     before = _said_by_base(*_base_key(run), prompts) if prompts else []
     with _tuned(run) as model:
         tuned.score(tasks, model, tokenizer, beside[0].read(tasks) if beside else None)
         after = answer(model, tokenizer, prompts)
-    texts = [prompt.text for prompt in asked]
-    said = [Sample(*parts) for parts in zip(texts, before, after, strict=True)]
+    texts = [one.prompt.text for one in asked]
+    names = [one.row for one in asked]
+    said = [Sample(*parts) for parts in zip(texts, before, after, names, strict=True)]
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
     if not run.config.training.is_skipped and run.folder.read_json("data.json") is None:
         run.folder.write_json("data.json", asdict(_spec(run).examples.counts))  # it was damaged
     tell_scores(run.events, *_write_stored_scores(run))
     tell_artifacts(run.folder, run.events)
+
+
+def _choose_prompts(run: ActiveRun) -> list[RowPrompt]:
+    """Return prompts of rows that the run was not trained on, where there are any."""
+    if run.examples is None:  # trained before this process began, or not at all
+        is_skipped = run.config.training.is_skipped
+        run.examples = Examples([], [], RowCounts()) if is_skipped else _spec(run).examples
+    rows, settings = data.read_sources(run.inputs.data), (run.config.data, run.config.training)
+    found = sample_prompts(rows, run.examples, *settings, _tokenizer(run))
+    return list(islice(found, NUM_SAMPLES))[::-1]
 
 
 @lru_cache(maxsize=1)

@@ -224,6 +224,7 @@ def _find_samples_misfit(samples: list[Any]) -> str | None:
     good = all(
         isinstance(one, dict)
         and all(isinstance(one.get(name), str) for name in ("prompt", "base", "tuned"))
+        and isinstance(one.get("row", ""), str)  # not in those of release 0.1
         for one in samples
     )
     return None if good else "it holds no samples"

@@ -23,6 +23,7 @@ class Sample:
     prompt: str
     base: str
     tuned: str
+    row: str  # its number, and whether it was trained on
 
 
 def answer(

@@ -33,11 +33,11 @@ from finetune.data import (
     SourceRows,
     build_examples,
     find_problems,
-    last_prompts,
 )
 from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.row_prompts import last_prompts
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -1,0 +1,84 @@
+"""Prompts of rows, that base and tuned model answer: of held-out rows where there are any."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.config import DataConfig, TrainingConfig
+from finetune.data import Examples, Origin, SourceRows, sound_rows
+from finetune.prompts import Template, load_template
+from finetune.turns import Prompt, Turn, Unusable
+
+HELD_OUT, UNUSED, TRAINED = "held out for validation", "not trained on", "trained on"
+CANDIDATES = 64  # of each use, the last ones, since not every row can be asked
+
+
+class RowPrompt(NamedTuple):
+    """A prompt, and the row that it is of: its number, and how it was used."""
+
+    row: str
+    prompt: Prompt
+
+
+def sample_prompts(
+    read: Sequence[SourceRows],
+    examples: Examples,
+    data: DataConfig,
+    training: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterable[RowPrompt]:
+    """Yield prompts, the last row first: of rows held out, else not drawn, else trained on."""
+    template, places = load_template(data.prompt_template), len(read)
+    for use, rows in _by_use(read, examples, template).items():
+        found = False
+        for origin, turns in reversed(rows):
+            name = f"row {origin.row}" + (f" of {read[origin.source][0]}" if places > 1 else "")
+            with suppress(Unusable):
+                prompt = template.ask(turns, tokenizer)
+                if len(prompt.tokens) < training.max_length:
+                    found = True
+                    yield RowPrompt(f"{name}, {use}", prompt)
+        if found:
+            return
+
+
+def _by_use(
+    read: Sequence[SourceRows], examples: Examples, template: Template
+) -> dict[str, deque[tuple[Origin, list[Turn]]]]:
+    """Return the last rows of each use, in the order in which they are to be asked."""
+    held_out, trained = set(examples.validation_origins), set(examples.train_origins)
+    found: dict[str, deque[tuple[Origin, list[Turn]]]] = {
+        use: deque(maxlen=CANDIDATES) for use in (HELD_OUT, UNUSED, TRAINED)
+    }
+    for place, (source, rows) in enumerate(read):
+        for number, turns in sound_rows(source, rows, template):
+            origin = Origin(place, number)
+            use = HELD_OUT if origin in held_out else TRAINED if origin in trained else UNUSED
+            found[use].append((origin, turns))
+    return found
+
+
+def last_prompts(
+    read: Sequence[SourceRows],
+    data: DataConfig,
+    training: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+) -> list[Prompt]:
+    """Return the prompts of the last rows that can be used."""
+    template = load_template(data.prompt_template)
+    sound = [turns for source, rows in read for _, turns in sound_rows(source, rows, template)]
+    prompts: list[Prompt] = []
+    for turns in reversed(sound):
+        with suppress(Unusable):
+            prompt = template.ask(turns, tokenizer)
+            if len(prompt.tokens) < training.max_length:
+                prompts.append(prompt)
+        if len(prompts) == count:
+            break
+    return prompts[::-1]
