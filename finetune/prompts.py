@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.chat_messages import render_chat
 from finetune.chat_tokens import ask_chat, encode_chat
 from finetune.config import TEMPLATE_FILE, local_path
+from finetune.plain_tokens import encode_pair, encode_prompt
 from finetune.turns import Encoded, Prompt, Turn, Unusable
 
 # The wording of the Stanford Alpaca release (Taori et al. 2023).
@@ -94,15 +95,9 @@ def _texts(
 
 
 def encode_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode prompt and response apart, ended by the end-of-sequence token.
-
-    So the border between them is the one that a generation from the prompt sees.
-    """
+    """Encode prompt and response jointly, ended by the end-of-sequence token."""
     *before, answer = turns
-    asked = tokenizer("".join(turn.content for turn in before))["input_ids"]
-    answered = tokenizer(answer.content, add_special_tokens=False)["input_ids"]
-    answered = [*answered, tokenizer.eos_token_id]
-    return Encoded([*asked, *answered], [False] * len(asked) + [True] * len(answered))
+    return encode_pair("".join(turn.content for turn in before), answer.content, tokenizer)
 
 
 def ask_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -110,7 +105,7 @@ def ask_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prom
     *before, answer = turns
     text = "".join(turn.content for turn in before)
     text = text or " ".join(answer.content.split()[:SAMPLE_WORDS])
-    return Prompt(text, tokenizer(text)["input_ids"])
+    return Prompt(text, encode_prompt(text, tokenizer))
 
 
 def _load_file(name: str) -> Template:

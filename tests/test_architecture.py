@@ -20,7 +20,7 @@ ORDER = [
     "overrides", "distributed", "grouping",
     "files", "events", "run_files", "run_folder", "home", "live",
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters",
-    "saved_adapter", "turns", "chat_messages", "chat_tokens", "prompts",
+    "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",
     "text_lines", "json_rows", "file_formats", "data_paths", "rows",
     "data", "row_prompts", "token_display",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
