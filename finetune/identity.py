@@ -38,6 +38,8 @@ TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
 # Raised when a default, or what a setting does, changes its meaning: earlier runs keep their names.
 IDENTITY = 2
+# Raised when the same rows become other tokens: runs trained on others are not found again.
+TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
 
 
 def find_inputs(config: Config) -> Inputs:
@@ -112,6 +114,7 @@ def _name_parts(config: Config, parts: Parts) -> dict[str, Any]:
         "lora": changed_settings(config.lora),
         "optimizer": changed_settings(config.optimizer),
         "data": data_identity(config.data, parts.data),
+        **({} if config.training.is_skipped else {"tokens": TOKENS}),
         "training": {
             **changed_settings(config.training),
             "precision": str(parts.precision.autocast), "order_seed": config.training.order_seed,
@@ -171,7 +174,12 @@ def run_path(config: Config, identity: str) -> Path:
 
 
 def _find_earlier(config: Config, named: Mapping[str, Any]) -> Path | None:
-    """Return the folder that release 0.1 made for this run, where there is one."""
+    """Return the folder that release 0.1 made for this run, where there is one.
+
+    That release trained on other tokens; only what it scored without training is the same.
+    """
+    if not config.training.is_skipped:
+        return None
     identity = identity_0_1.find_identity(config, named)
     if identity is None:
         return None

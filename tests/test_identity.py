@@ -198,21 +198,53 @@ def _mix(config: Config) -> list[SourceConfig]:
     return [SourceConfig(path), SourceConfig(path, 3.0, split="x", columns={"input": "q"})]
 
 
+def _identity_0_1(config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what release 0.1 called a run whose packages are all at version 1."""
+    names: list[Any] = []
+    monkeypatch.setattr(identity, "version", lambda package: "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_find_earlier", lambda config, named: names.append(named))
+        find_inputs(config)
+    return identity_0_1.find_identity(config, names[0]) or ""
+
+
 @pytest.mark.parametrize("name", OLD)
-def test_the_runs_of_release_0_1_are_found(
+def test_the_names_of_release_0_1_are_known(
     config: Config, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that release 0.1 named is the run's, until there is one by its name of today."""
-    monkeypatch.setattr(identity, "version", lambda package: "1")
+    """From the settings of today."""
     config.training.device = "cpu"
     old, change = OLD[name]
     change(config)
-    today = find_inputs(config).folder
-    earlier = today.with_name(f"tiny-lora-r16-lr0.001-{old[:12]}")
-    earlier.mkdir(parents=True)
-    assert find_inputs(config).folder == earlier
-    today.mkdir()
-    assert find_inputs(config).folder == today
+    assert _identity_0_1(config, monkeypatch)[: len(old)] == old
+
+
+def test_what_release_0_1_evaluated_is_found(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until there is a folder by its name of today; what it trained saw other tokens."""
+    config.training.device = "cpu"
+    for max_steps in (0, 5):
+        config.training.max_steps = max_steps
+        old = _identity_0_1(config, monkeypatch)
+        today = find_inputs(config).folder
+        earlier = today.with_name(f"tiny-earlier-{old[:12]}")
+        earlier.mkdir(parents=True)
+        assert find_inputs(config).folder == (today if max_steps else earlier)
+        today.mkdir()
+        assert find_inputs(config).folder == today
+
+
+def test_a_run_on_other_tokens_is_another_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless nothing is trained on them."""
+    trained, config.training.max_steps = find_inputs(config).identity, 0
+    evaluated = find_inputs(config).identity
+    monkeypatch.setattr(identity, "TOKENS", identity.TOKENS + 1)
+    assert find_inputs(config).identity == evaluated
+    config.training.max_steps = None
+    assert find_inputs(config).identity != trained
 
 
 def test_a_younger_setting_has_no_run_of_release_0_1(config: Config) -> None:
