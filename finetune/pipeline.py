@@ -5,15 +5,12 @@ Runs in the worker process; the sweep reads what it leaves in the run's folder.
 
 from __future__ import annotations
 
-import gc
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +22,7 @@ from finetune import adapters, data, distributed, models, multi_adapter, signals
 from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
-from finetune.config import Config, ModelConfig
+from finetune.config import Config
 from finetune.data import Examples, RowCounts
 from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
@@ -40,21 +37,17 @@ from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
     is_done,
-    load_tasks,
-    load_tokenizer,
-    loaded_tokenizer,
     tell_artifacts,
     tell_scores,
     write_scores,
 )
+from finetune.session import Session
 from finetune.steps import Diverged
 from finetune.tasks import LoadedTask
 from finetune.token_display import describe_first
-from finetune.training import Precision, TrainResult
+from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
-
-_loaded: dict[tuple[str, Source, str], PreTrainedModel] = {}  # the one base of this process
 
 LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
@@ -62,17 +55,21 @@ LESS_MEMORY = (
 )
 
 
-def run(jobs: Sequence[Job]) -> list[State]:
+def run(jobs: Sequence[Job], session: Session | None = None) -> list[State]:
     """Run jobs and return how they ended; all they computed is in their folders.
 
-    Several are trained together over one base, and must share what grouping.find_groups asks for.
+    Args:
+        jobs: several are trained together over one base, and must share what grouping.find_groups
+            asks for.
+        session: what is loaded already; None begins with nothing.
     """
+    session = session or Session()
     with ExitStack() as stack:
         runs = open_runs(jobs, stack)
-        at_work = [run for run in runs if not is_done(run.config, run.inputs, run.folder)]
+        at_work = [r for r in runs if not is_done(r.config, r.inputs, r.folder, session)]
         for run in runs:
             if run not in at_work:
-                tell_scores(run.events, *_write_stored_scores(run))
+                tell_scores(run.events, *_write_stored_scores(run, session))
                 run.state = "finished"
         for job, run in zip(jobs, runs, strict=True):
             if run in at_work:
@@ -80,23 +77,23 @@ def run(jobs: Sequence[Job]) -> list[State]:
         for run in at_work:
             with _guarded([run]):
                 run.check_inputs()
-        _run_stages([run for run in at_work if run.state is None])
+        _run_stages([run for run in at_work if run.state is None], session)
         if any(run.state != "finished" for run in runs):
-            _release_memory()
+            session.release()
         return [run.state or "failed" for run in runs]
 
 
-def _run_stages(runs: Sequence[ActiveRun]) -> None:
+def _run_stages(runs: Sequence[ActiveRun], session: Session) -> None:
     """Score the base, train, score the results; each only where that is not done yet."""
     try:
         for run in runs:
             with _guarded([run]):
-                _score_base(run)
-        _train([run for run in runs if run.state is None and not run.is_trained])
+                _score_base(run, session)
+        _train([run for run in runs if run.state is None and not run.is_trained], session)
         for run in runs:
             with _guarded([run]):
                 if run.state is None:
-                    _score_tuned(run)
+                    _score_tuned(run, session)
                     run.end("finished")
     except KeyboardInterrupt as stop:
         for run in runs:
@@ -126,162 +123,134 @@ def _fail(run: ActiveRun, error: Exception) -> None:
         run.end("failed", f"{type(error).__name__}: {error}")
 
 
-def _base(run: ActiveRun) -> PreTrainedModel:
+def _base(run: ActiveRun, session: Session) -> PreTrainedModel:
     """Return the base that the run shares with those before it, or a fresh one."""
-    return _loaded_base(*_base_key(run))
+    return session.base(run.config, run.inputs)
 
 
-def _base_key(run: ActiveRun) -> tuple[str, Source, str]:
-    return json.dumps(asdict(run.config.model)), run.inputs.source, run.inputs.device
+def _tokenizer(run: ActiveRun, session: Session) -> PreTrainedTokenizerBase:
+    return session.tokenizer(run.config.model, run.inputs.source)
 
 
-def _loaded_base(settings: str, source: Source, device: str) -> PreTrainedModel:
-    key = settings, source, device
-    if key not in _loaded:
-        _release_memory()  # before another one takes it
-        config = ModelConfig(**json.loads(settings))
-        _loaded[key] = models.load_base(config, source, torch.device(device))
-    return _loaded[key]
+def _tasks(run: ActiveRun, session: Session) -> list[LoadedTask]:
+    return session.tasks(run.config, run.inputs.source)
 
 
-def _release_memory() -> None:
-    """Let go of the base, which was altered or is not wanted, and of all that it held."""
-    _loaded.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _tokenizer(run: ActiveRun) -> PreTrainedTokenizerBase:
-    return load_tokenizer(run.config, run.inputs.source)
-
-
-def _tasks(run: ActiveRun) -> list[LoadedTask]:
-    return load_tasks(run.config, run.inputs.source)
-
-
-def _score_base(run: ActiveRun) -> None:
-    tasks = _tasks(run)
+def _score_base(run: ActiveRun, session: Session) -> None:
+    tasks = _tasks(run, session)
     _, *base = build_scorers(run.config, run.inputs, run.folder)
     for scorer in base:
         if not scorer.has(tasks):
-            scorer.score(tasks, _base(run), _tokenizer(run))
+            scorer.score(tasks, _base(run, session), _tokenizer(run, session))
 
 
-def _train(runs: Sequence[ActiveRun]) -> None:
+def _train(runs: Sequence[ActiveRun], session: Session) -> None:
     """Train runs together where they can be, else one after another; half of them if too many."""
     if not runs:
         return
     too_many = False
     with _guarded(runs):
         try:
-            with liger_kernels(_base(runs[0]), wanted=runs[0].config.training.use_liger_kernel):
-                _train_once(runs)
+            wanted = runs[0].config.training.use_liger_kernel
+            with liger_kernels(_base(runs[0], session), wanted=wanted):
+                _train_once(runs, session)
         except (RuntimeError, MemoryError) as error:
             if len(runs) == 1 or not models.is_out_of_memory(error):
                 raise
             too_many = True
     if too_many:
         log.warning("out of memory with %d adapters; training half of them at a time", len(runs))
-        _release_memory()
+        session.release()
         waiting = [run for run in runs if run.state is None and not run.is_trained]
         half = (len(waiting) + 1) // 2
-        _train(waiting[:half])
-        _train(waiting[half:])
+        _train(waiting[:half], session)
+        _train(waiting[half:], session)
 
 
-def _train_once(runs: Sequence[ActiveRun]) -> None:
-    specs = [_spec(run) for run in runs]
+def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
+    specs = [_spec(run, session) for run in runs]
     for run, spec in zip(runs, specs, strict=True):
         run.examples = spec.examples
         log.info("data: %s", spec.examples.counts.summary())
         # For the run's log, not for the screen.
-        log.debug("%s", describe_first(spec.examples, _tokenizer(run)))
+        log.debug("%s", describe_first(spec.examples, _tokenizer(run, session)))
         run.folder.write_json("data.json", asdict(spec.examples.counts))
-    precision = find_precision(runs[0].config)
+    first = runs[0]
+    precision = find_precision(first.config)
     rows = sorted((example["input_ids"] for example in specs[0].examples.all), key=len)
-    loaded = replace(runs[0].config, model=runs[0].inputs.model)
-    obstacle = find_obstacle(loaded) or _obstacle_of_base(
-        *_base_key(runs[0]), tuple(rows[0]), tuple(rows[-1]), precision
+    loaded = replace(first.config, model=first.inputs.model)
+    obstacle = find_obstacle(loaded) or session.obstacle(
+        first.config, first.inputs, [rows[0], rows[-1]], precision
     )
     if obstacle is not None:
         level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: in one step
         log.log(level, "trained one by one, by the Trainer: %s", obstacle)
         for run, spec in zip(runs, specs, strict=True):
             with _guarded([run]):
-                _train_alone(run, spec)
+                _train_alone(run, spec, session)
         return
-    trained = multi_adapter.train_together(_base(runs[0]), specs, precision)
+    trained = multi_adapter.train_together(_base(first, session), specs, precision)
     for number, weights, outcome in trained:
         if isinstance(outcome, Exception):
             _fail(runs[number], outcome)
         else:
             assert weights is not None, "what was trained has weights"
             with _guarded([runs[number]]):
-                _keep(runs[number], weights, outcome)
+                _keep(runs[number], weights, outcome, session)
 
 
-@lru_cache(maxsize=1)
-def _obstacle_of_base(
-    settings: str,
-    source: Source,
-    device: str,
-    shortest: tuple[int, ...],
-    longest: tuple[int, ...],
-    precision: Precision,
-) -> str | None:
-    """Try the base once for all runs of this process that train it on the same rows."""
-    base = _loaded_base(settings, source, device)
-    return multi_adapter.find_obstacle(base, [shortest, longest], precision)
-
-
-def _train_alone(run: ActiveRun, spec: AdapterSpec) -> None:
+def _train_alone(run: ActiveRun, spec: AdapterSpec, session: Session) -> None:
     """Train any method by TRL's Trainer, in all processes."""
-    with _trainable(run, spec) as model:
+    with _trainable(run, spec, session) as model:
         with distributed.training_together(run.config, run.inputs, alike=Diverged):
-            result = _train_by_trainer(run, spec, model)
-        _keep(run, model, result)
+            result = _train_by_trainer(spec, model, _tokenizer(run, session))
+        _keep(run, model, result, session)
 
 
 def _train_by_trainer(
-    run: ActiveRun, spec: AdapterSpec, model: PreTrainedModel | PeftModel
+    spec: AdapterSpec, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> TrainResult:
-    return training.train(model, _tokenizer(run), spec.examples, spec.arguments, run.events)
+    return training.train(model, tokenizer, spec.examples, spec.arguments, spec.events)
 
 
-def take_part(config: Config, inputs: Inputs) -> None:
+def take_part(config: Config, inputs: Inputs, session: Session) -> None:
     """Train beside the first process, which alone writes, scores and decides what comes next."""
     place = replace(inputs, device=str(models.pick_device(config.training.device)))
     run = ActiveRun(config, place, RunFolder(inputs.folder), NullEventLog(), time.time())
-    spec = _spec(run)
+    spec, wanted = _spec(run, session), config.training.use_liger_kernel
     try:
-        wanted = config.training.use_liger_kernel
-        with liger_kernels(_base(run), wanted=wanted), _trainable(run, spec) as model:
-            _train_by_trainer(run, spec, model)
+        with (
+            liger_kernels(_base(run, session), wanted=wanted),
+            _trainable(run, spec, session) as model,
+        ):
+            _train_by_trainer(spec, model, _tokenizer(run, session))
     except (Diverged, KeyboardInterrupt):  # in the first process too, which tells of it
-        _release_memory()
+        session.release()
 
 
 @contextmanager
-def _trainable(run: ActiveRun, spec: AdapterSpec) -> Iterator[PreTrainedModel | PeftModel]:
+def _trainable(
+    run: ActiveRun, spec: AdapterSpec, session: Session
+) -> Iterator[PreTrainedModel | PeftModel]:
     """Give the base with what is to be trained; at the end it is what it was, or let go of."""
-    base, config = _base(run), run.config
+    base, config = _base(run, session), run.config
     if config.peft.method == "full":
         try:
             yield base.requires_grad_(True)
         finally:
-            _release_memory()
+            session.release()
         return
     steps = num_steps(len(spec.examples.train), spec.arguments)
     settings = adapters.build_settings(config.peft, config.lora, steps)
-    with _restored(adapters.attach(base, settings, config.training.seed)) as adapted:
+    adapted = adapters.attach(base, settings, config.training.seed)
+    with _restored(adapted, session) as adapted:
         yield adapted
 
 
-def _spec(run: ActiveRun) -> AdapterSpec:
+def _spec(run: ActiveRun, session: Session) -> AdapterSpec:
     config = run.config
     rows = data.read_sources(run.inputs.data)
-    examples = data.build_examples(rows, config.data, config.training, _tokenizer(run))
+    examples = data.build_examples(rows, config.data, config.training, _tokenizer(run, session))
     arguments = training.build_arguments(
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
@@ -290,12 +259,15 @@ def _spec(run: ActiveRun) -> AdapterSpec:
 
 
 def _keep(
-    run: ActiveRun, trained: PreTrainedModel | PeftModel | LoraWeights, result: TrainResult
+    run: ActiveRun,
+    trained: PreTrainedModel | PeftModel | LoraWeights,
+    result: TrainResult,
+    session: Session,
 ) -> None:
     """Save what training came to; the checkpoints have done their work."""
     if isinstance(trained, PreTrainedModel):
         dtype = models.compute_dtype(run.config.model, torch.device(run.inputs.device))
-        models.save_tuned(trained, dtype, _tokenizer(run), run.folder.model)
+        models.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
     else:
         adapters.save(trained, run.folder.adapter)
     run.folder.record(*WEIGHTS)
@@ -305,33 +277,33 @@ def _keep(
 
 
 @contextmanager
-def _restored(adapted: PeftModel) -> Iterator[PeftModel]:
+def _restored(adapted: PeftModel, session: Session) -> Iterator[PeftModel]:
     """Take the adapter off at the end, so that the base is what it was for the next run."""
     try:
         yield adapted
     finally:
         adapters.take_off(adapted)
         if adapters.changes_base(adapted):
-            _release_memory()
+            session.release()
 
 
 @contextmanager
-def _tuned(run: ActiveRun) -> Iterator[PreTrainedModel | PeftModel]:
+def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftModel]:
     """Give the model that the run came to; at the end the base is what it was, or let go of."""
     config, folder = run.config, run.folder.adapter
     _refuse_damaged_weights(run)
     if config.training.is_skipped:
         if config.model.adapter is None:
-            yield _base(run)
+            yield _base(run, session)
             return
         folder = Path(config.model.adapter)
     elif config.peft.method == "full":
-        _release_memory()
+        session.release()
         own = replace(config.model, path=str(run.folder.model), revision=None)
         device = torch.device(run.inputs.device)
         yield models.load_base(own, Source(own.path, run.inputs.identity), device)
         return
-    with _restored(adapters.load(_base(run), folder)) as adapted:
+    with _restored(adapters.load(_base(run, session), folder), session) as adapted:
         yield adapted
 
 
@@ -342,13 +314,13 @@ def _refuse_damaged_weights(run: ActiveRun) -> None:
         raise OSError(f"{name} is damaged: {problem}; start again, and it is trained anew")
 
 
-def _score_tuned(run: ActiveRun) -> None:
-    tasks, tokenizer = _tasks(run), _tokenizer(run)
+def _score_tuned(run: ActiveRun, session: Session) -> None:
+    tasks, tokenizer = _tasks(run, session), _tokenizer(run, session)
     tuned, *beside = build_scorers(run.config, run.inputs, run.folder)
-    asked = _choose_prompts(run) if tasks and beside else []
-    prompts = tuple(tuple(one.prompt.tokens) for one in asked)
-    before = _said_by_base(*_base_key(run), prompts) if prompts else []
-    with _tuned(run) as model:
+    asked = _choose_prompts(run, session) if tasks and beside else []
+    prompts = [one.prompt.tokens for one in asked]
+    before = session.base_answers(run.config, run.inputs, prompts) if prompts else []
+    with _tuned(run, session) as model:
         tuned.score(tasks, model, tokenizer, beside[0].read(tasks) if beside else None)
         after = answer(model, tokenizer, prompts)
     texts = [one.prompt.text for one in asked]
@@ -357,33 +329,25 @@ def _score_tuned(run: ActiveRun) -> None:
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
     if not run.config.training.is_skipped and run.folder.read_json("data.json") is None:
-        run.folder.write_json("data.json", asdict(_spec(run).examples.counts))  # it was damaged
-    tell_scores(run.events, *_write_stored_scores(run))
+        counts = _spec(run, session).examples.counts  # the file was damaged
+        run.folder.write_json("data.json", asdict(counts))
+    tell_scores(run.events, *_write_stored_scores(run, session))
     tell_artifacts(run.folder, run.events)
 
 
-def _choose_prompts(run: ActiveRun) -> list[RowPrompt]:
+def _choose_prompts(run: ActiveRun, session: Session) -> list[RowPrompt]:
     """Return prompts of rows that the run was not trained on, where there are any."""
     if run.examples is None:  # trained before this process began, or not at all
-        is_skipped = run.config.training.is_skipped
-        run.examples = Examples([], [], RowCounts()) if is_skipped else _spec(run).examples
+        skipped = run.config.training.is_skipped
+        run.examples = Examples([], [], RowCounts()) if skipped else _spec(run, session).examples
     rows, settings = data.read_sources(run.inputs.data), (run.config.data, run.config.training)
-    found = sample_prompts(rows, run.examples, *settings, _tokenizer(run))
+    found = sample_prompts(rows, run.examples, *settings, _tokenizer(run, session))
     return list(islice(found, NUM_SAMPLES))[::-1]
 
 
-@lru_cache(maxsize=1)
-def _said_by_base(
-    settings: str, source: Source, device: str, prompts: tuple[tuple[int, ...], ...]
-) -> list[str]:
-    """Answer once for all runs of this process that ask the same of the same base."""
-    tokenizer = loaded_tokenizer(settings, source)
-    return answer(_loaded_base(settings, source, device), tokenizer, prompts)
-
-
-def _write_stored_scores(run: ActiveRun) -> list[dict[str, TaskScore]]:
+def _write_stored_scores(run: ActiveRun, session: Session) -> list[dict[str, TaskScore]]:
     """Write the scores that were asked for now into the run's folder; return tuned and base."""
-    tasks = _tasks(run)
+    tasks = _tasks(run, session)
     tuned, *base = build_scorers(run.config, run.inputs, run.folder)
     scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
     write_scores(run.folder, scores[0], scores[1], tasks)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
 from finetune import (
@@ -29,61 +26,64 @@ from finetune import (
     tasks,
     training,
 )
-from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
+from finetune.config import Config
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs, find_precision
-from finetune.inputs import Inputs, Source
+from finetune.inputs import Inputs
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
 from finetune.ranges import FROM_FLOATS, find_problems
 from finetune.run_folder import Plan, RunFolder
-from finetune.scores import (
-    forecasts,
-    is_done,
-    load_tasks,
-    load_tokenizer,
-    loaded_tokenizer,
-)
-from finetune.shape import Shape, describe_shape
+from finetune.scores import forecasts, is_done
+from finetune.session import Session
+from finetune.shape import Shape
 
 log = logging.getLogger("finetune")
 
+Check = Callable[[Config, Session], list[str]]
 
-def prepare(config: Config) -> Plan:
-    """Check everything that can be known without loading weights, and name the run."""
+
+def prepare(config: Config, session: Session | None = None) -> Plan:
+    """Check everything that can be known without loading weights, and name the run.
+
+    Args:
+        config: the run's.
+        session: what is loaded already; None begins with nothing.
+    """
+    session = session or Session()
     problems = find_problems(config)
     wrong = {problem.partition(".")[0] for problem in problems}
     for check, sections in CHECKS.items():
         if wrong.isdisjoint(sections):
-            problems += _found(check, config)
+            problems += _found(check, config, session)
         elif check is _find_model_problems and "model" not in wrong:
-            problems += _found(_find_source_problems, config)
+            problems += _found(_find_source_problems, config, session)
     if problems:
         return Plan(None, list(dict.fromkeys(problems)))
     inputs = find_inputs(config)
     folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
-    if not (finished := is_done(config, inputs, folder)):
-        shape, place, tokens = _memory(config, inputs)
+    if not (finished := is_done(config, inputs, folder, session)):
+        shape, place, tokens = _memory(config, inputs, session)
         loaded = replace(config, model=inputs.model)
         problem = memory.find_problem(loaded, shape, place, tokens)
         if problem is not None:
             return Plan(None, [problem])
         limit = _find_limit(loaded, shape, place, tokens)
-    told = [] if finished else forecasts(config, inputs)
+    told = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
     return Plan(inputs, [], finished=finished, limit=limit, forecasts=told)
 
 
-def find_row_problems(config: Config) -> list[str]:
+def find_row_problems(config: Config, session: Session) -> list[str]:
     """Return what keeps rows from becoming the tokens of a model, whatever a run needs besides."""
     checks = _find_source_problems, _find_data_problems
-    return list(dict.fromkeys(problem for check in checks for problem in _found(check, config)))
+    return list(dict.fromkeys(p for check in checks for p in _found(check, config, session)))
 
 
-def _found(check: Callable[[Config], list[str]], config: Config) -> list[str]:
+def _found(check: Check, config: Config, session: Session) -> list[str]:
     """Return what a check finds; what it raises is a problem too, whichever library raised it."""
     try:
-        return check(config)
+        return check(config, session)
     except (OSError, ValueError) as error:
         return [str(error)]
     except Exception as error:
@@ -101,40 +101,19 @@ def _find_limit(config: Config, shape: Shape, place: memory.Place, tokens: int) 
     return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
 
 
-def _memory(config: Config, inputs: Inputs) -> tuple[Shape, memory.Place, int]:
+def _memory(config: Config, inputs: Inputs, session: Session) -> tuple[Shape, memory.Place, int]:
     """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
-    settings = json.dumps(asdict(config.model))
-    training, source = config.training, inputs.source
-    tokens = training.most_tokens()  # packed sequences are as good as full
-    if not training.sequence_packing:
-        rows = json.dumps([asdict(config.data), training.batch_size, training.max_length])
-        tokens = _longest_batch(rows, settings, source, tuple(one.digest for one in inputs.data))
-    return _shape(settings, source), memory.Place.find(config), tokens
+    tokens = config.training.most_tokens()  # packed sequences are as good as full
+    if not config.training.sequence_packing:
+        tokens = session.longest_batch(config, inputs.source, inputs.data)
+    return session.shape(config.model, inputs.source), memory.Place.find(config), tokens
 
 
-@lru_cache(maxsize=8)
-def _shape(settings: str, source: Source) -> Shape:
-    model = ModelConfig(**json.loads(settings))
-    meta = models.load_meta_model(model, models.load_config(model, source))
-    return describe_shape(meta)
-
-
-@lru_cache(maxsize=64)
-def _longest_batch(rows: str, settings: str, source: Source, digests: tuple[str, ...]) -> int:
-    """Tokenise the longest rows once for all jobs on the same; `rows` is JSON, as `settings`."""
-    section, size, length = json.loads(rows)
-    given = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), section))
-    assert isinstance(given, DataConfig)
-    training = TrainingConfig(batch_size=size, max_length=length)
-    read = data.read_sources(data.find_sources(given))
-    return data.longest_batch(read, given, training, loaded_tokenizer(settings, source))
-
-
-def _find_optimizer_problems(config: Config) -> list[str]:
+def _find_optimizer_problems(config: Config, _: Session) -> list[str]:
     return optimizers.find_optimizer_problems(config.optimizer)
 
 
-def _find_device_problems(config: Config) -> list[str]:
+def _find_device_problems(config: Config, _: Session) -> list[str]:
     if config.training.device == "cuda" and not torch.cuda.is_available():
         return [
             "training.device is cuda, and this machine has no CUDA device; "
@@ -156,7 +135,7 @@ def _find_device_problems(config: Config) -> list[str]:
     return problems
 
 
-def _find_source_problems(config: Config) -> list[str]:
+def _find_source_problems(config: Config, _: Session) -> list[str]:
     """Return whether the model is there and long enough, the least of _find_model_problems."""
     model_config = models.load_config(config.model, models.find_model(config.model))
     return _find_length_problems(config, model_config)
@@ -170,7 +149,7 @@ def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> lis
     return [f"training.max_length is {length}; {made_for}"]
 
 
-def _find_model_problems(config: Config) -> list[str]:
+def _find_model_problems(config: Config, session: Session) -> list[str]:
     source = models.find_model(config.model)
     model_config = models.load_config(config.model, source)
     meta = models.load_meta_model(config.model, model_config)
@@ -206,15 +185,15 @@ def _find_model_problems(config: Config) -> list[str]:
     return problems + _find_length_problems(config, model_config)
 
 
-def _find_data_problems(config: Config) -> list[str]:
+def _find_data_problems(config: Config, session: Session) -> list[str]:
     tokenizer = None
     if config.data.prompt_template == "chat":
         with suppress(FileNotFoundError, ValueError):  # a missing model is told by its own check
-            tokenizer = load_tokenizer(config, models.find_model(config.model))
+            tokenizer = session.tokenizer(config.model, models.find_model(config.model))
     return data.find_problems(config.data, tokenizer)
 
 
-def _find_task_problems(config: Config) -> list[str]:
+def _find_task_problems(config: Config, session: Session) -> list[str]:
     """Return what keeps a task from being asked: its name, its questions, its splits."""
     problems = tasks.find_task_problems(config.evaluation)
     if problems:
@@ -225,13 +204,13 @@ def _find_task_problems(config: Config) -> list[str]:
             source = models.find_model(config.model)
         except (OSError, ValueError):
             return []  # a missing model is told by its own check
-        if load_tokenizer(config, source).chat_template is None:
+        if session.tokenizer(config.model, source).chat_template is None:
             return [
                 f"evaluation.chat_template is true; the tokenizer of {config.model.path} has no "
                 "chat template: set evaluation.chat_template=false, or take a model that has one"
             ]
     try:
-        load_tasks(config, source)
+        session.tasks(config, source)
     except OSError as error:
         return [
             f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
@@ -245,7 +224,7 @@ def _find_task_problems(config: Config) -> list[str]:
 
 
 # Each check with the sections whose values it takes to be in their ranges.
-CHECKS: dict[Callable[[Config], list[str]], tuple[str, ...]] = {
+CHECKS: dict[Check, tuple[str, ...]] = {
     _find_optimizer_problems: ("optimizer",),
     _find_device_problems: ("training", "model"),
     _find_model_problems: ("model", "peft", "lora", "training", "evaluation"),

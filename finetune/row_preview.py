@@ -24,7 +24,7 @@ from finetune.escaping import for_terminal
 from finetune.inputs import DataSource
 from finetune.memory import compose_job
 from finetune.preflight import find_row_problems
-from finetune.scores import load_tokenizer
+from finetune.session import Session
 from finetune.token_display import (
     decode,
     describe_marks,
@@ -66,10 +66,11 @@ def load_preview(overrides: Sequence[str]) -> Preview:
     config = compose_job(overrides)
     if config.training.is_skipped:
         raise Refused(["training=none trains on no rows; leave it out to preview them"])
-    problems = find_row_problems(config)
+    session = Session()
+    problems = find_row_problems(config, session)
     if problems:
         raise Refused(problems)
-    tokenizer = load_tokenizer(config, models.find_model(config.model))
+    tokenizer = session.tokenizer(config.model, models.find_model(config.model))
     sources = data.find_sources(config.data)
     read = data.read_sources(sources)
     separate = replace(config.training, sequence_packing=False)

@@ -10,8 +10,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -19,62 +18,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import evaluation, models
 from finetune.aggregation import draw_resamples
-from finetune.config import Config, EvaluationConfig, ModelConfig
+from finetune.config import Config
 from finetune.evaluation import ScoreStore, TaskScore
 from finetune.events import EventLog
 from finetune.files import digest
 from finetune.forecast import Speeds
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
-from finetune.inputs import Inputs, Source
+from finetune.inputs import Inputs
 from finetune.run_folder import RunFolder, cache_dir
 from finetune.scoring import SharedContextLM
-from finetune.tasks import SEED, LoadedTask, load_task
+from finetune.session import Session
+from finetune.tasks import SEED, LoadedTask
 
 log = logging.getLogger("finetune")
 
 SCORING = 4  # raised when the way to score could change a number; stored scores are then renewed
 
 
-def load_tasks(config: Config, source: Source | None) -> list[LoadedTask]:
-    """Return the tasks to report, then those that choose the best run, where that is asked.
-
-    Args:
-        config: names the tasks, and how they are asked.
-        source: the model's, needed where its chat template is applied.
-    """
-    settings = json.dumps(asdict(config.evaluation), sort_keys=True)
-    passes = (False, True) if config.evaluation.select_split else (False,)
-    tokenizer = None
-    if config.evaluation.chat_template and source is not None:
-        tokenizer = load_tokenizer(config, source)
-    return [
-        _load_task(name, settings, p, tokenizer) for p in passes for name in config.evaluation.tasks
-    ]
-
-
-@lru_cache(maxsize=16)
-def _load_task(
-    name: str, settings: str, selects: bool, tokenizer: PreTrainedTokenizerBase | None
-) -> LoadedTask:
-    """Build a task once for all runs of this process; `settings` is the section as JSON."""
-    evaluation = EvaluationConfig(**json.loads(settings))
-    return load_task(name, evaluation, tokenizer, selects=selects)
-
-
-def load_tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
-    return loaded_tokenizer(json.dumps(asdict(config.model)), source)
-
-
-@lru_cache(maxsize=8)
-def loaded_tokenizer(settings: str, source: Source) -> PreTrainedTokenizerBase:
-    """Load a tokenizer once for all runs of this process; `settings` is its section as JSON."""
-    return models.load_tokenizer(ModelConfig(**json.loads(settings)), source)
-
-
-def forecasts(config: Config, inputs: Inputs) -> list[str]:
+def forecasts(config: Config, inputs: Inputs, asked: Sequence[LoadedTask]) -> list[str]:
     """Return what is asked of the models that are to be scored, and how long it will take."""
     speeds = find_speeds(config, inputs)
-    return [speeds.forecast(task) for task in load_tasks(config, inputs.source)]
+    return [speeds.forecast(task) for task in asked]
 
 
 def find_speeds(config: Config, inputs: Inputs) -> Speeds:
@@ -257,10 +221,10 @@ def tell_artifacts(folder: RunFolder, events: EventLog) -> None:
             events.artifact(path, path)
 
 
-def is_done(config: Config, inputs: Inputs, folder: RunFolder) -> bool:
+def is_done(config: Config, inputs: Inputs, folder: RunFolder, session: Session) -> bool:
     """Return whether the run finished, also for the tasks and limits asked for now."""
     status = folder.status()
     if status is None or status.state != "finished" or folder.find_damage():
         return False
-    tasks = load_tasks(config, inputs.source)
+    tasks = session.tasks(config, inputs.source)
     return all(scorer.has(tasks) for scorer in build_scorers(config, inputs, folder))

@@ -11,10 +11,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune import devices, distributed, signals
 from finetune.escaping import keep_logs_plain
@@ -22,6 +23,9 @@ from finetune.events import State
 from finetune.home import complete_environment
 from finetune.run_folder import Job, Plan
 from finetune.streams import keep_streams
+
+if TYPE_CHECKING:
+    from finetune.session import Session
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
 ALIVE_SECONDS = 5.0  # between two looks whether a silent worker still lives
@@ -163,6 +167,12 @@ class LaunchedWorker:
     def __init__(self, *, is_quiet: bool = False) -> None:
         self._is_quiet = is_quiet
 
+    @cached_property
+    def _session(self) -> Session:
+        from finetune.session import Session  # loads torch
+
+        return Session()
+
     def __enter__(self) -> LaunchedWorker:
         quieten_libraries(is_quiet=self._is_quiet)
         distributed.join()
@@ -175,7 +185,7 @@ class LaunchedWorker:
         """Check a job and name its run."""
         from finetune import preflight
 
-        return preflight.prepare(job.config)
+        return preflight.prepare(job.config, self._session)
 
     def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
         """Run jobs to their end.
@@ -186,7 +196,7 @@ class LaunchedWorker:
         from finetune import pipeline
 
         assert timeout_seconds is None, "distributed.find_problems refuses it"
-        states = pipeline.run(jobs)
+        states = pipeline.run(jobs, self._session)
         if "interrupted" in states:
             raise signals.first_stop()
         return states
@@ -212,7 +222,9 @@ def follow() -> int:
     for number in signals.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the first process decides, and tells
     from finetune import pipeline
+    from finetune.session import Session
 
+    session = Session()
     while True:
         try:
             verb, given = distributed.hear()
@@ -221,7 +233,8 @@ def follow() -> int:
         if verb == "end":
             return cast(int, given)
         assert verb == "train", verb
-        pipeline.take_part(*given)
+        config, inputs = given
+        pipeline.take_part(config, inputs, session)
 
 
 def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
@@ -255,8 +268,13 @@ def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
     os.environ.update(devices.see_one_gpu(os.environ))
     quieten_libraries(is_quiet=is_quiet)
     from finetune import pipeline, preflight
+    from finetune.session import Session
 
-    return {"prepare": lambda job: preflight.prepare(job.config), "run": pipeline.run}
+    session = Session()
+    return {
+        "prepare": lambda job: preflight.prepare(job.config, session),
+        "run": lambda jobs: pipeline.run(jobs, session),
+    }
 
 
 def _why_not_started(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def write_rows(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def train_tiny(folder: Path, **changes: Any) -> Path:
+def train_tiny(folder: Path, session: Any = None, **changes: Any) -> Path:
     """Train the tiny model on a few rows in this process, and return the run's folder."""
     from finetune import pipeline
 
@@ -54,7 +54,7 @@ def train_tiny(folder: Path, **changes: Any) -> Path:
     config.evaluation.tasks = []
     config = replace(config, **changes)
     job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-    assert pipeline.run([job]) == ["finished"]
+    assert pipeline.run([job], session) == ["finished"]
     (status,) = folder.glob("*/status.json")
     return status.parent
 

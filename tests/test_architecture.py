@@ -31,7 +31,8 @@ ORDER = [
     "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape", "memory",
     "verdict", "score_tables",
     "figures", "report", "identity_0_1", "identity",
-    "scores", "preflight", "row_preview", "active_run", "pipeline", "worker", "planning", "sweep",
+    "session", "scores", "preflight", "row_preview", "active_run", "pipeline", "worker", "planning",
+    "sweep",
     "trained", "merging", "model_card", "conversation", "chat", "export", "preview", "sync",
     "runs", "reproduction", "rerun", "__main__",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from finetune import devices, fused_kernels, models, preflight, quantization, worker
 from finetune.config import Config, ModelConfig
 from finetune.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
+from finetune.session import Session
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -94,10 +95,10 @@ def test_the_check_of_a_job_asks_torch(device: str, p100: None) -> None:
     """Before a weight is loaded; on the CPU nothing is asked."""
     config = Config(model=ModelConfig(path="random://tiny"))
     config.training.device = device
-    (problem,) = preflight._find_device_problems(config)
+    (problem,) = preflight._find_device_problems(config, Session())
     assert "no kernels for Tesla P100" in problem
     config.training.device = "cpu"
-    assert preflight._find_device_problems(config) == []
+    assert preflight._find_device_problems(config, Session()) == []
 
 
 def test_liger_and_int8_want_newer_cards(p100: None, monkeypatch: pytest.MonkeyPatch) -> None:

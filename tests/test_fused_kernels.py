@@ -22,6 +22,7 @@ from finetune.fused_kernels import liger_kernels
 from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
+from finetune.session import Session
 from tests.test_grouping import job
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions
@@ -248,8 +249,8 @@ def test_a_run_by_liger_leaves_nothing_to_the_next(
     lora = LoraConfig(r=2)
     by_liger = job(tmp_path / "a", training=replace(plain, use_liger_kernel=True), lora=lora)
     after, alone = (job(tmp_path / name, training=plain, lora=lora) for name in ("b", "c"))
-    assert pipeline.run([by_liger]) == pipeline.run([after]) == ["finished"]
-    pipeline._release_memory()
+    session = Session()
+    assert pipeline.run([by_liger], session) == pipeline.run([after], session) == ["finished"]
     assert pipeline.run([alone]) == ["finished"]
     assert len(liger) == 1
     assert adapter(tmp_path / "a") != adapter(tmp_path / "b") == adapter(tmp_path / "c")

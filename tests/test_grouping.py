@@ -23,6 +23,7 @@ from finetune.config import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
 from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from finetune.run_folder import Job
+from finetune.session import Session
 from tests.conftest import TINY, Command, last_of_each
 
 ROOM = Limit(8, "it is measured")
@@ -253,8 +254,9 @@ def test_an_initialisation_that_changes_the_base_leaves_none_behind(
 ) -> None:
     """The run after it, in the same process, is the run alone."""
     plain = job(tmp_path / "after", lora=LoraConfig(r=2))
-    assert pipeline.run([job(tmp_path, lora=LoraConfig(r=2, init=init))]) == ["finished"]
-    assert pipeline.run([plain]) == ["finished"]
-    pipeline._release_memory()
+    session = Session()
+    changing = job(tmp_path, lora=LoraConfig(r=2, init=init))
+    assert pipeline.run([changing], session) == ["finished"]
+    assert pipeline.run([plain], session) == ["finished"]
     assert pipeline.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
     assert adapters(tmp_path / "after") == adapters(tmp_path / "alone") != {}

@@ -282,7 +282,6 @@ def test_a_method_runs_on_a_base(
     by = "plain" if PeftConfig(method).is_prompt_learning else "shared"
     assert scores["tuned"]["scoring"]["path"] == by
     assert (run.model if method == "full" else run.adapter).is_dir()
-    pipeline._release_memory()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,6 @@ def test_an_adapter_that_stays_in_fp32_runs_on_a_base_in_bf16(
     run = run_all(tmp_path, Config(model=model, peft=PeftConfig(method, 5)))
     scores = run.read_json("evaluation/demo_science.json")
     assert scores["tuned"]["scoring"]["path"] == "shared"
-    pipeline._release_memory()
 
 
 @pytest.mark.gpu
@@ -314,7 +312,6 @@ def test_a_method_runs_on_a_base_on_cuda(
     config = Config(model=model, peft=PeftConfig(method, 5))
     config.training.device = "cuda"
     assert run_all(tmp_path, config).read_json("training.json")["steps"] > 0
-    pipeline._release_memory()
 
 
 def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
@@ -333,7 +330,6 @@ def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
         assert one == other
     items = [(r.evaluation / "demo_science.items.jsonl").read_text() for r in (first, second)]
     assert items[0] == items[1]
-    pipeline._release_memory()
 
 
 def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
@@ -342,7 +338,6 @@ def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
     config.training.max_steps = 0
     scores = run_all(tmp_path, config).read_json("evaluation/demo_science.json")
     assert list(scores) == ["tuned"]
-    pipeline._release_memory()
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from finetune import pipeline, preflight, samples
+from finetune import models, pipeline, preflight, samples
 from finetune.chat_messages import ROLES
 from finetune.chat_tokens import REWRITES, find_chat_problems
 from finetune.config import (
@@ -38,6 +38,7 @@ from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.row_prompts import last_prompts
+from finetune.session import Session
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -276,16 +277,18 @@ def test_the_base_answers_once_for_all_runs(
 ) -> None:
     """Runs of one process that ask the same tell the same; each tuned model answers."""
     asked: list[bool] = []
+    said = samples.answer
 
     def answer(model: Any, *given: Any) -> list[str]:
         asked.append(isinstance(model, PeftModel))
-        return samples.answer(model, *given)
+        return said(model, *given)
 
     monkeypatch.setattr(pipeline, "answer", answer)
-    pipeline._said_by_base.cache_clear()
+    monkeypatch.setattr(samples, "answer", answer)
+    session = Session()
     evaluation = EvaluationConfig(["demo_science"], limit=4)
     runs = [
-        train_tiny(tmp_path / str(rank), lora=LoraConfig(r=rank), evaluation=evaluation)
+        train_tiny(tmp_path / str(rank), session, lora=LoraConfig(r=rank), evaluation=evaluation)
         for rank in (2, 4)
     ]
     assert asked == [False, True, True]
@@ -298,10 +301,19 @@ def test_the_base_answers_once_for_all_runs(
     assert samples.answer(base, tokenizer, [ids]) == [one[0]["base"]]
 
 
-def test_a_base_that_nobody_asks_is_not_loaded_again(tmp_path: Path) -> None:
+def test_a_base_that_nobody_asks_is_not_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All weights were trained, nothing is scored: the base is let go of, and that is all."""
+    loaded: list[str] = []
+
+    def load(model: ModelConfig, *given: Any) -> Any:
+        loaded.append(Path(model.path).name)
+        return load_base(model, *given)
+
+    monkeypatch.setattr(models, "load_base", load)
     train_tiny(tmp_path, peft=PeftConfig(method="full"))
-    assert pipeline._loaded == {}
+    assert loaded == ["tiny", "model"]  # the base, and what it became
 
 
 def test_a_run_is_named_by_the_templates_content_and_the_mixs_shares(tmp_path: Path) -> None:
@@ -328,7 +340,7 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
 ) -> None:
     """Checking a job tries the template on a conversation as long as the data's."""
     tokenizer.chat_template = None
-    monkeypatch.setattr(preflight, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}])
     config = Config(
         model=ModelConfig(path="random://tiny"),

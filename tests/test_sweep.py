@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -25,6 +24,7 @@ from finetune.identity import find_inputs
 from finetune.models import load_base
 from finetune.results import Results, SweepRecord
 from finetune.run_folder import Job, RunFolder, Status
+from finetune.session import Session
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 
@@ -457,7 +457,7 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     """The worker loads the base once; after each run its weights are the same bits."""
     import torch
 
-    pipeline._release_memory()
+    session = Session()
     config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(tmp_path))
     config.data.path = "package://finetune/demo/rows.jsonl"
     config.data.num_examples, config.training.max_length = 8, 400
@@ -465,13 +465,11 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     for rank in (2, 4):
         config.lora.r = rank
         job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-        assert pipeline.run([job]) == ["finished"]
+        assert pipeline.run([job], session) == ["finished"]
         inputs = find_inputs(config)
-        settings = json.dumps(asdict(config.model))
-        bases.append(pipeline._loaded_base(settings, inputs.source, str(inputs.device)))
+        bases.append(session.base(config, inputs))
     assert bases[0] is bases[1]
     fresh = load_base(config.model, inputs.source, torch.device("cpu"))
     assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
-    pipeline._release_memory()

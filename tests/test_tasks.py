@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from finetune import preflight
+from finetune import models, preflight
 from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from finetune.evaluation import score
 from finetune.tasks import find_task_file, find_task_problems, load_task
@@ -271,7 +271,7 @@ def test_a_chat_wants_a_template(
 ) -> None:
     """A tokenizer without a chat template is refused before anything is loaded, in one line."""
     tokenizer.chat_template = None
-    monkeypatch.setattr(preflight, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: tokenizer)
     config = Config(
         model=ModelConfig(path="random://tiny"),
         data=DataConfig(path=str(write_rows(tmp_path / "rows.jsonl", list(gsm8k_rows()["test"]))),

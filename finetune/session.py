@@ -1,0 +1,153 @@
+"""What a process keeps loaded from one job to the next: each is made once, and found here.
+
+The worker makes one session and hands it down; whoever asks without one begins with nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Generic, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune import data, models, multi_adapter, samples
+from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
+from finetune.inputs import DataSource, Inputs, Source
+from finetune.shape import Shape, describe_shape
+from finetune.tasks import LoadedTask, load_task
+from finetune.training import Precision
+
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """The newest few values, each by what it was made from; keys are compared, never hashed."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._items: list[tuple[Any, Value]] = []  # the newest first
+
+    def get(self, key: Any, make: Callable[[], Value]) -> Value:
+        """Return the value of a key, made at its first use."""
+        for place, (known, value) in enumerate(self._items):
+            if known == key:
+                self._items.insert(0, self._items.pop(place))
+                return value
+        value = make()
+        self._items = [(key, value), *self._items][: self._most]
+        return value
+
+    def clear(self) -> None:
+        self._items = []
+
+
+class Session:
+    """What is loaded: the base, tokenizers, tasks, and what was found out about each."""
+
+    def __init__(self) -> None:
+        self._base: Kept[PreTrainedModel] = Kept(1)  # there is room for one
+        self._tokenizers: Kept[PreTrainedTokenizerBase] = Kept(8)
+        self._tasks: Kept[LoadedTask] = Kept(16)
+        self._shapes: Kept[Shape] = Kept(8)
+        self._longest: Kept[int] = Kept(64)
+        self._obstacles: Kept[str | None] = Kept(1)
+        self._answers: Kept[list[str]] = Kept(1)
+
+    def base(self, config: Config, inputs: Inputs) -> PreTrainedModel:
+        """Return the base that runs share, frozen and without an adapter, or load a fresh one."""
+
+        def load() -> PreTrainedModel:
+            self.release()  # before another one takes its memory
+            return models.load_base(config.model, inputs.source, torch.device(inputs.device))
+
+        return self._base.get(_base_key(config, inputs), load)
+
+    def release(self) -> None:
+        """Let go of the base, which was altered or is not wanted, and of all that it held."""
+        self._base.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def tokenizer(self, model: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
+        return self._tokenizers.get(
+            (asdict(model), source), lambda: models.load_tokenizer(model, source)
+        )
+
+    def tasks(self, config: Config, source: Source | None) -> list[LoadedTask]:
+        """Return the tasks to report, then those that choose the best run, where that is asked.
+
+        Args:
+            config: names the tasks, and how they are asked.
+            source: the model's, needed where its chat template is applied.
+        """
+        asked = config.evaluation
+        passes = (False, True) if asked.select_split else (False,)
+        tokenizer, model = None, None
+        if asked.chat_template and source is not None:
+            tokenizer, model = self.tokenizer(config.model, source), asdict(config.model)
+
+        def task(name: str, *, selects: bool) -> LoadedTask:
+            key = name, selects, asdict(asked), model, source if model else None
+            return self._tasks.get(key, lambda: load_task(name, asked, tokenizer, selects=selects))
+
+        return [task(name, selects=selects) for selects in passes for name in asked.tasks]
+
+    def shape(self, model: ModelConfig, source: Source) -> Shape:
+        """Return the base's sizes."""
+
+        def describe() -> Shape:
+            return describe_shape(models.load_meta_model(model, models.load_config(model, source)))
+
+        return self._shapes.get((asdict(model), source), describe)
+
+    def longest_batch(self, config: Config, source: Source, found: Sequence[DataSource]) -> int:
+        """Return the tokens of the largest micro-batch that there can be."""
+        rows: DataConfig = config.data
+        training = TrainingConfig(
+            batch_size=config.training.batch_size, max_length=config.training.max_length
+        )
+
+        def measure() -> int:
+            read = data.read_sources(found)
+            return data.longest_batch(read, rows, training, self.tokenizer(config.model, source))
+
+        digests = [one.digest for one in found]
+        key = (asdict(rows), asdict(training), asdict(config.model), source, digests)
+        return self._longest.get(key, measure)
+
+    def obstacle(
+        self, config: Config, inputs: Inputs, rows: Sequence[list[int]], precision: Precision
+    ) -> str | None:
+        """Return why the base cannot be trained on rows by several adapters; the Trainer then does.
+
+        Args:
+            config: of a run on the base.
+            inputs: of the same run.
+            rows: the shortest and the longest one's tokens.
+            precision: of the training.
+        """
+
+        def look() -> str | None:
+            return multi_adapter.find_obstacle(self.base(config, inputs), rows, precision)
+
+        return self._obstacles.get((*_base_key(config, inputs), list(rows), precision), look)
+
+    def base_answers(
+        self, config: Config, inputs: Inputs, prompts: Sequence[Sequence[int]]
+    ) -> list[str]:
+        """Return what the base answers to prompts, given by their tokens."""
+
+        def answer() -> list[str]:
+            tokenizer = self.tokenizer(config.model, inputs.source)
+            return samples.answer(self.base(config, inputs), tokenizer, prompts)
+
+        key = (*_base_key(config, inputs), [list(prompt) for prompt in prompts])
+        return self._answers.get(key, answer)
+
+
+def _base_key(config: Config, inputs: Inputs) -> tuple[Any, ...]:
+    return asdict(config.model), inputs.source, inputs.device
