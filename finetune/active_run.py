@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from finetune import data, prompts
+from finetune.chat_templates import read_chat_template
 from finetune.config import Config
 from finetune.events import EventLog, State
 from finetune.files import keep_regular
@@ -103,6 +104,10 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     if template.file_text is not None:
         folder.write_text(folder.prompt_template.name, template.file_text)
         events.artifact(folder.prompt_template.name, "config")
+    if job.config.model.chat_template is not None:
+        text = read_chat_template(job.config.model.chat_template)
+        folder.write_text(folder.chat_template.name, text)
+        events.artifact(folder.chat_template.name, "config")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ the assistant says (`{% generation %}`); where the text is one of those, its var
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -41,6 +40,13 @@ class ChatTemplate:
     text: str
     is_training_variant: bool = False
     has_date: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it where it is applied."""
+        variant = ("the chat template is replaced by its training variant in TRL",)
+        dated = (f"the chat template prints the date, fixed at {DATE:%d %b %Y}",)
+        return (*variant * self.is_training_variant, *dated * self.has_date)
 
     @property
     def marks_responses(self) -> bool:
@@ -85,18 +91,6 @@ def find_chat_template(
 ) -> ChatTemplate:
     """Return the template in force, of a tokenizer that has one."""
     return _find_in_force(tokenizer, tokenizer.get_chat_template(tools=[] if has_tools else None))
-
-
-def describe_chat_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield a sentence for each way in which the template in force is not the tokenizer's."""
-    template = find_chat_template(tokenizer)
-    if template.is_training_variant:
-        yield (
-            "model.chat_template is replaced by its training variant in TRL, which keeps earlier "
-            "turns as they were and marks the assistant's"
-        )
-    if template.has_date:
-        yield f"model.chat_template prints the date, which is {DATE:%d %b %Y} in every prompt"
 
 
 @lru_cache(maxsize=16)

@@ -58,6 +58,8 @@ class Chat:
         return found["input_ids"], [bool(mark) for mark in found["assistant_masks"]]
 
     def tokens(self, text: str) -> list[int]:
+        if holds_surrogate(text):
+            raise Unusable(SURROGATE)
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
@@ -99,7 +101,8 @@ def encode_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> En
             else "the chat template marks no response"
         )
     notes = [f"the chat template does not use {name}" for name in unused]
-    return Encoded(tokens, marks, notes=(*chat.notes, *notes), unlearned=tuple(spans))
+    notes = [*chat.template.notes, *chat.notes, *notes]
+    return Encoded(tokens, marks, notes=tuple(notes), unlearned=tuple(spans))
 
 
 def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:

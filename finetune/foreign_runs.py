@@ -74,7 +74,7 @@ def find_link_problems(run: Path) -> Iterator[str]:
     A copy would publish what they lead to.
     """
     whole = os.path.realpath(run)  # pathlib's own raises where links are a loop
-    places = [run / "prompt.jinja", run / "adapter", run / "model"]
+    places = [run / name for name in ("prompt.jinja", "chat_template.jinja", "adapter", "model")]
     for path in (file for place in places for file in (place, *sorted(place.rglob("*")))):
         real = os.path.realpath(path)
         if not Path(real).is_relative_to(whole):

@@ -35,7 +35,9 @@ GRID_KEY = re.compile(r"(\+{0,2})([A-Za-z_]\w*(?:\.[\w-]+)*)")
 # OmegaConf's interpolations: ${section.key}, also relative, and ${resolver:...}.
 NODE = re.compile(r"\$\{\s*\.*([A-Za-z_]\w*(?:\.\w+)*)\s*\}")
 RESOLVER = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*:")
-PATHS = re.compile(r"(model|data(\.mix\.\d+)?)\.path|model\.adapter|data\.prompt_template")
+PATHS = re.compile(
+    r"(model|data(\.mix\.\d+)?)\.path|model\.(adapter|chat_template)|data\.prompt_template"
+)
 LOCAL_STORE = re.compile(r"sqlite:///\w[\w-]*([./ ]\w[\w-]*)*")  # below the current folder
 TASK = re.compile(r"[\w:+-]+(?:[. ][\w:+-]+)*(?<!\.yaml)(?<!\.yml)")
 

@@ -24,6 +24,7 @@ from finetune import (
     quantization,
     training,
 )
+from finetune.chat_templates import find_chat_template, read_chat_template
 from finetune.config import Config, DataConfig, ModelConfig, changed_settings
 from finetune.files import digest
 from finetune.fused_kernels import FLASH
@@ -32,6 +33,7 @@ from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.ranges import METHODS
 from finetune.rows import find_source
 from finetune.run_folder import slug
+from finetune.session import Session
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -42,13 +44,19 @@ IDENTITY = 2
 TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
 
 
-def find_inputs(config: Config) -> Inputs:
-    """Find model and data, and name the run by what changes its numbers."""
+def find_inputs(config: Config, session: Session | None = None) -> Inputs:
+    """Find model and data, and name the run by what changes its numbers.
+
+    Args:
+        config: the run's.
+        session: what is loaded already; None begins with nothing.
+    """
     source = models.find_model(config.model)
     model = quantization.as_loaded(config.model, models.load_config(config.model, source))
     found, files = data.find_sources(config.data), find_files(config)
     precision = find_precision(config)
-    named = _name_parts(config, Parts(source, model, found, files, precision))
+    template = _find_chat_template(config, source, session or Session())
+    named = _name_parts(config, Parts(source, model, found, files, precision, template))
     identity = digest(named)
     folder = run_path(config, identity)
     if not folder.exists():
@@ -65,6 +73,7 @@ class Parts:
     data: list[DataSource]
     files: dict[str, str]
     precision: training.Precision
+    chat_template: str | None  # in force, where rows are conversations
 
 
 def find_files(config: Config) -> dict[str, str]:
@@ -73,6 +82,8 @@ def find_files(config: Config) -> dict[str, str]:
     found = {}
     if template.file_text is not None:
         found["data.prompt_template"] = digest(template.file_text)
+    if config.model.chat_template is not None:
+        found["model.chat_template"] = digest(read_chat_template(config.model.chat_template))
     if config.model.adapter is not None:
         found["model.adapter"] = adapters.saved_digest(Path(config.model.adapter))
     return found
@@ -115,6 +126,7 @@ def _name_parts(config: Config, parts: Parts) -> dict[str, Any]:
         "optimizer": changed_settings(config.optimizer),
         "data": data_identity(config.data, parts.data),
         **({} if config.training.is_skipped else {"tokens": TOKENS}),
+        **({"chat_template": digest(parts.chat_template)} if parts.chat_template else {}),
         "training": {
             **changed_settings(config.training),
             "precision": str(parts.precision.autocast), "order_seed": config.training.order_seed,
@@ -135,7 +147,22 @@ def training_versions(config: Config, model: ModelConfig) -> dict[str, str]:
 
 def model_identity(config: Config, source: Source, device: str) -> dict[str, Any]:
     dtype = str(models.compute_dtype(config.model, torch.device(device)))
-    return {**changed_settings(config.model), "digest": source.digest, "dtype": dtype}
+    named = {**changed_settings(config.model), "digest": source.digest, "dtype": dtype}
+    if config.model.chat_template is not None and _uses_chat_template(config):
+        named["chat_template"] = digest(read_chat_template(config.model.chat_template))
+    return named
+
+
+def _uses_chat_template(config: Config) -> bool:
+    return config.evaluation.chat_template or config.data.prompt_template == "chat"
+
+
+def _find_chat_template(config: Config, source: Source, session: Session) -> str | None:
+    """Return the text that rows are written by: TRL's variant where it has one, its date fixed."""
+    if config.training.is_skipped or config.data.prompt_template != "chat":
+        return None
+    tokenizer = session.tokenizer(config.model, source)
+    return find_chat_template(tokenizer).text if tokenizer.chat_template else None
 
 
 def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, Any]:

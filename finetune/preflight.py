@@ -26,6 +26,7 @@ from finetune import (
     tasks,
     training,
 )
+from finetune.chat_templates import read_chat_template
 from finetune.config import Config
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs, find_precision
@@ -60,7 +61,7 @@ def prepare(config: Config, session: Session | None = None) -> Plan:
             problems += _found(_find_source_problems, config, session)
     if problems:
         return Plan(None, list(dict.fromkeys(problems)))
-    inputs = find_inputs(config)
+    inputs = find_inputs(config, session)
     folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
     if not (finished := is_done(config, inputs, folder, session)):
@@ -138,7 +139,17 @@ def _find_device_problems(config: Config, _: Session) -> list[str]:
 def _find_source_problems(config: Config, _: Session) -> list[str]:
     """Return whether the model is there and long enough, the least of _find_model_problems."""
     model_config = models.load_config(config.model, models.find_model(config.model))
-    return _find_length_problems(config, model_config)
+    problems = _find_chat_template_problems(config)
+    return problems + _find_length_problems(config, model_config)
+
+
+def _find_chat_template_problems(config: Config) -> list[str]:
+    try:
+        if config.model.chat_template is not None:
+            read_chat_template(config.model.chat_template)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> list[str]:
@@ -154,6 +165,7 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
     model_config = models.load_config(config.model, source)
     meta = models.load_meta_model(config.model, model_config)
     problems = adapters.find_problems(meta, config.peft, config.lora)
+    problems += _find_chat_template_problems(config)
     if config.model.adapter is not None:
         folder = Path(config.model.adapter)
         adapters.saved_digest(folder)
@@ -207,7 +219,7 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
         if session.tokenizer(config.model, source).chat_template is None:
             return [
                 f"evaluation.chat_template is true; the tokenizer of {config.model.path} has no "
-                "chat template: set evaluation.chat_template=false, or take a model that has one"
+                "chat template: set evaluation.chat_template=false or model.chat_template=FILE"
             ]
     try:
         session.tasks(config, source)

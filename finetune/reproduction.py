@@ -183,9 +183,12 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
     ]
     if datasets[0] != datasets[1]:
         yield "the data's content"
-    templates = [run.prompt_template for run in (before, after)]
-    if all(path.is_file() for path in templates) and len(set(map(file_digest, templates))) > 1:
-        yield "the prompt template's content"
+    for name, files in (
+        ("prompt", [run.prompt_template for run in (before, after)]),
+        ("chat", [run.chat_template for run in (before, after)]),
+    ):
+        if all(path.is_file() for path in files) and len(set(map(file_digest, files))) > 1:
+            yield f"the {name} template's content"
 
 
 def is_conduct(setting: str) -> bool:

@@ -180,6 +180,11 @@ class RunFolder:
         return self.path / "prompt.jinja"
 
     @property
+    def chat_template(self) -> Path:
+        """The file of `model.chat_template` as it was; there is none without that setting."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 

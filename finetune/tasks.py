@@ -30,6 +30,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
+from finetune.chat_templates import fix_date
 from finetune.config import EvaluationConfig, nearest
 from finetune.files import digest
 from finetune.gold_answers import check_golds
@@ -236,9 +237,11 @@ def _members(name: str, index: Mapping[str, Entry]) -> list[str]:
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return lm-eval's own way from turns to text, without a model."""
+    """Return lm-eval's own way from turns to text, without a model; a date in it is fixed."""
+    text = tokenizer.get_chat_template()
+    dated = {} if (fixed := fix_date(text)) == text else {"chat_template": fixed}
     return partial(
-        HFLM.apply_chat_template, SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+        HFLM.apply_chat_template, SimpleNamespace(tokenizer=tokenizer, chat_template_args=dated)
     )
 
 

@@ -93,11 +93,7 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     folder = RunFolder(resolved(path))
     _refuse_code(folder, trusts_remote_code=trusts_remote_code)
     config = folder.read_config()
-    if why := folder.find_problem(folder.prompt_template.name):
-        raise Refused([f"{folder.prompt_template} is damaged: {why}; {REMEDY}"])
-    if folder.prompt_template.is_file():  # as it was; the file that the settings name may be gone
-        template = replace(config.data, prompt_template=str(folder.prompt_template))
-        config = replace(config, data=template)
+    config = _with_own_templates(folder, config)
     is_full = config.peft.method == "full"
     if not (folder.model / "config.json" if is_full else folder.adapter / CONFIG_NAME).is_file():
         status = folder.status()
@@ -121,6 +117,24 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
         raise _unloadable(model, error) from None
     # The device says where, not what: a run of another machine may be used on this one.
     return Trained(folder, config, model, source, models.pick_device("auto"))
+
+
+def _with_own_templates(folder: RunFolder, config: Config) -> Config:
+    """Return settings that name the run's copies: the files they named may be gone, or changed.
+
+    Raises:
+        Refused: a copy is damaged.
+    """
+    for file in (folder.prompt_template, folder.chat_template):
+        if why := folder.find_problem(file.name):
+            raise Refused([f"{file} is damaged: {why}; {REMEDY}"])
+    if folder.prompt_template.is_file():
+        template = replace(config.data, prompt_template=str(folder.prompt_template))
+        config = replace(config, data=template)
+    if folder.chat_template.is_file():
+        model = replace(config.model, chat_template=str(folder.chat_template))
+        config = replace(config, model=model)
+    return config
 
 
 def _unloadable(model: ModelConfig, error: Exception) -> Refused:
