@@ -145,6 +145,7 @@ class DataConfig:
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
     prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
+    long_text: str = "split"  # texts over training.max_length: split into pieces, or cut; only text
     mask_empty_think: bool = False  # learn no <think></think> without a thought; only chat
     encoding: str = setting("utf-8", NEUTRAL)  # of text files without a byte order mark; in digests
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
@@ -20,9 +21,12 @@ from trl.data_utils import pack_dataset
 from finetune.chat_tokens import find_chat_problems, find_learned
 from finetune.config import DataConfig, TrainingConfig
 from finetune.inputs import DataSource
+from finetune.plain_tokens import find_plain_problems
 from finetune.prompts import Template, load_template
+from finetune.row_counts import RowCounts as RowCounts
 from finetune.rows import Row, RowStream, find_source, read_rows
-from finetune.turns import Encoded, Turn, Unusable
+from finetune.text_pieces import piece_spans
+from finetune.turns import Turn, Unusable
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
@@ -37,51 +41,6 @@ class Example(TypedDict):
     input_ids: list[int]
     labels: list[int]
     seq_lengths: NotRequired[list[int]]  # TRL's name, which its collator looks for
-
-
-@dataclass
-class RowCounts:
-    """What became of the rows; reasons map to how many rows, `first` to the first row's number.
-
-    Of a mix these are sums, and `sources` has each source's own counts.
-    """
-
-    read: int = 0
-    drawn: int = 0
-    truncated: int = 0
-    missing: int = 0  # rows that were asked for beyond those that there are
-    sequences: int | None = None  # that the rows to train on were joined into
-    fullness: float | None = None  # of these sequences: their tokens over the places for them
-    dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)  # of what, in how many rows drawn
-    sources: dict[str, RowCounts] = field(default_factory=dict)
-
-    def note(self, notes: Sequence[str]) -> None:
-        for one in notes:
-            self.notes[one] = self.notes.get(one, 0) + 1
-
-    def drop(self, reason: str, number: int) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.first.setdefault(reason, number)
-
-    def summary(self) -> str:
-        """Say in one line how many rows were read, drawn, cut and left out, and why."""
-        reasons = [
-            f"{count} dropped ({reason}; first: row {self.first[reason]})"
-            for reason, count in self.dropped.items()
-            if reason in self.first
-        ]
-        cut = [f"{self.truncated} truncated"] if self.truncated else []
-        missing = [f"{self.missing} fewer than asked for"] if self.missing else []
-        packed = [] if self.fullness is None else [self._packed()]
-        used = [f"{self.read} rows read", f"{self.drawn} used"]
-        noted = [f"{note} (rows: {count})" for note, count in self.notes.items()]
-        own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed])
-        return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])
-
-    def _packed(self) -> str:
-        return f"joined into {self.sequences} sequences, {self.fullness:.1%} full"
 
 
 class Origin(NamedTuple):
@@ -125,12 +84,17 @@ def read_sources(sources: Sequence[DataSource]) -> list[SourceRows]:
     return [(source, RowStream(source)) for source in sources]
 
 
-def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+def find_problems(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    training: TrainingConfig | None = None,
+) -> list[str]:
     """Return what is wrong with the template and with each source, without tokenising all rows.
 
     Args:
         data: the section, its values in range.
-        tokenizer: the model's, to try its chat template on; None leaves that out.
+        tokenizer: the model's, to try rows on; None leaves that out.
+        training: its max_length; None takes the default.
     """
     problems: list[str] = []
     template = None
@@ -138,10 +102,17 @@ def find_problems(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -
         template = load_template(data.prompt_template)
     except (FileNotFoundError, ValueError) as error:
         problems.append(str(error))
-    tries = None  # the tokenizer, where rows can be tried on it
-    if tokenizer is not None and template is not None and template.has_turns:
-        problems += (unfit := find_chat_problems(tokenizer))
-        tries = None if unfit else tokenizer
+    tries = None  # encodes a row, where there is a tokenizer to try it on
+    if tokenizer is not None and template is not None:
+        unfit = find_chat_problems(tokenizer) if template.has_turns else []
+        unfit += find_plain_problems(tokenizer)
+        problems += unfit
+        fits = training or TrainingConfig()
+        if not unfit:
+            tries = partial(
+                _encode, template=template, data=data, training=fits,
+                tokenizer=tokenizer,
+            )  # fmt: skip
     for key, settings in data.sources().items():
         try:
             source = find_source(key, settings)
@@ -172,14 +143,14 @@ def _check_rows(
     source: DataSource,
     rows: Sequence[Row],
     template: Template,
-    tokenizer: PreTrainedTokenizerBase | None,
+    encode: Callable[[Sequence[Turn]], object] | None,
 ) -> None:
-    """Raise ValueError if no row can be used, by a chat template if there is a tokenizer."""
+    """Raise ValueError if no row can be used; rows are encoded up to the first that can be."""
     counts = RowCounts(read=len(rows))
     for number, turns in _sound_rows(source, rows, template, counts):
         try:
-            if tokenizer is not None:
-                template.encode(turns, tokenizer)
+            if encode is not None:
+                encode(turns)
             return
         except Unusable as fault:
             counts.drop(str(fault), number)
@@ -211,7 +182,7 @@ def build_examples(
     weights = [source.settings.weight for source, _ in read]
     sizes = share_sizes(weights, [len(rows) for rows in sound], data.num_examples)
     seed = training.order_seed
-    examples: list[tuple[Example, Origin]] = []
+    rows_used: list[list[tuple[Example, Origin]]] = []  # a long text is several examples
     for place, (rows, size, own) in enumerate(zip(sound, sizes, counts, strict=True)):
         own.missing = max(0, size - len(rows))
         drawn = rows
@@ -220,36 +191,37 @@ def build_examples(
             drawn = random.Random(seed + place).sample(rows, min(size, len(rows)))
         for number, turns in drawn:
             try:
-                encoded = template.encode(turns, tokenizer)
-                example = _label(encoded, data, training, tokenizer)
+                example, notes = _encode(turns, template, data, training, tokenizer)
             except Unusable as fault:
                 own.drop(str(fault), number)
             else:
-                own.note(encoded.notes)
-                own.drawn += 1
-                own.truncated += len(example["input_ids"]) > training.max_length
-                examples.append((_cut(example, training.max_length), Origin(place, number)))
+                own.note(notes)
+                pieces = _fit_length(example, data, training)
+                own.count(len(example["input_ids"]), [len(one["input_ids"]) for one in pieces])
+                rows_used.append([(one, Origin(place, number)) for one in pieces])
     total = counts[0] if len(read) == 1 else _total(read, counts)
-    held_out = round(len(examples) * data.validation_fraction)
-    if held_out == len(examples):
+    held_out = round(len(rows_used) * data.validation_fraction)
+    if held_out == len(rows_used):
         raise _nothing_left(read[0][0] if len(read) == 1 else "data.mix", total)
     if not held_out and training.early_stopping is not None:
         raise ValueError(
-            f"data.validation_fraction={data.validation_fraction} of {len(examples)} rows is none, "
+            f"data.validation_fraction={data.validation_fraction} of {total.drawn} rows is none, "
             "and training.early_stopping validates; raise it"
         )
-    shuffled = random.Random(seed).sample(examples, len(examples)) if held_out else examples
-    train, train_origins = _unzip(shuffled[held_out:])
+    if held_out:
+        rows_used = random.Random(seed).sample(rows_used, len(rows_used))
+    train, train_origins = _unzip(rows_used[held_out:])
     if training.sequence_packing:
         train = pack(train, training.max_length)
         total.sequences = len(train)
         tokens = sum(len(example["input_ids"]) for example in train)
         total.fullness = tokens / (len(train) * training.max_length)
-    validation, validation_origins = _unzip(shuffled[:held_out])
+    validation, validation_origins = _unzip(rows_used[:held_out])
     return Examples(train, validation, total, train_origins, validation_origins)
 
 
-def _unzip(pairs: Sequence[tuple[Example, Origin]]) -> tuple[list[Example], list[Origin]]:
+def _unzip(rows: Sequence[list[tuple[Example, Origin]]]) -> tuple[list[Example], list[Origin]]:
+    pairs = [pair for row in rows for pair in row]
     return [example for example, _ in pairs], [origin for _, origin in pairs]
 
 
@@ -293,11 +265,11 @@ def longest_batch(
     sound.sort(key=lambda turns: sum(len(turn.content) for turn in turns), reverse=True)
     lengths: list[int] = []
     for turns in sound:
-        if len(lengths) == 4 * training.batch_size:
+        if len(lengths) >= 4 * training.batch_size:
             break
         with suppress(Unusable):
-            example = _label(template.encode(turns, tokenizer), data, training, tokenizer)
-            lengths.append(min(len(example["input_ids"]), training.max_length))
+            example, _ = _encode(turns, template, data, training, tokenizer)
+            lengths += [len(one["input_ids"]) for one in _fit_length(example, data, training)]
     return sum(sorted(lengths)[-training.batch_size :])
 
 
@@ -330,7 +302,8 @@ def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts
     for own in counts:
         total.read += own.read
         total.drawn += own.drawn
-        total.truncated += own.truncated
+        for name in ("truncated", "tokens", "lost_tokens", "split", "pieces"):
+            setattr(total, name, getattr(total, name) + getattr(own, name))
         total.missing += own.missing
         for reason, count in own.dropped.items():
             total.dropped[reason] = total.dropped.get(reason, 0) + count
@@ -364,13 +337,15 @@ def _sound_rows(
             yield number, turns
 
 
-def _label(
-    encoded: Encoded,
+def _encode(
+    turns: Sequence[Turn],
+    template: Template,
     data: DataConfig,
     training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> Example:
-    """Return a row's tokens and labels, not cut yet."""
+) -> tuple[Example, tuple[str, ...]]:
+    """Return a row's tokens and labels, not cut yet, and what is noted of it."""
+    encoded = template.encode(turns, tokenizer)
     if True not in encoded.is_response[: training.max_length]:
         raise Unusable(f"prompt alone fills training.max_length={training.max_length}")
     is_learned = find_learned(
@@ -381,8 +356,21 @@ def _label(
         for token, learned in zip(encoded.tokens, is_learned, strict=True)
     ]
     labels[0] = IGNORED  # it has no predecessor to be predicted from
-    return Example(input_ids=encoded.tokens, labels=labels)
+    if labels.count(IGNORED) == len(labels):
+        raise Unusable("it has no token to learn")
+    return Example(input_ids=encoded.tokens, labels=labels), encoded.notes
 
 
-def _cut(example: Example, length: int) -> Example:
-    return Example(input_ids=example["input_ids"][:length], labels=example["labels"][:length])
+def _fit_length(example: Example, data: DataConfig, training: TrainingConfig) -> list[Example]:
+    """Return the row cut to `training.max_length`, or all of a long text in pieces."""
+    length = training.max_length
+    pieces = piece_spans(len(example["input_ids"]), length)
+    if data.prompt_template != "text" or data.long_text == "cut":
+        pieces = [slice(length)]
+    return [
+        Example(
+            input_ids=example["input_ids"][piece],
+            labels=[IGNORED, *example["labels"][piece][1:]],
+        )
+        for piece in pieces
+    ]

@@ -58,6 +58,11 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokens[_num_doubled(tokens, tokenizer.bos_token_id) :]
 
 
+def find_plain_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return why responses of the tokenizer could not be ended."""
+    return [NO_EOS] if tokenizer.eos_token_id is None else []
+
+
 def _is_ended(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.endswith(str(tokenizer.eos_token))
 

@@ -199,10 +199,9 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
 
 def _find_data_problems(config: Config, session: Session) -> list[str]:
     tokenizer = None
-    if config.data.prompt_template == "chat":
-        with suppress(FileNotFoundError, ValueError):  # a missing model is told by its own check
-            tokenizer = session.tokenizer(config.model, models.find_model(config.model))
-    return data.find_problems(config.data, tokenizer)
+    with suppress(OSError, ValueError):  # a missing model is told by its own check
+        tokenizer = session.tokenizer(config.model, models.find_model(config.model))
+    return data.find_problems(config.data, tokenizer, config.training)
 
 
 def _find_task_problems(config: Config, session: Session) -> list[str]:
@@ -240,6 +239,6 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     _find_optimizer_problems: ("optimizer",),
     _find_device_problems: ("training", "model"),
     _find_model_problems: ("model", "peft", "lora", "training", "evaluation"),
-    _find_data_problems: ("data",),
+    _find_data_problems: ("data", "training"),
     _find_task_problems: ("evaluation",),
 }

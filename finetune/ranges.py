@@ -41,6 +41,7 @@ SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
 TEMPLATES = ("alpaca", "chat", "text")
+LONG_TEXT = ("split", "cut")
 LARGEST_INT = 2**31 - 1  # what libraries and files count with
 LARGEST_SEED = 2**32 - 1  # numpy's; transformers seeds it beside torch and Python
 LARGEST_FLOAT = 3.4e38  # that fp32 holds
@@ -131,6 +132,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     if not data.prompt_template.endswith(TEMPLATE_FILE):
         known = (*TEMPLATES, f"a path ending in {TEMPLATE_FILE}")
         yield from _one_of("data.prompt_template", data.prompt_template, known)
+    yield from _one_of("data.long_text", data.long_text, LONG_TEXT)
     if not data.mix and not data.path:
         yield "data.path has no value; set data.path=FILE, or several sources in data.mix"
     for key in ("path", "revision"):

@@ -22,7 +22,7 @@ ORDER = [
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters",
     "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",
     "text_lines", "json_rows", "file_formats", "data_paths", "rows",
-    "data", "row_prompts", "token_display",
+    "row_counts", "text_pieces", "data", "row_prompts", "token_display",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",

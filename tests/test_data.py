@@ -20,8 +20,11 @@ from finetune.data import (
 )
 from finetune.events import read_events
 from finetune.inputs import DataSource
+from finetune.plain_tokens import NO_EOS
 from finetune.rows import read_file
+from finetune.turns import SURROGATE
 from tests.conftest import TINY, Command, write_rows
+from tests.tokenizer_kinds import WITHOUT_EOS
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "" if i % 2 else "loud", "output": f"It is {i}."}
@@ -73,6 +76,48 @@ def test_the_prompt_is_alpacas_and_only_the_response_is_learned(
     assert tokenizer.decode(learned) == "It is 0.</s>"
     (without,) = build([ROWS[1]], tokenizer).train
     assert "### Input" not in tokenizer.decode(without["input_ids"])
+
+
+def test_half_a_character_leaves_out_its_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In a prompt or an output, in every template; the others are used, and memory is estimated."""
+    rows = [*ROWS[:2], {**ROWS[2], "output": "Paris \ud83d"}, {**ROWS[3], "instruction": "\udc00"}]
+    built = build(rows, tokenizer)
+    assert built.counts.drawn == 2
+    assert built.counts.dropped == {SURROGATE: 2}
+    assert built.counts.first == {SURROGATE: 3}
+    data = DataConfig(path="rows.jsonl")
+    assert longest_batch([(source(data), rows)], data, TrainingConfig(), tokenizer) > 0
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        ("alpaca", {"instruction": "x" * 600, "output": "y"}, "fills training.max_length=512"),
+        ("alpaca", {"instruction": "x", "output": "y\ud800"}, "it holds a lone surrogate"),
+        ("text", {"text": "y\ud800"}, "it holds a lone surrogate"),
+        ("text", {"text": "</s>"}, "it has no token to learn"),
+    ],
+)
+def test_rows_that_all_have_a_fault_are_refused_before_the_start(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, row: object, reason: str
+) -> None:
+    """With the reason and the first row's number."""
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    (problem,) = find_problems(DataConfig(path=str(path), prompt_template=template), tokenizer)
+    assert (
+        f"data.path={path}: no row is left to train on: 2 rows read, 0 used, 2 dropped" in problem
+    )
+    assert reason in problem
+
+
+@pytest.mark.parametrize("template", ["alpaca", "text"])
+def test_a_tokenizer_without_an_end_is_refused_before_the_start(
+    tmp_path: Path, template: str
+) -> None:
+    """Its responses could not end."""
+    path = write_rows(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "x"}])
+    data = DataConfig(path=str(path), prompt_template=template)
+    assert find_problems(data, WITHOUT_EOS()) == [NO_EOS]
 
 
 def test_without_a_mask_all_but_the_first_token_is_learned(

@@ -1,0 +1,70 @@
+"""Counts of the rows of a source or mix: used, cut, split, left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RowCounts:
+    """What became of the rows; reasons map to how many rows, `first` to the first row's number.
+
+    Of a mix these are sums, and `sources` has each source's own counts.
+    """
+
+    read: int = 0
+    drawn: int = 0
+    truncated: int = 0
+    tokens: int = 0  # of the rows used, before they are cut
+    lost_tokens: int = 0  # that were cut off
+    split: int = 0  # long texts, each trained on as several pieces
+    pieces: int = 0  # of these texts
+    missing: int = 0  # rows that were asked for beyond those that there are
+    sequences: int | None = None  # that the rows to train on were joined into
+    fullness: float | None = None  # of these sequences: their tokens over the places for them
+    dropped: dict[str, int] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)  # of what, in how many rows drawn
+    sources: dict[str, RowCounts] = field(default_factory=dict)
+
+    def note(self, notes: Sequence[str]) -> None:
+        for one in notes:
+            self.notes[one] = self.notes.get(one, 0) + 1
+
+    def count(self, num_tokens: int, lengths: Sequence[int]) -> None:
+        """Count a row that is used, by the lengths of its one or several pieces."""
+        self.drawn += 1
+        self.tokens += num_tokens
+        self.truncated += sum(lengths) < num_tokens
+        self.lost_tokens += max(0, num_tokens - sum(lengths))
+        if len(lengths) > 1:
+            self.split += 1
+            self.pieces += len(lengths)
+
+    def drop(self, reason: str, number: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.first.setdefault(reason, number)
+
+    def summary(self) -> str:
+        """Say in one line how many rows were read, drawn, cut and left out, and why."""
+        reasons = [
+            f"{count} dropped ({reason}; first: row {self.first[reason]})"
+            for reason, count in self.dropped.items()
+            if reason in self.first
+        ]
+        cut = [self._cut()] if self.truncated else []
+        if self.split:
+            cut.append(f"{self.split} split into {self.pieces} pieces")
+        missing = [f"{self.missing} fewer than asked for"] if self.missing else []
+        packed = [] if self.fullness is None else [self._packed()]
+        used = [f"{self.read} rows read", f"{self.drawn} used"]
+        noted = [f"{note} (rows: {count})" for note, count in self.notes.items()]
+        own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed])
+        return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])
+
+    def _cut(self) -> str:
+        return f"{self.truncated} truncated ({self.lost_tokens / self.tokens:.1%} of all tokens)"
+
+    def _packed(self) -> str:
+        return f"joined into {self.sequences} sequences, {self.fullness:.1%} full"
