@@ -48,7 +48,6 @@ from finetune.config import (
 from finetune.data import (
     Example,
     Examples,
-    RowCounts,
     build_examples,
     find_sources,
     read_sources,
@@ -56,6 +55,7 @@ from finetune.data import (
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import find_obstacle, train_together
+from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"

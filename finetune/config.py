@@ -20,6 +20,7 @@ from finetune.resolvers import register_resolvers
 
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
+AUTO_FORMAT = "auto"
 
 # Marks beside a field, read by identity, grouping and rerun.
 NEUTRAL = "neutral"  # changes no number, or enters an identity as what it names or resolves to
@@ -125,6 +126,7 @@ class SourceConfig:
     subset: str | None = None  # named part of a hub data set that has several; no effect on files
     columns: dict[str, str] = field(default_factory=dict)  # where they differ from data.columns
     encoding: str | None = setting(None, NEUTRAL)  # of text files; null takes data.encoding
+    format: str | None = None  # shape of its rows; null takes data.format
 
 
 @dataclass
@@ -148,6 +150,8 @@ class DataConfig:
     long_text: str = "split"  # texts over training.max_length: split into pieces, or cut; only text
     mask_empty_think: bool = False  # learn no <think></think> without a thought; only chat
     encoding: str = setting("utf-8", NEUTRAL)  # of text files without a byte order mark; in digests
+    format: str = AUTO_FORMAT  # shape of a row: auto (recognised), alpaca, dolly, sharegpt, openai,
+    # lists, prompt_completion, question_answer, text
 
     def sources(self) -> dict[str, SourceConfig]:
         """Return every source, filled in, by the key that names it; `path` is a mix of one."""
@@ -160,6 +164,7 @@ class DataConfig:
                 self.subset,
                 self.columns,
                 self.encoding,
+                self._shape(),
             )
             return {"data.path": single}
         return {
@@ -169,9 +174,13 @@ class DataConfig:
                 subset=source.subset or self.subset,
                 columns={**self.columns, **source.columns},
                 encoding=source.encoding or self.encoding,
+                format=source.format or self._shape(),
             )
             for number, source in enumerate(self.mix)
         }
+
+    def _shape(self) -> str | None:
+        return None if self.format == AUTO_FORMAT else self.format
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
 from datasets import Dataset
@@ -22,8 +22,9 @@ from finetune.chat_tokens import find_chat_problems, find_learned
 from finetune.config import DataConfig, TrainingConfig
 from finetune.inputs import DataSource
 from finetune.plain_tokens import find_plain_problems
-from finetune.prompts import Template, load_template
-from finetune.row_counts import RowCounts as RowCounts
+from finetune.prompts import BY_NAME, Template, load_template
+from finetune.row_counts import RowCounts
+from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading
 from finetune.rows import Row, RowStream, find_source, read_rows
 from finetune.text_pieces import piece_spans
 from finetune.turns import Turn, Unusable
@@ -127,7 +128,9 @@ def find_problems(
 
 def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, given: str) -> None:
     columns = source.settings.columns
-    wanted = {name: columns.get(name, name) for name in template.required}
+    reading = _find_reading(source, rows[:ROWS_LOOKED_AT], template)
+    names = [name for name in template.required if name not in reading.provided]
+    wanted = {name: columns.get(name, name) for name in names}
     lacking = {f: column for f, column in wanted.items() if not any(column in row for row in rows)}
     if lacking:
         section = source.key.removesuffix("path") + "columns"
@@ -135,8 +138,19 @@ def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, 
         raise ValueError(
             f"{source} has no column {', '.join(map(repr, lacking.values()))} for the "
             f"{', '.join(lacking)} of data.prompt_template={given}; its columns are "
-            f"{', '.join(map(str, rows[0]))}. Set {remedy}"
+            f"{', '.join(map(str, rows[0]))}. Set {remedy}{_other_template(source, rows)}"
         )
+
+
+def _other_template(source: DataSource, rows: Sequence[Row]) -> str:
+    """Return the remedy of another template, where one takes the rows as they are."""
+    head = rows[:ROWS_LOOKED_AT]
+    known = {name for row in head for name in row}
+    for name, template in BY_NAME.items():
+        reading = find_reading(head, template, source.settings.columns)
+        if set(template.required) <= known | reading.provided:
+            return f", or data.prompt_template={name}, which takes these rows as they are"
+    return ""
 
 
 def _check_rows(
@@ -323,18 +337,26 @@ def _sound_rows(
     source: DataSource, rows: Sequence[Row], template: Template, counts: RowCounts
 ) -> Iterator[tuple[int, list[Turn]]]:
     """Yield row number (from 1) and turns of each row whose fields are whole."""
-    columns = source.settings.columns
-    for number, row in enumerate(rows, start=1):
-        fields = {
-            name: row.get(columns.get(name, name))
-            for name in (*template.required, *template.optional)
-        }
+    stream = iter(rows)
+    head = list(islice(stream, ROWS_LOOKED_AT))
+    reading = _find_reading(source, head, template)
+    counts.shape, counts.unused = reading.shape, list(reading.unused)
+    counts.absent = list(reading.absent)
+    for number, row in enumerate(chain(head, stream), start=1):
         try:
-            turns = template.render(fields)
+            turns = template.render(reading.fields(row))
         except Unusable as fault:
             counts.drop(str(fault), number)
         else:
             yield number, turns
+
+
+def _find_reading(source: DataSource, head: Sequence[Row], template: Template) -> Reading:
+    """Recognise the shape of a source's rows; ValueError where it is not the one that is set."""
+    try:
+        return find_reading(head, template, source.settings.columns, source.settings.format)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _encode(

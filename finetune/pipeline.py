@@ -23,13 +23,14 @@ from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec, num_steps
 from finetune.adapters import LoraWeights
 from finetune.config import Config
-from finetune.data import Examples, RowCounts
+from finetune.data import Examples
 from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
+from finetune.row_counts import RowCounts
 from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.run_files import WEIGHTS
 from finetune.run_folder import Job, RunFolder

@@ -37,6 +37,7 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+ALPACA_EARLIER = "### Instruction:\n{}\n\n### Response:\n{}\n\n"
 SAMPLE_WORDS = 12  # of a plain text, for a model to go on from
 Fields = Mapping[str, Any]
 
@@ -68,10 +69,19 @@ def load_template(name: str) -> Template:
 
 
 def render_alpaca(fields: Fields) -> list[Turn]:
-    """Return the Alpaca prompt, with its input paragraph where there is an input, and response."""
-    texts = _texts(fields, required=("instruction", "output"), optional=("input",))
+    """Return the Alpaca prompt, with its input paragraph where there is an input, and response.
+
+    As in LLaMA-Factory, a `system` text stands for the first sentences, and the pairs of `history`
+    stand before the instruction.
+    """
+    fields = {"system": None, "history": None, **fields}
+    texts = _texts(fields, required=("instruction", "output"), optional=("input", "system"))
     prompt = ALPACA_WITH_INPUT if texts["input"] else ALPACA_WITHOUT_INPUT
-    return [Turn("user", prompt.format(**texts)), Turn("assistant", texts["output"])]
+    preface, asked = prompt.split("\n\n", 1)
+    earlier = (ALPACA_EARLIER.format(*pair) for pair in fields["history"] or ())
+    asked = "".join((*earlier, asked.format(**texts)))
+    preface = texts["system"] or preface
+    return [Turn("user", f"{preface}\n\n{asked}"), Turn("assistant", texts["output"])]
 
 
 def render_text(fields: Fields) -> list[Turn]:
@@ -149,7 +159,11 @@ def _load_file(name: str) -> Template:
 
 BY_NAME = {
     "alpaca": Template(
-        ("instruction", "output"), ("input",), render_alpaca, encode_plain, ask_plain
+        ("instruction", "output"),
+        ("input", "system", "history"),
+        render_alpaca,
+        encode_plain,
+        ask_plain,
     ),
     "chat": Template(
         ("messages",),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from finetune.config import (
     ALL_LINEAR,
+    AUTO_FORMAT,
     TEMPLATE_FILE,
     Config,
     DataConfig,
@@ -22,6 +24,10 @@ from finetune.config import (
 )
 from finetune.store_address import has_secret
 
+FORMATS = (
+    AUTO_FORMAT, "alpaca", "dolly", "sharegpt", "openai", "lists", "prompt_completion",
+    "question_answer", "text",
+)  # fmt: skip
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -141,8 +147,22 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                 f"data.{key} is {getattr(data, key)} beside data.mix, whose sources have their "
                 f"own; set data.{key}=null, or start from data=mix"
             )
+    yield from _one_of("data.format", data.format, FORMATS)
+    yield from _encoding("data.encoding", data.encoding)
     for number, source in enumerate(data.mix):
-        yield from _above_0(f"data.mix.{number}.weight", source.weight, LARGEST_FLOAT)
+        key = f"data.mix.{number}"
+        yield from _above_0(f"{key}.weight", source.weight, LARGEST_FLOAT)
+        yield from _one_of(f"{key}.format", source.format or AUTO_FORMAT, FORMATS)
+        yield from _encoding(f"{key}.encoding", source.encoding or data.encoding)
+
+
+def _encoding(key: str, name: str) -> Iterator[str]:
+    try:
+        is_text = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        yield f"{key} is {name}, which Python does not know; set utf-8, cp1252 or utf-16, say"
 
 
 def _training_problems(training: TrainingConfig) -> Iterator[str]:

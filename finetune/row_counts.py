@@ -27,6 +27,9 @@ class RowCounts:
     first: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)  # of what, in how many rows drawn
     sources: dict[str, RowCounts] = field(default_factory=dict)
+    shape: str = ""  # of the rows, where they do not have the template's own columns
+    unused: list[str] = field(default_factory=list)  # columns that no field takes
+    absent: list[str] = field(default_factory=list)  # columns of optional fields, in no row
 
     def note(self, notes: Sequence[str]) -> None:
         for one in notes:
@@ -58,13 +61,20 @@ class RowCounts:
             cut.append(f"{self.split} split into {self.pieces} pieces")
         missing = [f"{self.missing} fewer than asked for"] if self.missing else []
         packed = [] if self.fullness is None else [self._packed()]
-        used = [f"{self.read} rows read", f"{self.drawn} used"]
+        read = f"read as {self.shape}: {self.read} rows" if self.shape else f"{self.read} rows read"
+        used = [read, f"{self.drawn} used"]
         noted = [f"{note} (rows: {count})" for note, count in self.notes.items()]
-        own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed])
+        own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed, *self._columns()])
         return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])
 
     def _cut(self) -> str:
         return f"{self.truncated} truncated ({self.lost_tokens / self.tokens:.1%} of all tokens)"
+
+    def _columns(self) -> list[str]:
+        """Say which columns are in the rows alone, or in the settings alone."""
+        unused = [f"columns not used: {', '.join(self.unused)}"] if self.unused else []
+        absent = [f"no row has the column {', '.join(self.absent)}"] if self.absent else []
+        return unused + absent
 
     def _packed(self) -> str:
         return f"joined into {self.sequences} sequences, {self.fullness:.1%} full"

@@ -259,7 +259,7 @@ def test_columns_can_be_named_for_all_sources_and_for_one(tmp_path: Path) -> Non
 
 def test_all_problems_of_a_mix_are_told_together(tmp_path: Path) -> None:
     """Each source's own, with its key, beside the template's."""
-    path = write_rows(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"ask": "a", "reply": "b"}])
     mix = [SourceConfig(path="none.jsonl"), SourceConfig(path=str(path))]
     problems = find_problems(DataConfig(mix=mix), None)
     assert [problem.partition("=")[0] for problem in problems] == [

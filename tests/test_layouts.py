@@ -14,10 +14,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import adapters, multi_adapter, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples, RowCounts
+from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
+from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from tests.test_scoring import ARCHITECTURES, build

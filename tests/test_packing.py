@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from finetune import adapters, preflight, training
 from finetune.adapter_training import AdapterSpec, rows_of_step
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
-from finetune.data import IGNORED, Example, Examples, RowCounts, build_examples, pack, row_lengths
+from finetune.data import IGNORED, Example, Examples, build_examples, pack, row_lengths
 from finetune.identity import find_inputs
 from finetune.inputs import DataSource
 from finetune.memory import GIB, Place
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
+from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from tests.conftest import write_rows
 from tests.test_scoring import build

@@ -147,7 +147,7 @@ def test_malformed_conversations_are_counted(tokenizer: PreTrainedTokenizerBase)
     faults: dict[str, Any] = {
         "messages is null": None,
         "messages is not a list": "hello",
-        "messages has an item without role and content": [user, {"from": "gpt", "value": "x"}],
+        "messages has an item without role and content": [user, {"by": "gpt", "value": "x"}],
         f"messages has another role than {', '.join(ROLES)}": [user, {**user, "role": "bot"}],
         "messages has an empty content": [user, {**assistant, "content": " "}],
         "messages has a content that is not text": [user, {**assistant, "content": None}],

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import IGNORED, Example, Examples, Origin, RowCounts
+from finetune.data import IGNORED, Example, Examples, Origin
+from finetune.row_counts import RowCounts
 from finetune.token_display import (
     Span,
     decode,

@@ -17,10 +17,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import adapters, optimizers, training
 from finetune.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples, RowCounts
+from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.steps import Diverged, StepWatch, StopSignals
 from finetune.validation import Validations

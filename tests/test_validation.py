@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from finetune import adapters, label_trainer, pipeline, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples, RowCounts, build_examples
+from finetune.data import Examples, build_examples
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.ranges import find_problems
+from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.steps import Diverged
 from finetune.training import TrainResult
