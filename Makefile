@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED_DATA ?= ../shared/data
 CASES ?= ../shared/cases
+MODELS ?= $(CASES)/data/models
 # Two at a time, one thread each: threads of two processes on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
@@ -36,8 +37,8 @@ test-slow: $(INSTALLED)  ## the tests on the real model
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-cases: $(INSTALLED)  ## run the scripts of commands that once failed, from the folder CASES
-	$(BIN)/python tests/run_cases.py $(CASES)
+cases: $(INSTALLED)  ## run what once failed from the folder CASES: scripts, and data on the models in MODELS
+	$(BIN)/python -m tests.run_cases $(CASES) --models $(MODELS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

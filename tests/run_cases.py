@@ -1,7 +1,8 @@
 """`make cases CASES=FOLDER`: run scripts of commands that once failed, and judge what comes out.
 
 A script below FOLDER/safety judges itself: it prints `ok` or `FAIL`, or ends with 77 where it
-cannot run. One below FOLDER/commands only shows what happens; what must come out stands here.
+cannot run. One below FOLDER/commands only shows what happens; what must come out stands here, and
+of the files below FOLDER/data in data_cases.py.
 Not collected by pytest: the scripts belong to nobody's checkout, and take minutes.
 """
 
@@ -19,11 +20,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tests.data_cases import CASES, case_name, run_data_case
+
+Run = Callable[[Path], tuple[str, str]]
 LONGEST_SECONDS = 1800
 SKIPPED = 77  # the exit code of a script that cannot run here
 
@@ -112,46 +117,66 @@ COMMANDS = {
 def main() -> None:
     """Run the scripts and print a table; exit code 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=Path, help="a folder with commands/ and safety/")
+    parser.add_argument("cases", type=Path, help="a folder with commands/, safety/ and data/")
     parser.add_argument("names", nargs="*", help="only these, such as safety/07 (default: all)")
+    parser.add_argument("--models", type=Path, help="a folder of the models that data/ is tried on")
     given = parser.parse_args()
-    scripts = sorted(p for kind in ("commands", "safety") for p in given.cases.glob(f"{kind}/*.sh"))
-    wanted = [p for p in scripts if p.name != "lib.sh" and _is_named(p, given.names)]
+    cases = find_cases(given.cases, given.models)
+    wanted = [one for one in cases if _is_named(one[0], given.names)]
     table, failed = Table("case", "result", "seconds", "why", box=None), 0
-    for script in wanted:
+    for name, run in wanted:
         started = time.monotonic()
-        result, why = run_case(script.resolve())
+        result, why = _in_folder(run)
         failed += result == "failed"
-        print(f"{script.parent.name}/{script.name}: {result} {why}", flush=True)
-        seconds = f"{time.monotonic() - started:.0f}"
-        table.add_row(f"{script.parent.name}/{script.stem}", result, seconds, why)
+        print(f"{name}: {result} {why}", flush=True)
+        table.add_row(name, result, f"{time.monotonic() - started:.0f}", why)
     Console(width=160, markup=False).print(table)
     print(f"{len(wanted) - failed} passed or skipped, {failed} failed")
     sys.exit(1 if failed or not wanted else 0)
 
 
-def _is_named(script: Path, names: Sequence[str]) -> bool:
-    name = f"{script.parent.name}/{script.stem}"
-    return not names or any(name.startswith(one) for one in names)
+def find_cases(folder: Path, models: Path | None) -> list[tuple[str, Run]]:
+    """Return the name of each case, and what runs it in an empty folder."""
+    scripts = sorted(p for kind in ("commands", "safety") for p in folder.glob(f"{kind}/*.sh"))
+    found: list[tuple[str, Run]] = [
+        (f"{script.parent.name}/{script.stem}", partial(run_script, script.resolve()))
+        for script in scripts
+        if script.name != "lib.sh"
+    ]
+    files = folder / "data"
+    return found + [
+        (case_name(case), partial(run_data_case, case, files, models))
+        for case in CASES
+        if (files / case.file).exists()
+    ]
 
 
-def run_case(script: Path) -> tuple[str, str]:
-    """Run one script in an empty folder; return passed, failed or skipped, and why."""
+def _is_named(case: str, names: Sequence[str]) -> bool:
+    return not names or any(case.startswith(one) for one in names)
+
+
+def _in_folder(run: Run) -> tuple[str, str]:
+    """Run one case in an empty folder; return passed, failed or skipped, and why."""
     folder = Path(tempfile.mkdtemp(prefix="case-"))
     try:
-        if script.parent.name == "safety":
-            return _judge_safety(*_run(script, folder))
-        expected = COMMANDS.get(script.name.partition("-")[0])
-        if expected is None:
-            return "skipped", "what must come out of it does not stand here"
-        if expected.prepare is not None:
-            expected.prepare(script, folder)
-        problems = list(_find_problems(expected, _run(script, folder)[1], folder))
-        return ("failed", "; ".join(problems)) if problems else ("passed", "")
+        return run(folder)
     except subprocess.SubprocessError as error:
         return "failed", str(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_script(script: Path, folder: Path) -> tuple[str, str]:
+    """Run one script in a folder, and judge it."""
+    if script.parent.name == "safety":
+        return _judge_safety(*_run(script, folder))
+    expected = COMMANDS.get(script.name.partition("-")[0])
+    if expected is None:
+        return "skipped", "what must come out of it does not stand here"
+    if expected.prepare is not None:
+        expected.prepare(script, folder)
+    problems = list(_find_problems(expected, _run(script, folder)[1], folder))
+    return ("failed", "; ".join(problems)) if problems else ("passed", "")
 
 
 def _run(script: Path, folder: Path) -> tuple[int, str]:
