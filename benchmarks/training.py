@@ -45,18 +45,13 @@ from finetune.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from finetune.data import (
-    Example,
-    Examples,
-    build_examples,
-    find_sources,
-    read_sources,
-)
+from finetune.data import Examples, build_examples, find_sources, read_sources
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import find_obstacle, train_together
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
+from finetune.token_rows import Example
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
 TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 0.02, "nf4-bf16": 0.02}  # of each step's loss
@@ -204,7 +199,7 @@ def read_examples(file: Path, case: Case, device: torch.device) -> list[Example]
     given = TrainingConfig(max_length=case.max_length)
     examples = build_examples(rows, settings, given, tokenizer(device)).train
     if case.row_tokens is None:
-        return examples
+        return list(examples)
     joined = [token for example in examples for token in example["input_ids"]]
     cut = [joined[i : i + case.row_tokens] for i in range(0, len(joined), case.row_tokens)]
     return [Example(input_ids=ids, labels=ids) for ids in cut[:-1]]

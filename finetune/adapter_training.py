@@ -19,7 +19,7 @@ from finetune import adapters
 from finetune.adapters import LoraWeights
 from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import LoraConfig
-from finetune.data import IGNORED, Example, Examples
+from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.files import write_atomic
 from finetune.steps import (
@@ -33,6 +33,7 @@ from finetune.steps import (
     steps_an_epoch,
     steps_between_validations,
 )
+from finetune.token_rows import IGNORED, Example, example_lengths
 from finetune.training import Arguments, TrainResult
 from finetune.validation import Validations
 
@@ -78,7 +79,7 @@ class AdapterTraining:
         self._longest = self._longest_batch() if base.device.type == "cuda" else None
         self._resume()
         rows = spec.examples.train
-        tokens = sum(len(row["input_ids"]) for row in rows)
+        tokens = int(example_lengths(rows).sum())
         size = {"num_rows": len(rows), "num_tokens": tokens}
         record_size(spec.events, self.arguments, self.num_steps, **size)
 
@@ -92,7 +93,7 @@ class AdapterTraining:
     def _longest_batch(self) -> int:
         """Return the tokens of the longest micro-batch of all steps."""
         rows = self.spec.examples.train
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths: list[int] = example_lengths(rows).tolist()
         return max(
             sum(lengths[row] for row in batch)
             for step in range(self.num_steps)

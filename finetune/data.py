@@ -5,18 +5,15 @@ Every row that is cut or left out is counted with its reason. Batches are traini
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice, pairwise
-from typing import NamedTuple, NotRequired, TypedDict, cast
+from itertools import chain, islice
 
-from datasets import Dataset
+import numpy as np
+import pyarrow
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import pack_dataset
 
 from finetune.chat_tokens import find_chat_problems, find_learned
 from finetune.config import DataConfig, TrainingConfig
@@ -24,31 +21,24 @@ from finetune.inputs import DataSource
 from finetune.plain_tokens import find_plain_problems
 from finetune.prompts import BY_NAME, Template, load_template
 from finetune.row_counts import RowCounts
+from finetune.row_draw import Spans, expand_spans, find_spans, share_sizes
 from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading
-from finetune.rows import Row, RowStream, find_source, read_rows
+from finetune.rows import Row, RowStream, find_source
 from finetune.text_pieces import piece_spans
+from finetune.token_cache import Faults, RowTokens, TokenSource, rows_key
+from finetune.token_rows import (
+    IGNORED,
+    Example,
+    Integers,
+    Origin,
+    TokenRows,
+    example_lengths,
+    pack,
+    unpacked,
+)
 from finetune.turns import Turn, Unusable
 
-IGNORED = -100  # the label of a token that carries no loss, as in transformers
 SourceRows = tuple[DataSource, Sequence[Row]]
-
-
-class Example(TypedDict):
-    """One sequence: a tokenised row, or several end to end, whose lengths are `seq_lengths`.
-
-    `labels` has the length of `input_ids`, IGNORED where masked and at each row's first token.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    seq_lengths: NotRequired[list[int]]  # TRL's name, which its collator looks for
-
-
-class Origin(NamedTuple):
-    """Where an example comes from: the place of its source in the mix, and its row, from 1."""
-
-    source: int
-    row: int
 
 
 @dataclass(frozen=True)
@@ -59,16 +49,28 @@ class Examples:
     were joined into sequences.
     """
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     counts: RowCounts
-    train_origins: list[Origin] = field(default_factory=list)
-    validation_origins: list[Origin] = field(default_factory=list)
+    train_origins: Sequence[Origin] = ()
+    validation_origins: Sequence[Origin] = ()
 
     @property
     def all(self) -> list[Example]:
         """Return every row, also those that are joined in a sequence."""
-        return [row for example in (*self.train, *self.validation) for row in _rows(example)]
+        return [*unpacked(self.train), *unpacked(self.validation)]
+
+    def shortest_and_longest(self) -> list[list[int]]:
+        """Return the tokens of the first of the shortest rows, and of the last of the longest."""
+        parts = [part for part in map(unpacked, (self.train, self.validation)) if len(part)]
+        sizes = np.concatenate([example_lengths(part) for part in parts])
+        starts = np.cumsum([0, *map(len, parts)])
+        places = int(sizes.argmin()), len(sizes) - 1 - int(sizes[::-1].argmax())
+        found = []
+        for place in places:
+            part = int(np.searchsorted(starts, place, side="right")) - 1
+            found.append(parts[part][place - int(starts[part])]["input_ids"])
+        return found
 
     @property
     def is_packed(self) -> bool:
@@ -117,10 +119,16 @@ def find_problems(
     for key, settings in data.sources().items():
         try:
             source = find_source(key, settings)
-            rows = read_rows(source)
-            if template is not None:
+            rows = RowStream(source)
+            if template is None:
+                len(rows)  # which reads them
+            else:
                 _check_columns(source, rows, template, data.prompt_template)
-                _check_rows(source, rows, template, tries)
+                checked = _token_source(source, rows, data, TrainingConfig(), None)
+                if not len(checked.usable):
+                    raise _nothing_left(source, _count_checked(checked))
+                if tries is not None:
+                    _try_rows(source, rows, template, tries)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     return problems
@@ -153,21 +161,21 @@ def _other_template(source: DataSource, rows: Sequence[Row]) -> str:
     return ""
 
 
-def _check_rows(
+def _try_rows(
     source: DataSource,
     rows: Sequence[Row],
     template: Template,
-    encode: Callable[[Sequence[Turn]], object] | None,
+    encode: Callable[[Sequence[Turn]], object],
 ) -> None:
-    """Raise ValueError if no row can be used; rows are encoded up to the first that can be."""
-    counts = RowCounts(read=len(rows))
+    """Raise ValueError if no row can be encoded; rows are tried up to the first that can be."""
+    counts = RowCounts()
     for number, turns in _sound_rows(source, rows, template, counts):
         try:
-            if encode is not None:
-                encode(turns)
+            encode(turns)
             return
         except Unusable as fault:
             counts.drop(str(fault), number)
+    counts.read = len(rows)
     raise _nothing_left(source, counts)
 
 
@@ -187,80 +195,101 @@ def build_examples(
         ValueError: no row is left to train on; the message names the first one's fault. Or none is
             to validate on, where early stopping asks for it.
     """
-    template = load_template(data.prompt_template)
-    counts = [RowCounts(read=len(rows)) for _, rows in read]
-    sound = [
-        list(_sound_rows(source, rows, template, own))
-        for (source, rows), own in zip(read, counts, strict=True)
-    ]
+    sources = [_token_source(*one, data, training, tokenizer) for one in read]
+    counts = [_count_checked(source) for source in sources]
     weights = [source.settings.weight for source, _ in read]
-    sizes = share_sizes(weights, [len(rows) for rows in sound], data.num_examples)
-    seed = training.order_seed
-    rows_used: list[list[tuple[Example, Origin]]] = []  # a long text is several examples
-    for place, (rows, size, own) in enumerate(zip(sound, sizes, counts, strict=True)):
-        own.missing = max(0, size - len(rows))
-        drawn = rows
-        if data.num_examples is not None or size < len(rows):
+    sizes = share_sizes(weights, [len(source.usable) for source in sources], data.num_examples)
+    tables: list[pyarrow.Table] = []
+    spans: list[Spans] = []  # of the places of each row that is used, in the order drawn
+    for place, (source, size, own) in enumerate(zip(sources, sizes, counts, strict=True)):
+        own.missing = max(0, size - len(source.usable))
+        numbers = source.usable
+        if data.num_examples is not None or size < len(numbers):
             # Each source draws for itself: the others' weights do not change which rows come first.
-            drawn = random.Random(seed + place).sample(rows, min(size, len(rows)))
-        for number, turns in drawn:
-            try:
-                example, notes = _encode(turns, template, data, training, tokenizer)
-            except Unusable as fault:
-                own.drop(str(fault), number)
-            else:
-                own.note(notes)
-                pieces = _fit_length(example, data, training)
-                own.count(len(example["input_ids"]), [len(one["input_ids"]) for one in pieces])
-                rows_used.append([(one, Origin(place, number)) for one in pieces])
+            draw = random.Random(training.order_seed + place)
+            numbers = numbers[draw.sample(range(len(numbers)), min(size, len(numbers)))]
+        start = sum(map(len, tables))
+        tables.append(source.tokens(numbers))
+        spans.append(start + _count_tokenised(tables[-1], numbers, own))
     total = counts[0] if len(read) == 1 else _total(read, counts)
-    held_out = round(len(rows_used) * data.validation_fraction)
-    if held_out == len(rows_used):
-        raise _nothing_left(read[0][0] if len(read) == 1 else "data.mix", total)
+    rows = np.concatenate(spans)
+    held_out = _num_held_out(len(rows), read, data, training, total)
+    if held_out:
+        rows = rows[random.Random(training.order_seed).sample(range(len(rows)), len(rows))]
+    train = TokenRows(tables, expand_spans(rows[held_out:]))
+    validation = TokenRows(tables, expand_spans(rows[:held_out]))
+    packed: Sequence[Example] = train
+    if training.sequence_packing:
+        packed = pack(train, training.max_length)
+        total.sequences = len(packed)
+        total.fullness = int(train.lengths.sum()) / (len(packed) * training.max_length)
+    return Examples(packed, validation, total, train.origins, validation.origins)
+
+
+def _token_source(
+    source: DataSource,
+    rows: Sequence[Row],
+    data: DataConfig,
+    training: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> TokenSource:
+    template = load_template(data.prompt_template)
+    is_known = isinstance(rows, RowStream)  # others may be any
+    return TokenSource(
+        render=lambda faults: _sound_rows(source, rows, template, faults),
+        encode=partial(_tokenise, template=template, data=data, training=training),
+        tokenizer=tokenizer,
+        key=rows_key(source, data, template.file_text) if is_known else None,
+        max_length=training.max_length,
+    )
+
+
+def _count_checked(source: TokenSource) -> RowCounts:
+    counts = RowCounts(read=len(source.checked), **source.about)
+    for fault, number in source.faults:
+        counts.drop(fault, number)
+    return counts
+
+
+def _count_tokenised(table: pyarrow.Table, numbers: Integers, counts: RowCounts) -> Spans:
+    """Count what became of the rows of these numbers; return where in the table their examples are.
+
+    A row has one example, or several pieces.
+    """
+    spans: Spans = find_spans(table["row"].to_numpy(), numbers)
+    faults = table["fault"].take(spans[:, 0])
+    is_used = faults.is_null().to_numpy()
+    left_out = zip(faults.filter(~is_used).to_pylist(), numbers[~is_used].tolist(), strict=True)
+    for fault, number in left_out:
+        counts.drop(fault, number)
+    spans = np.compress(is_used, spans, axis=0)
+    kept = TokenRows([table], np.arange(len(table))).lengths
+    before = np.concatenate([[0], np.cumsum(kept)])
+    num_kept = before[spans[:, 1]] - before[spans[:, 0]]
+    num_tokens = table["num_tokens"].to_numpy()[spans[:, 0]]
+    counts.count_all(num_tokens, num_kept, spans[:, 1] - spans[:, 0])
+    noted = table["notes"].take(spans[:, 0]).combine_chunks().flatten().value_counts()
+    for one in noted.to_pylist():
+        counts.note(one["values"], one["counts"])
+    return spans
+
+
+def _num_held_out(
+    num_rows: int,
+    read: Sequence[SourceRows],
+    data: DataConfig,
+    training: TrainingConfig,
+    counts: RowCounts,
+) -> int:
+    held_out = round(num_rows * data.validation_fraction)
+    if held_out == num_rows:
+        raise _nothing_left(read[0][0] if len(read) == 1 else "data.mix", counts)
     if not held_out and training.early_stopping is not None:
         raise ValueError(
-            f"data.validation_fraction={data.validation_fraction} of {total.drawn} rows is none, "
+            f"data.validation_fraction={data.validation_fraction} of {num_rows} rows is none, "
             "and training.early_stopping validates; raise it"
         )
-    if held_out:
-        rows_used = random.Random(seed).sample(rows_used, len(rows_used))
-    train, train_origins = _unzip(rows_used[held_out:])
-    if training.sequence_packing:
-        train = pack(train, training.max_length)
-        total.sequences = len(train)
-        tokens = sum(len(example["input_ids"]) for example in train)
-        total.fullness = tokens / (len(train) * training.max_length)
-    validation, validation_origins = _unzip(rows_used[:held_out])
-    return Examples(train, validation, total, train_origins, validation_origins)
-
-
-def _unzip(rows: Sequence[list[tuple[Example, Origin]]]) -> tuple[list[Example], list[Origin]]:
-    pairs = [pair for row in rows for pair in row]
-    return [example for example, _ in pairs], [origin for _, origin in pairs]
-
-
-def pack(rows: list[Example], length: int) -> list[Example]:
-    """Join rows into as few sequences of up to `length` tokens as best-fit decreasing finds.
-
-    The longest row first, each joins the fullest sequence that still has room (arXiv:2404.10830).
-    """
-    apart = Dataset.from_list([dict(row) for row in rows])
-    # By itself it packs every 1,000 rows for themselves.
-    packed = pack_dataset(apart, length, "bfd", {"batch_size": len(rows)})
-    return cast(list[Example], packed.to_list())
-
-
-def row_lengths(example: Example) -> list[int]:
-    """Return the length of each row of a sequence."""
-    return example.get("seq_lengths", [len(example["input_ids"])])
-
-
-def _rows(example: Example) -> list[Example]:
-    ends = [0, *accumulate(row_lengths(example))]
-    return [
-        Example(input_ids=example["input_ids"][a:b], labels=example["labels"][a:b])
-        for a, b in pairwise(ends)
-    ]
+    return held_out
 
 
 def longest_batch(
@@ -270,43 +299,11 @@ def longest_batch(
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
     """Return the tokens of the largest micro-batch that there can be, of the longest texts."""
-    template = load_template(data.prompt_template)
-    sound = [
-        turns
-        for source, rows in read
-        for _, turns in _sound_rows(source, rows, template, RowCounts())
-    ]
-    sound.sort(key=lambda turns: sum(len(turn.content) for turn in turns), reverse=True)
+    count = 4 * training.batch_size
     lengths: list[int] = []
-    for turns in sound:
-        if len(lengths) >= 4 * training.batch_size:
-            break
-        with suppress(Unusable):
-            example, _ = _encode(turns, template, data, training, tokenizer)
-            lengths += [len(one["input_ids"]) for one in _fit_length(example, data, training)]
+    for one in read:
+        lengths += _token_source(*one, data, training, tokenizer).longest(count)
     return sum(sorted(lengths)[-training.batch_size :])
-
-
-def share_sizes(
-    weights: Sequence[float], available: Sequence[int], num_examples: int | None
-) -> list[int]:
-    """Return how many rows each source should give, in proportion to the weights.
-
-    Without `num_examples` it is as many as there can be without taking a row twice; with it, what
-    rounding leaves over goes to the largest remainders.
-    """
-    shares = [weight / math.fsum(weights) for weight in weights]
-    if num_examples is None:
-        most = min(have / share for have, share in zip(available, shares, strict=True))
-        return [
-            min(have, round(most * share)) for have, share in zip(available, shares, strict=True)
-        ]
-    exact = [num_examples * share for share in shares]
-    sizes = [math.floor(size) for size in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: sizes[i] - exact[i])
-    for place in by_remainder[: num_examples - sum(sizes)]:
-        sizes[place] += 1
-    return sizes
 
 
 def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts:
@@ -334,7 +331,7 @@ def sound_rows(
 
 
 def _sound_rows(
-    source: DataSource, rows: Sequence[Row], template: Template, counts: RowCounts
+    source: DataSource, rows: Sequence[Row], template: Template, counts: RowCounts | Faults
 ) -> Iterator[tuple[int, list[Turn]]]:
     """Yield row number (from 1) and turns of each row whose fields are whole."""
     stream = iter(rows)
@@ -357,6 +354,22 @@ def _find_reading(source: DataSource, head: Sequence[Row], template: Template) -
         return find_reading(head, template, source.settings.columns, source.settings.format)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _tokenise(
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: Template,
+    data: DataConfig,
+    training: TrainingConfig,
+) -> RowTokens:
+    """Return what a row comes to; the cache keeps it under all that is asked for here."""
+    try:
+        example, notes = _encode(turns, template, data, training, tokenizer)
+    except Unusable as fault:
+        return RowTokens([], fault=str(fault))
+    return RowTokens(_fit_length(example, data, training), len(example["input_ids"]), notes)
 
 
 def _encode(

@@ -15,7 +15,7 @@ from finetune.config import Refused
 from finetune.run_folder import RunFolder, cache_dir
 
 ROOM_BYTES = 2**16  # that a folder must have room for
-CACHE_PARTS = ("models", "evaluations", "speeds")
+CACHE_PARTS = ("models", "evaluations", "speeds", "tokens")
 
 
 def complete_environment() -> None:

@@ -34,14 +34,13 @@ from finetune.ranges import METHODS
 from finetune.rows import find_source
 from finetune.run_folder import slug
 from finetune.session import Session
+from finetune.token_cache import TOKENS as TOKENS
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 EVALUATION_VERSIONS = ("torch", "transformers", "lm_eval")
 # Raised when a default, or what a setting does, changes its meaning: earlier runs keep their names.
 IDENTITY = 2
-# Raised when the same rows become other tokens: runs trained on others are not found again.
-TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
 
 
 def find_inputs(config: Config, session: Session | None = None) -> Inputs:

@@ -38,7 +38,6 @@ from finetune.adapters import (
     ranks,
 )
 from finetune.checkpoints import write_checkpoint
-from finetune.data import IGNORED
 from finetune.label_loss import LabelLoss
 from finetune.row_order import EvenOrder
 from finetune.sequence_attention import SequenceAttention
@@ -49,6 +48,7 @@ from finetune.sharding import (
     whole_optimizer_state,
     whole_tensors,
 )
+from finetune.token_rows import IGNORED
 
 TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 

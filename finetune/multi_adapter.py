@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
 from finetune.adapters import LoraWeights
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
-from finetune.data import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.models import is_out_of_memory
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.steps import StopSignals, reset_peak_memory, return_freed_memory
+from finetune.token_rows import IGNORED, Example, row_lengths
 from finetune.training import Precision, TrainResult
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
@@ -136,7 +136,7 @@ class SharedBase:
         return add
 
     def losses(
-        self, batches: Sequence[tuple[AdapterTraining, list[Example], float, int]]
+        self, batches: Sequence[tuple[AdapterTraining, Sequence[Example], float, int]]
     ) -> torch.Tensor:
         """Return the summed weighted loss of each training's micro-batch, [training]."""
         device = self.device

@@ -178,10 +178,10 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
         run.folder.write_json("data.json", asdict(spec.examples.counts))
     first = runs[0]
     precision = find_precision(first.config)
-    rows = sorted((example["input_ids"] for example in specs[0].examples.all), key=len)
+    rows = specs[0].examples.shortest_and_longest()
     loaded = replace(first.config, model=first.inputs.model)
     obstacle = find_obstacle(loaded) or session.obstacle(
-        first.config, first.inputs, [rows[0], rows[-1]], precision
+        first.config, first.inputs, rows, precision
     )
     if obstacle is not None:
         level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: in one step

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from finetune.token_rows import Integers
 
 
 @dataclass
@@ -31,19 +34,17 @@ class RowCounts:
     unused: list[str] = field(default_factory=list)  # columns that no field takes
     absent: list[str] = field(default_factory=list)  # columns of optional fields, in no row
 
-    def note(self, notes: Sequence[str]) -> None:
-        for one in notes:
-            self.notes[one] = self.notes.get(one, 0) + 1
+    def note(self, note: str, count: int) -> None:
+        self.notes[note] = self.notes.get(note, 0) + count
 
-    def count(self, num_tokens: int, lengths: Sequence[int]) -> None:
-        """Count a row that is used, by the lengths of its one or several pieces."""
-        self.drawn += 1
-        self.tokens += num_tokens
-        self.truncated += sum(lengths) < num_tokens
-        self.lost_tokens += max(0, num_tokens - sum(lengths))
-        if len(lengths) > 1:
-            self.split += 1
-            self.pieces += len(lengths)
+    def count_all(self, tokens: Integers, kept: Integers, pieces: Integers) -> None:
+        """Count rows that are used, by their tokens, those kept, and their pieces."""
+        self.drawn += len(tokens)
+        self.tokens += int(tokens.sum())
+        self.truncated += int((kept < tokens).sum())
+        self.lost_tokens += int(np.maximum(0, tokens - kept).sum())
+        self.split += int((pieces > 1).sum())
+        self.pieces += int(pieces[pieces > 1].sum())
 
     def drop(self, reason: str, number: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1

@@ -7,27 +7,27 @@ rows that were had already, and forget the epoch where a resume skips batches (1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.data import IGNORED, Example
+from finetune.token_rows import IGNORED, Example
 
 
-def with_filler(rows: list[Example]) -> list[Example]:
+def with_filler(rows: Sequence[Example]) -> list[Example]:
     """Return the rows and, behind them, one without labels: it fills a batch and weighs nothing."""
     return [*rows, _filler(rows)]
 
 
-def filled_up(rows: list[Example], together: int) -> list[Example]:
+def filled_up(rows: Sequence[Example], together: int) -> list[Example]:
     """Return the rows with as many without labels behind them as make full batches for all."""
     return [*rows, *[_filler(rows)] * (-len(rows) % together)]
 
 
-def _filler(rows: list[Example]) -> Example:
+def _filler(rows: Sequence[Example]) -> Example:
     shortest = min((row["input_ids"] for row in rows), key=len)
     filler = Example(input_ids=shortest, labels=[IGNORED] * len(shortest))
     if "seq_lengths" in rows[0]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import data, models
 from finetune.config import Config, Refused
-from finetune.data import IGNORED, Example, Examples, Origin
+from finetune.data import Examples
 from finetune.escaping import for_terminal
 from finetune.inputs import DataSource
 from finetune.memory import compose_job
@@ -33,6 +33,7 @@ from finetune.token_display import (
     render_colour,
     render_histogram,
 )
+from finetune.token_rows import IGNORED, Example, Origin
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config import DataConfig, TrainingConfig
-from finetune.data import Examples, Origin, SourceRows, sound_rows
+from finetune.data import Examples, SourceRows, sound_rows
 from finetune.prompts import Template, load_template
+from finetune.token_rows import Origin
 from finetune.turns import Prompt, Turn, Unusable
 
 HELD_OUT, UNUSED, TRAINED = "held out for validation", "not trained on", "trained on"

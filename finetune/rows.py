@@ -130,7 +130,10 @@ class RowStream(Sequence[Row]):
     def __getitem__(self, place: slice) -> Sequence[Row]: ...
     def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
         if isinstance(place, slice):
-            return list(islice(self, *place.indices(len(self))))
+            start, stop, step = place.start or 0, place.stop, place.step or 1
+            if stop is None or min(start, stop) < 0 or step < 0:
+                start, stop, step = place.indices(len(self))
+            return list(islice(self, start, stop, step))
         wanted = place if place >= 0 else len(self) + place
         for row in islice(self, wanted, None) if wanted >= 0 else ():
             return row

@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     IntervalStrategy,
@@ -32,7 +31,7 @@ from finetune.adapters import (
 from finetune.checkpoints import find_newest
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.config import OptimizerConfig, TrainingConfig
-from finetune.data import Example, Examples
+from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
 from finetune.models import TORCH_DTYPES, has_bf16
@@ -50,6 +49,7 @@ from finetune.steps import (
     return_freed_memory,
     steps_between_validations,
 )
+from finetune.token_rows import as_dataset, example_lengths
 from finetune.validation import Validations
 
 log = logging.getLogger("finetune")
@@ -129,7 +129,7 @@ def train(
     reset_peak_memory(arguments.device)
     checkpoint = distributed.from_main(lambda: find_newest(folder))
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
-    num_rows, num_tokens = len(examples.train), sum(len(e["input_ids"]) for e in examples.train)
+    num_rows, num_tokens = len(examples.train), int(example_lengths(examples.train).sum())
     watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
     with arguments.autocast():
         problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
@@ -183,8 +183,8 @@ def _build_trainer(
     trainer = LabelTrainer(
         model=model,
         args=arguments,
-        train_dataset=_as_dataset(train),
-        eval_dataset=_as_dataset(validation) if validation else None,
+        train_dataset=as_dataset(train),
+        eval_dataset=as_dataset(validation) if validation else None,
         processing_class=tokenizer,
         callbacks=[watch],
     )
@@ -200,7 +200,7 @@ def _find_padding_reason(model: PreTrainedModel | PeftModel, examples: Examples)
     Raises:
         ValueError: rows are joined, which padding cannot keep apart.
     """
-    problem = find_layout_problem(model, [example["input_ids"] for example in examples.all])
+    problem = find_layout_problem(model, examples.shortest_and_longest())
     if problem is None:
         return None
     if examples.is_packed:
@@ -284,7 +284,3 @@ def _base_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         for name, value in before.items():
             setattr(config, name, value)
         model.eval()
-
-
-def _as_dataset(examples: list[Example]) -> Dataset:
-    return Dataset.from_list([dict(example) for example in examples])

@@ -10,18 +10,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config import DataConfig, SourceConfig, TrainingConfig
-from finetune.data import (
-    IGNORED,
-    Examples,
-    build_examples,
-    find_problems,
-    longest_batch,
-    share_sizes,
-)
+from finetune.data import Examples, build_examples, find_problems, longest_batch
 from finetune.events import read_events
 from finetune.inputs import DataSource
 from finetune.plain_tokens import NO_EOS
+from finetune.row_draw import share_sizes
 from finetune.rows import read_file
+from finetune.token_rows import IGNORED
 from finetune.turns import SURROGATE
 from tests.conftest import TINY, Command, write_rows
 from tests.tokenizer_kinds import WITHOUT_EOS

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from finetune import distributed, grouping, identity, models, worker
 from finetune.adapter_training import rows_of_step
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
-from finetune.data import Example
 from finetune.events import NullEventLog
 from finetune.inputs import Inputs, Source
 from finetune.row_order import EvenOrder, filled_up, with_filler
 from finetune.steps import Diverged, StopSignals
+from finetune.token_rows import Example
 from tests.conftest import TINY, Command, last_of_each
 
 # Eighteen rows: the last step of each epoch is not full.

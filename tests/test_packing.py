@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune import adapters, preflight, training
 from finetune.adapter_training import AdapterSpec, rows_of_step
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
-from finetune.data import IGNORED, Example, Examples, build_examples, pack, row_lengths
+from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
 from finetune.inputs import DataSource
 from finetune.memory import GIB, Place
@@ -20,6 +21,7 @@ from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
+from finetune.token_rows import IGNORED, Example, pack, row_lengths
 from tests.conftest import write_rows
 from tests.test_scoring import build
 from tests.test_validation import WAYS, train_by
@@ -47,7 +49,7 @@ def joined(rows: list[Example]) -> Example:
     )
 
 
-def given(folder: Path, rows: list[Example], **settings: Any) -> AdapterSpec:
+def given(folder: Path, rows: Sequence[Example], **settings: Any) -> AdapterSpec:
     """Return a run on these rows as they are."""
     one = spec(RunFolder(folder), Setting(training=settings))
     return replace(one, examples=Examples(rows, [], RowCounts()))

@@ -26,19 +26,13 @@ from finetune.config import (
     SourceConfig,
     TrainingConfig,
 )
-from finetune.data import (
-    IGNORED,
-    Example,
-    Examples,
-    SourceRows,
-    build_examples,
-    find_problems,
-)
+from finetune.data import Examples, SourceRows, build_examples, find_problems
 from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.row_prompts import last_prompts
 from finetune.session import Session
+from finetune.token_rows import IGNORED, Example
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import IGNORED, Example, Examples, Origin
+from finetune.data import Examples
 from finetune.row_counts import RowCounts
 from finetune.token_display import (
     Span,
@@ -19,6 +19,7 @@ from finetune.token_display import (
     render_histogram,
     render_line,
 )
+from finetune.token_rows import IGNORED, Example, Origin
 
 
 class Bytes:

@@ -16,12 +16,13 @@ from finetune import training
 from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Example, Examples
+from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base
 from finetune.multi_adapter import Outcome, train_together
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
+from finetune.token_rows import Example
 
 TINY = ModelConfig(path="random://tiny")
 CPU = training.Precision(torch.device("cpu"), torch.float32)

@@ -1,0 +1,292 @@
+"""Rows tokenised once: what each row of a source comes to, kept in the Arrow cache.
+
+A run's rows are places in the table of all usable rows. Where it draws few of them, only these are
+tokenised. How a row is rendered and encoded is `data`'s matter, and comes in as functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from finetune.arrow_cache import ArrowCache, Batches
+from finetune.batched_tokenizer import encode_together
+from finetune.config import DataConfig
+from finetune.files import digest
+from finetune.inputs import DataSource
+from finetune.run_folder import cache_dir
+from finetune.token_rows import BATCH_ROWS, IGNORED, Example, Integers
+
+FOLDER = "tokens"
+# Raised when the same rows become other tokens: runs trained on others are not found again.
+TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
+TABLES = 1  # raised when the tables' columns, or what rows they have, change
+VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
+# Settings that choose among rows, and leave each row as it is.
+CHOOSING = {"path", "mix", "revision", "num_examples", "validation_fraction", "validation_path"}
+TOGETHER = 1024  # rows that are tokenised together
+FEW = 0.5  # a smaller share of the usable rows is tokenised without the others
+
+CHECKED = pyarrow.schema(
+    [
+        ("fault", pyarrow.string()),
+        ("size", pyarrow.int64()),
+        ("about", pyarrow.string()),  # JSON, of all rows, in the first one
+    ]
+)
+TOKENISED = pyarrow.schema(
+    [
+        ("row", pyarrow.int64()),
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("is_learned", pyarrow.list_(pyarrow.bool_())),
+        ("num_tokens", pyarrow.int64()),
+        ("notes", pyarrow.list_(pyarrow.string())),
+        ("fault", pyarrow.string()),
+    ]
+)
+
+
+class RowTokens(NamedTuple):
+    """The examples of a row, of `num_tokens` before they were cut, or why it is left out."""
+
+    examples: list[Example]
+    num_tokens: int = 0
+    notes: Sequence[str] = ()
+    fault: str | None = None
+
+
+class Faults:
+    """Collects the rows that a rendering leaves out, as RowCounts does, and what else it sets."""
+
+    def __init__(self) -> None:
+        self._by_row: dict[int, str] = {}
+        self.shape = ""
+        self.unused: list[str] = []
+        self.absent: list[str] = []
+
+    def drop(self, reason: str, number: int) -> None:
+        self._by_row[number] = reason
+
+    def take(self) -> list[str]:
+        """Return the faults so far, which are forgotten: a file may have nothing but these."""
+        found = [self._by_row[number] for number in sorted(self._by_row)]
+        self._by_row.clear()
+        return found
+
+    def about(self) -> str:
+        """Return what was set about all rows, as JSON."""
+        return json.dumps({k: v for k, v in vars(self).items() if not k.startswith("_")})
+
+
+Rendered = Callable[[Faults], Iterable[tuple[int, Any]]]  # row number and turns of usable rows
+Encode = Callable[[Any, PreTrainedTokenizerBase], RowTokens]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSource:
+    """The rows of one source under one template and tokenizer.
+
+    `key` stands for the rows and how they are rendered; where it is None nothing is kept.
+    """
+
+    render: Rendered
+    encode: Encode
+    tokenizer: PreTrainedTokenizerBase | None  # None where rows are only checked
+    key: dict[str, Any] | None
+    max_length: int
+
+    @cached_property
+    def _encoding(self) -> dict[str, Any]:
+        assert self.tokenizer is not None, "rows are tokenised with one"
+        return {"tokenizer": tokenizer_key(self.tokenizer), "max_length": self.max_length}
+
+    @cached_property
+    def checked(self) -> pyarrow.Table:
+        """Return the fault and the size in characters of every row, read but not tokenised."""
+        return self._table({}, CHECKED, self._check)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what a rendering says of all rows."""
+        found: dict[str, Any] = json.loads(self.checked["about"][0].as_py())
+        return found
+
+    @cached_property
+    def usable(self) -> Integers:
+        """Return the numbers (from 1) of the rows that can be rendered."""
+        return np.flatnonzero(self.checked["fault"].is_null().to_numpy()) + 1
+
+    @property
+    def faults(self) -> Iterator[tuple[str, int]]:
+        """Yield fault and number of each other row, in their order."""
+        faulty = np.flatnonzero(self.checked["fault"].is_valid().to_numpy())
+        reasons = self.checked["fault"].take(faulty).to_pylist()
+        yield from zip(reasons, (faulty + 1).tolist(), strict=True)
+
+    def tokens(self, numbers: Integers) -> pyarrow.Table:
+        """Return a table of tokenised rows that has these rows, and maybe more, in their order."""
+        is_few = len(numbers) < FEW * len(self.usable)
+        wanted = {int(number) for number in numbers} if is_few else None
+        chosen = None if wanted is None else digest(sorted(wanted))
+        part = {"encoding": self._encoding if self.key else {}, "rows": chosen}
+        return self._table(part, TOKENISED, lambda: self._tokenise(wanted))
+
+    def longest(self, count: int) -> list[int]:
+        """Return the lengths of as many examples, of the longest texts."""
+        schema = pyarrow.schema([("num_tokens", pyarrow.int64())])
+
+        def make() -> Batches:
+            found = self._find_longest(count)
+            yield pyarrow.record_batch([pyarrow.array(found, pyarrow.int64())], schema=schema)
+
+        part = {"encoding": self._encoding if self.key else {}, "longest": count}
+        found: list[int] = self._table(part, schema, make)["num_tokens"].to_pylist()
+        return found
+
+    def turns(self, numbers: Iterable[int]) -> dict[int, Any]:
+        """Return what is rendered of these rows, in one pass."""
+        wanted, last = set(numbers), max(numbers, default=0)
+        found = {}
+        for number, turns in self.render(Faults()) if wanted else ():
+            if number in wanted:
+                found[number] = turns
+            if number >= last:
+                break
+        return found
+
+    def _table(
+        self, part: dict[str, Any], schema: pyarrow.Schema, make: Callable[[], Batches]
+    ) -> pyarrow.Table:
+        if self.key is None:
+            return pyarrow.Table.from_batches(make(), schema)
+        return ArrowCache(cache_dir() / FOLDER).table({**self.key, **part}, schema, make)
+
+    def _check(self) -> Batches:
+        faults = Faults()
+        about: str | None = None
+        for part in _parts(self._every_row(faults), BATCH_ROWS):
+            first = [faults.about()] if about is None else [None]
+            about = first[0] or about
+            reasons, sizes = zip(*part, strict=True)
+            columns = [
+                pyarrow.array(reasons, pyarrow.string()),
+                pyarrow.array(sizes, pyarrow.int64()),
+                pyarrow.array([*first, *[None] * (len(part) - 1)], pyarrow.string()),
+            ]
+            yield pyarrow.record_batch(columns, schema=CHECKED)
+
+    def _every_row(self, faults: Faults) -> Iterator[tuple[str | None, int]]:
+        """Yield the fault and the size of each row."""
+        for _, turns in self.render(faults):
+            yield from ((fault, 0) for fault in faults.take())
+            yield None, _size(turns)
+        yield from ((fault, 0) for fault in faults.take())
+
+    def _tokenise(self, wanted: set[int] | None) -> Batches:
+        rendered = self.render(Faults())
+        if wanted is not None:
+            rendered = ((number, turns) for number, turns in rendered if number in wanted)
+        encoded = chain.from_iterable(map(self._encoded, _parts(rendered, TOGETHER)))
+        yield from map(_as_batch, _parts(encoded, BATCH_ROWS))
+
+    def _encoded(self, rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, RowTokens]]:
+        assert self.tokenizer is not None, "rows are tokenised with one"
+        found = encode_together([turns for _, turns in rows], self.encode, self.tokenizer)
+        yield from zip((number for number, _ in rows), found, strict=True)
+
+    def _find_longest(self, count: int) -> list[int]:
+        sizes = self.checked["size"].to_numpy()[self.usable - 1]
+        by_size = iter(self.usable[np.argsort(-sizes, kind="stable")].tolist())
+        found: list[int] = []
+        asked = 2 * count
+        while len(found) < count and (numbers := list(islice(by_size, asked))):
+            turns = self.turns(numbers)
+            rows = self._encoded([(number, turns[number]) for number in numbers])
+            found += [len(one["input_ids"]) for _, row in rows for one in row.examples]
+            asked *= 4  # each time is a pass over all rows
+        return found
+
+
+def _as_batch(rows: Sequence[tuple[int, RowTokens]]) -> pyarrow.RecordBatch:
+    """Put rows into a batch, one place an example, and one a row that is left out."""
+    places = [
+        (number, example, row)
+        for number, row in rows
+        for example in row.examples or [Example(input_ids=[], labels=[])]
+    ]
+    sizes = [len(example["input_ids"]) for _, example, _ in places]
+    offsets = pyarrow.array(np.cumsum([0, *sizes]), pyarrow.int32())
+    ids = _joined([example["input_ids"] for _, example, _ in places])
+    labels = _joined([example["labels"] for _, example, _ in places])
+    columns = [
+        pyarrow.array([number for number, _, _ in places], pyarrow.int64()),
+        pyarrow.ListArray.from_arrays(offsets, pyarrow.array(ids)),
+        pyarrow.ListArray.from_arrays(offsets, pyarrow.array(labels != IGNORED)),
+        pyarrow.array([row.num_tokens for _, _, row in places], pyarrow.int64()),
+        pyarrow.array([list(row.notes) for _, _, row in places], pyarrow.list_(pyarrow.string())),
+        pyarrow.array([row.fault for _, _, row in places], pyarrow.string()),
+    ]
+    return pyarrow.record_batch(columns, schema=TOKENISED)
+
+
+def _joined(lists: Sequence[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.fromiter(chain.from_iterable(lists), np.int32, count=sum(map(len, lists)))
+
+
+def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    waiting = iter(items)
+    while part := list(islice(waiting, size)):
+        yield part
+
+
+def _size(turns: Sequence[Any]) -> int:
+    return sum(len(turn.content or "") + len(str(turn.extra or "")) for turn in turns)
+
+
+def rows_key(source: DataSource, data: DataConfig, template: str | None) -> dict[str, Any] | None:
+    """Return what stands for the rows of a source as they are rendered; None without a digest.
+
+    Args:
+        source: of the rows; its digest is of their content.
+        data: its settings that choose among rows are left out.
+        template: the text of the user's, if it is one.
+    """
+    if not source.digest:
+        return None
+    settings = {k: v for k, v in asdict(data).items() if k not in CHOOSING}
+    own = {k: v for k, v in asdict(source.settings).items() if k not in {*CHOOSING, "weight"}}
+    return {
+        "tables": TABLES, "tokens": TOKENS, "digest": source.digest, "template": template,
+        "data": settings, "source": own, "versions": {name: version(name) for name in VERSIONS},
+    }  # fmt: skip
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of all that decides on a tokenizer's tokens."""
+    told: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "added": {str(n): repr(token) for n, token in tokenizer.added_tokens_decoder.items()},
+        "chat_template": tokenizer.chat_template,
+        "settings": {name: repr(value) for name, value in tokenizer.init_kwargs.items()},
+    }
+    if tokenizer.is_fast:
+        told["fast"] = digest(tokenizer.backend_tokenizer.to_str())
+    else:
+        with suppress(NotImplementedError):
+            told["vocabulary"] = digest(tokenizer.get_vocab())
+    told["flags"] = [
+        getattr(tokenizer, name, None)
+        for name in ("add_bos_token", "add_eos_token", "split_special_tokens")
+    ]
+    return digest(json.loads(json.dumps(told, default=repr)))
