@@ -206,8 +206,9 @@ def _find_unused(chat: Chat, text: str) -> Iterator[str]:
     if chat.tools and _try(replace(chat, tools=None))[0] == text:
         yield "tools"
     for role in dict.fromkeys(one["role"] for one in chat.messages):
-        contents = [one["content"] for one in chat.messages if one["role"] == role]
-        if role != "assistant" and not all(_is_shown(content, text) for content in contents):
+        contents = [one["content"] or "" for one in chat.messages if one["role"] == role]
+        spoken = [content.rpartition("</think>")[2] for content in contents]
+        if not all(_is_shown(content, text) for content in spoken):
             yield f"the text of {role} turns"
     if not all(_is_shown(thought, text) for thought in _thoughts(chat.messages)):
         yield "thoughts in <think>"

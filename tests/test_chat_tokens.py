@@ -248,6 +248,19 @@ def test_turns_that_a_template_leaves_out_are_named(
     assert ("It is so." in str(tokenizer.decode(encoded.tokens))) == (role == "developer")
 
 
+def test_text_beside_a_call_that_a_template_leaves_out_is_named(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Llama's writes the call alone, Qwen's both."""
+    messages = calling({"metres": 2})
+    messages[1]["content"] = "I lift it now."
+    for name, is_named in (("llama3_1", True), ("qwen3", False)):
+        encoded = encode(messages, with_template(tokenizer, name), tools=[TOOL])
+        assert ("the chat template does not use the text of assistant turns" in encoded.notes) == (
+            is_named
+        )
+
+
 @pytest.mark.parametrize(
     "role", [("user", "assistant"), ("User", "Assistant"), ("human", "gpt"), ("USER", "model")]
 )

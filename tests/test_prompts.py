@@ -344,6 +344,33 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
     assert "no chat template" in problem
 
 
+def test_rows_that_a_chat_template_refuses_all_are_told_before_the_start(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """With the template's reason; what it does not use is counted where rows are used."""
+    name = str(write_rows(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}] * 3))
+    data = DataConfig(path=name, prompt_template="chat")
+    assert find_problems(data, tokenizer) == []
+    tokenizer.chat_template = (
+        "{% if messages | length > 3 %}{{ raise_exception('too long') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    )
+    (problem,) = find_problems(data, tokenizer)
+    assert "no row is left to train on" in problem
+    assert "3 dropped (the chat template refuses it: too long; first: row 1)" in problem
+
+
+def test_what_rows_say_in_vain_is_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Once for the run, with the number of rows."""
+    answer = {**CONVERSATION[2], "name": "Ada", "weight": 1}
+    rows = [{"messages": [CONVERSATION[1], answer]}] * 2 + [{"messages": CONVERSATION}]
+    counts = build(rows, tokenizer, "chat").counts
+    assert counts.notes == {"the chat template does not use name": 2}
+    assert counts.summary() == (
+        "3 rows read, 3 used, the chat template does not use name (rows: 2)"
+    )
+
+
 @pytest.mark.slow
 def test_a_sweep_over_templates_runs_to_the_end(tmp_path: Path, finetune: Command) -> None:
     """Chat, text and a user's file on the same rows: trained, scored, samples answered."""
