@@ -21,6 +21,7 @@ from finetune.resolvers import register_resolvers
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
 AUTO_FORMAT = "auto"
+VALIDATION_PATH = "data.validation_path"
 
 # Marks beside a field, read by identity, grouping and rerun.
 NEUTRAL = "neutral"  # changes no number, or enters an identity as what it names or resolves to
@@ -145,6 +146,7 @@ class DataConfig:
     )
     num_examples: int | None = None  # rows drawn by training.data_seed; null takes all
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
+    validation_path: str | None = None  # rows for it, instead of a share; as data.path
     prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
     long_text: str = "split"  # texts over training.max_length: split into pieces, or cut; only text
@@ -154,7 +156,22 @@ class DataConfig:
     # lists, prompt_completion, question_answer, text
 
     def sources(self) -> dict[str, SourceConfig]:
-        """Return every source, filled in, by the key that names it; `path` is a mix of one."""
+        """Return every source, filled in, by the key that names it; `path` is a mix of one.
+
+        The rows to validate on are the last, where `validation_path` names them.
+        """
+        return self._train_sources() | self._validation_source()
+
+    def _validation_source(self) -> dict[str, SourceConfig]:
+        if self.validation_path is None:
+            return {}
+        source = SourceConfig(
+            self.validation_path, split="train" if "[" in self.split else self.split,
+            subset=self.subset, columns=self.columns, encoding=self.encoding, format=self._shape(),
+        )  # fmt: skip
+        return {VALIDATION_PATH: source}
+
+    def _train_sources(self) -> dict[str, SourceConfig]:
         if not self.mix:
             single = SourceConfig(
                 self.path or "",
@@ -200,7 +217,7 @@ class TrainingConfig:
     checkpoint_every: int = setting(50, NEUTRAL, OWN)  # optimizer steps between checkpoints
     keep_checkpoints: int = setting(1, NEUTRAL, OWN)  # newest checkpoints that are kept
     validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
-    # always validated; no effect without data.validation_fraction
+    # always validated; no effect without rows to validate on
     early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
     # the adapter of the lowest loss is kept. null: never, and the last one is kept
     seed: int = setting(42, OWN)  # adapter initialisation, dropout

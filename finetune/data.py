@@ -197,14 +197,16 @@ def build_examples(
     """
     sources = [_token_source(*one, data, training, tokenizer) for one in read]
     counts = [_count_checked(source) for source in sources]
-    weights = [source.settings.weight for source, _ in read]
-    sizes = share_sizes(weights, [len(source.usable) for source in sources], data.num_examples)
+    available = [len(source.usable) for source in sources]
+    trains = sum(not source.is_validation for source, _ in read)  # the source after them is
+    weights = [source.settings.weight for source, _ in read[:trains]]
+    sizes = share_sizes(weights, available[:trains], data.num_examples) + available[trains:]
     tables: list[pyarrow.Table] = []
     spans: list[Spans] = []  # of the places of each row that is used, in the order drawn
     for place, (source, size, own) in enumerate(zip(sources, sizes, counts, strict=True)):
         own.missing = max(0, size - len(source.usable))
         numbers = source.usable
-        if data.num_examples is not None or size < len(numbers):
+        if place < trains and (data.num_examples is not None or size < len(numbers)):
             # Each source draws for itself: the others' weights do not change which rows come first.
             draw = random.Random(training.order_seed + place)
             numbers = numbers[draw.sample(range(len(numbers)), min(size, len(numbers)))]
@@ -212,12 +214,19 @@ def build_examples(
         tables.append(source.tokens(numbers))
         spans.append(start + _count_tokenised(tables[-1], numbers, own))
     total = counts[0] if len(read) == 1 else _total(read, counts)
-    rows = np.concatenate(spans)
-    held_out = _num_held_out(len(rows), read, data, training, total)
-    if held_out:
-        rows = rows[random.Random(training.order_seed).sample(range(len(rows)), len(rows))]
-    train = TokenRows(tables, expand_spans(rows[held_out:]))
-    validation = TokenRows(tables, expand_spans(rows[:held_out]))
+    rows = np.concatenate(spans[:trains])
+    if trains < len(read):
+        held_out_rows = spans[-1]
+        if not len(rows) or not len(held_out_rows):
+            raise _nothing_left(read[-1 if len(rows) else 0][0], total)
+    else:
+        held_out = _num_held_out(len(rows), read, data, training, total)
+        if held_out:
+            rows = rows[random.Random(training.order_seed).sample(range(len(rows)), len(rows))]
+        held_out_rows, rows = rows[:held_out], rows[held_out:]
+    total.validation = len(held_out_rows)
+    train = TokenRows(tables, expand_spans(rows))
+    validation = TokenRows(tables, expand_spans(held_out_rows))
     packed: Sequence[Example] = train
     if training.sequence_packing:
         packed = pack(train, training.max_length)

@@ -169,6 +169,9 @@ def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, 
     template = prompts.load_template(settings.prompt_template)
     name = template.file_text and {"digest": digest(template.file_text)}
     named = {**changed_settings(settings), "prompt_template": name or settings.prompt_template}
+    if settings.validation_path is not None:
+        *sources, held_out = sources
+        named["validation_path"] = held_out.digest
     if not settings.mix:
         return {**named, "digest": sources[0].digest}
     total = math.fsum(source.settings.weight for source in sources)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.config import ModelConfig, SourceConfig
+from finetune.config import VALIDATION_PATH, ModelConfig, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class DataSource:
     digest: str
     settings: SourceConfig
     revision: str | None = None  # commit of a hub data set; None for a file
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether its rows are only validated on."""
+        return self.key == VALIDATION_PATH
 
     def __str__(self) -> str:
         return f"{self.key}={self.settings.path}"

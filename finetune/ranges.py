@@ -135,6 +135,11 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.num_examples", data.num_examples, 1)
     yield from _share("data.validation_fraction", data.validation_fraction)
+    if data.validation_path is not None and data.validation_fraction > 0:
+        yield (
+            f"data.validation_fraction is {data.validation_fraction} beside data.validation_path; "
+            "set one of them"
+        )
     if not data.prompt_template.endswith(TEMPLATE_FILE):
         known = (*TEMPLATES, f"a path ending in {TEMPLATE_FILE}")
         yield from _one_of("data.prompt_template", data.prompt_template, known)
@@ -182,11 +187,15 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
 
 
 def _early_stopping_problems(config: Config) -> Iterator[str]:
-    if config.training.early_stopping is not None and config.data.validation_fraction == 0:
+    if config.training.early_stopping is not None and not _validates(config.data):
         yield (
             f"training.early_stopping is {config.training.early_stopping}, but no row is held out "
             "to validate on; set data.validation_fraction, to 0.1 say"
         )
+
+
+def _validates(data: DataConfig) -> bool:
+    return data.validation_fraction > 0 or data.validation_path is not None
 
 
 def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:

@@ -10,7 +10,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config import DataConfig, SourceConfig, TrainingConfig
-from finetune.data import Examples, build_examples, find_problems, longest_batch
+from finetune.data import (
+    Examples,
+    build_examples,
+    find_problems,
+    find_sources,
+    longest_batch,
+    read_sources,
+)
 from finetune.events import read_events
 from finetune.inputs import DataSource
 from finetune.plain_tokens import NO_EOS
@@ -312,3 +319,25 @@ def test_every_example_says_its_row(tokenizer: PreTrainedTokenizerBase, tmp_path
         if not packing:
             for example, origin in zip(built.train, built.train_origins, strict=True):
                 assert str(origin.row) in str(tokenizer.decode(example["input_ids"]))
+
+
+def test_rows_of_another_file_are_validated_on(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """data.validation_path holds them out whole, and the count of both is told."""
+    paths = [write_rows(tmp_path / name, list(ROWS)) for name in ("train.jsonl", "other.jsonl")]
+    data = DataConfig(path=str(paths[0]), validation_path=str(paths[1]), num_examples=4)
+    assert find_problems(data, tokenizer) == []
+    built = build_examples(read_sources(find_sources(data)), data, TrainingConfig(), tokenizer)
+    assert (len(built.train), len(built.validation)) == (4, 10)
+    assert {origin.source for origin in built.train_origins} == {0}
+    assert {origin.source for origin in built.validation_origins} == {1}
+    assert "14 used, 4 train, 10 validation" in built.counts.summary()
+
+
+def test_a_fault_of_the_validation_file_names_its_setting(tmp_path: Path) -> None:
+    """It is checked as the rows to train on are."""
+    rows = write_rows(tmp_path / "a.jsonl", list(ROWS))
+    data = DataConfig(path=str(rows), validation_path=str(tmp_path / "none.jsonl"))
+    (problem,) = find_problems(data, None)
+    assert problem.startswith("data.validation_path=")

@@ -317,3 +317,16 @@ def test_a_run_does_not_name_itself_anew(config: Config, tmp_path: Path) -> None
     job = Job(config, _yaml(config), [], {}, elsewhere)
     assert pipeline.run([job]) == ["finished"]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["planned"]
+
+
+def test_the_rows_to_validate_on_are_named_by_content(config: Config, tmp_path: Path) -> None:
+    """Another copy of them keeps the name, other rows change it."""
+    names = []
+    for name, rows in (("", []), ("a", ROWS[:2]), ("b", ROWS[:2]), ("c", ROWS[:3])):
+        path = write_rows(tmp_path / f"{name}.jsonl", list(rows))
+        config.data.validation_path = str(path) if name else None
+        names.append(find_inputs(config).identity)
+    assert names[1] == names[2]
+    assert len(set(names)) == 3
+    config.data.validation_path, config.data.encoding = None, "cp1252"
+    assert find_inputs(config).identity not in names
