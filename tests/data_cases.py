@@ -140,7 +140,7 @@ CASES = (
     ),
     DataCase("12b-lone-surrogate.jsonl", used=8, printed=(r"1 dropped \(.*first: row 1\)",)),
     DataCase("05-lines.json", code=2, model="noeos_tiny", printed=("end-of-sequence",)),
-    DataCase("22-plain-multi.jsonl", "data=chat", code=2, model="gemma_tiny", printed=("system",)),
+    DataCase("22-plain-multi.jsonl", "data=chat", 8, model="gemma_tiny", check=holds("Be brief.")),
     DataCase("26-one-multi-turn-row.jsonl", "data=chat", 100, model="qwen3_tiny"),
     DataCase("22-plain-multi.jsonl", "data=chat", 8, model="qwen3_tiny"),
     DataCase("21c-think-single.jsonl", "data=chat", 8, model="deepseek_r1_distill_tiny"),
@@ -159,7 +159,8 @@ CASES = (
     DataCase("09-prompt-completion.jsonl", used=8),
     DataCase("23-folder"),
     DataCase("28-save-to-disk"),
-    DataCase("10f-huge-field.csv", used=2, printed=("1 truncated",)),
+    # The long field is the prompt's, so that nothing of the row would be learned.
+    DataCase("10f-huge-field.csv", used=1, printed=(r"prompt alone fills.*first: row 1\)",)),
     DataCase("10-semicolon.csv", used=2),
     DataCase("10g-tabs.tsv", used=1),
     DataCase("11-alpaca.jsonl.gz"),
