@@ -33,7 +33,7 @@ from finetune.token_display import (
     render_colour,
     render_histogram,
 )
-from finetune.token_rows import IGNORED, Example, Origin
+from finetune.token_rows import IGNORED, Example, Origin, example_lengths
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _describe(preview: Preview) -> Iterator[str]:
     yield f"model.path={config.model.path}, data.prompt_template={config.data.prompt_template}"
     yield f"data: {preview.summary}"
     learned = sum(label != IGNORED for _, one, _ in preview.rows for label in one["labels"])
-    lengths = [len(example["input_ids"]) for _, example, _ in preview.rows]
+    parts = [part for part in (examples.train, examples.validation) if len(part)]
+    lengths = [int(length) for part in parts for length in example_lengths(part)]
     held_out = len(examples.validation)
     split = f"{len(examples.train)} rows to train on, {held_out} to validate on"
     share = f"{learned / sum(lengths):.1%} of them learned"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data import Examples
 from finetune.escaping import for_terminal
-from finetune.token_rows import IGNORED, Example
+from finetune.token_rows import IGNORED, Example, unpacked
 
 LEARNED = "black on green"  # a background, so that learned spaces are seen
 NEWLINE = "↵"  # before a learned newline, which has no background
@@ -86,7 +86,7 @@ def _shorten(text: str) -> str:
 
 def describe_first(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a log line with the first row to train on, the first of its sequence where joined."""
-    first, origins = examples.all[0], examples.train_origins
+    first, origins = unpacked(examples.train)[0], examples.train_origins
     name = "first row" if examples.is_packed or not origins else f"row {origins[0].row}"
     line = render_line(find_spans(first, tokenizer))
     return f"{name} as the model gets it, {describe_marks(first)} (in brackets): {line}"
