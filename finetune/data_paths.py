@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.file_formats import find_format, known_endings
-from finetune.files import digest, file_digest
+from finetune.files import digest, known_digest
 
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict and Dataset.save_to_disk
 NO_FILE = "the folder holds no data file; rows are read from {}"
@@ -32,8 +32,8 @@ class LocalData:
     def digest(self) -> str:
         """Return a digest of the content; a single file's does not depend on its place."""
         if len(self.files) == 1 and not (self.is_saved or self.is_card):
-            return file_digest(self.files[0])
-        return digest([file_digest(file) for file in self.files])
+            return known_digest(self.files[0])
+        return digest([known_digest(file) for file in self.files])
 
 
 def split_name(split: str) -> str:

@@ -17,6 +17,7 @@ import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -43,6 +44,17 @@ def file_digest(path: Path) -> str:
     require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    """Return a file's sha256, read once per process for as long as size and time stay the same."""
+    state = path.stat()
+    return _digest_of(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_digest(path)
 
 
 def require_file(path: Path) -> None:

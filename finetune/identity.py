@@ -194,7 +194,13 @@ def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
         names += GPTQ_PACKAGES
     if config.model.attn_implementation in FLASH:
         names.append(FLASH[config.model.attn_implementation][1])
-    return {name: version(name) for name in names}
+    return {name: _installed_version(name) for name in names}
+
+
+@lru_cache(maxsize=64)
+def _installed_version(package: str) -> str:
+    """Read a package's metadata once; what is imported already does not change."""
+    return version(package)
 
 
 def run_path(config: Config, identity: str) -> Path:

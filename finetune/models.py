@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +32,7 @@ from transformers import (
 from finetune import distributed, quantization
 from finetune.chat_templates import read_chat_template
 from finetune.config import ModelConfig, local_path
-from finetune.files import Damaged, digest, file_digest, read_json, write_atomic
+from finetune.files import Damaged, digest, file_digest, known_digest, read_json, write_atomic
 from finetune.fused_kernels import FLASH
 from finetune.hub import hub_commit
 from finetune.inputs import Source
@@ -195,17 +194,6 @@ def _folder_digest(folder: Path) -> str:
             f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"
         )
     return digest({p.name: known_digest(p) for p in files})
-
-
-def known_digest(path: Path) -> str:
-    """Return a file's sha256, read once per process for as long as size and time stay the same."""
-    state = path.stat()
-    return _digest_of(path, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _digest_of(path: Path, size: int, modified_ns: int) -> str:
-    return file_digest(path)
 
 
 def _converted(gguf: Path) -> Source:

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 
 from finetune import (
     adapters,
-    data,
     devices,
     distributed,
     fused_kernels,
@@ -163,7 +162,7 @@ def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> lis
 def _find_model_problems(config: Config, session: Session) -> list[str]:
     source = models.find_model(config.model)
     model_config = models.load_config(config.model, source)
-    meta = models.load_meta_model(config.model, model_config)
+    meta = session.meta_model(config.model, source)
     problems = adapters.find_problems(meta, config.peft, config.lora)
     problems += _find_chat_template_problems(config)
     if config.model.adapter is not None:
@@ -198,10 +197,12 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
 
 
 def _find_data_problems(config: Config, session: Session) -> list[str]:
-    tokenizer = None
+    source = None
     with suppress(OSError, ValueError):  # a missing model is told by its own check
-        tokenizer = session.tokenizer(config.model, models.find_model(config.model))
-    return data.find_problems(config.data, tokenizer, config.training)
+        found = models.find_model(config.model)
+        session.tokenizer(config.model, found)
+        source = found
+    return session.row_problems(config, source)
 
 
 def _find_task_problems(config: Config, session: Session) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import data, models, multi_adapter, samples
+from finetune import data, models, multi_adapter, prompts, samples
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.shape import Shape, describe_shape
@@ -53,6 +53,8 @@ class Session:
         self._tasks: Kept[LoadedTask] = Kept(16)
         self._shapes: Kept[Shape] = Kept(8)
         self._longest: Kept[int] = Kept(64)
+        self._meta: Kept[PreTrainedModel] = Kept(2)
+        self._row_problems: Kept[list[str]] = Kept(64)
         self._obstacles: Kept[str | None] = Kept(1)
         self._answers: Kept[list[str]] = Kept(1)
 
@@ -96,13 +98,37 @@ class Session:
 
         return [task(name, selects=selects) for selects in passes for name in asked.tasks]
 
+    def meta_model(self, model: ModelConfig, source: Source) -> PreTrainedModel:
+        """Return the base without weights, to look at."""
+
+        def build() -> PreTrainedModel:
+            return models.load_meta_model(model, models.load_config(model, source))
+
+        return self._meta.get((asdict(model), source), build)
+
     def shape(self, model: ModelConfig, source: Source) -> Shape:
         """Return the base's sizes."""
+        return self._shapes.get(
+            (asdict(model), source), lambda: describe_shape(self.meta_model(model, source))
+        )
 
-        def describe() -> Shape:
-            return describe_shape(models.load_meta_model(model, models.load_config(model, source)))
+    def row_problems(self, config: Config, source: Source | None) -> list[str]:
+        """Return what is wrong with the rows, read once for as long as their files stay the same.
 
-        return self._shapes.get((asdict(model), source), describe)
+        Args:
+            config: names the rows.
+            source: the model's, whose tokenizer they are tried on; None where there is none.
+        """
+        rows, training, tokenizer = config.data, config.training, None
+        if source is not None:
+            tokenizer = self.tokenizer(config.model, source)
+        try:
+            contents = [one.digest for one in data.find_sources(rows)]
+            contents.append(prompts.load_template(rows.prompt_template).file_text or "")
+        except (OSError, ValueError):
+            return data.find_problems(rows, tokenizer, training)  # which says what is not there
+        key = asdict(rows), training.max_length, asdict(config.model), source, contents
+        return self._row_problems.get(key, lambda: data.find_problems(rows, tokenizer, training))
 
     def longest_batch(self, config: Config, source: Source, found: Sequence[DataSource]) -> int:
         """Return the tokens of the largest micro-batch that there can be."""

@@ -220,7 +220,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     package._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    monkeypatch.setattr(identity, "version", lambda name: f"{name}'s")
+    monkeypatch.setattr(identity, "_installed_version", lambda name: f"{name}'s")
     return calls
 
 

@@ -201,7 +201,7 @@ def _mix(config: Config) -> list[SourceConfig]:
 def _identity_0_1(config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return what release 0.1 called a run whose packages are all at version 1."""
     names: list[Any] = []
-    monkeypatch.setattr(identity, "version", lambda package: "1")
+    monkeypatch.setattr(identity, "_installed_version", lambda package: "1")
     with monkeypatch.context() as patch:
         patch.setattr(identity, "_find_earlier", lambda config, named: names.append(named))
         find_inputs(config)
