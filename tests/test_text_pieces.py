@@ -58,7 +58,7 @@ def test_the_share_that_is_cut_off_is_counted(tokenizer: PreTrainedTokenizerBase
     built = build(tokenizer, long_text="cut")
     assert [len(one["input_ids"]) for one in built.train] == [64, 6, 64]
     assert (built.counts.tokens, built.counts.lost_tokens) == (608, 474)
-    assert "3 used, 2 truncated (78.0% of all tokens)" in built.counts.summary()
+    assert "3 used, 2 truncated (78.0% of all tokens lost)" in built.counts.summary()
 
 
 def test_no_piece_of_a_text_is_held_out_from_the_others(
