@@ -400,7 +400,8 @@ def _encode(
         for token, learned in zip(encoded.tokens, is_learned, strict=True)
     ]
     labels[0] = IGNORED  # it has no predecessor to be predicted from
-    if labels.count(IGNORED) == len(labels):
+    within = labels[: training.max_length]
+    if within.count(IGNORED) == len(within):
         raise Unusable("it has no token to learn")
     return Example(input_ids=encoded.tokens, labels=labels), encoded.notes
 

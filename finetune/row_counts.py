@@ -72,7 +72,9 @@ class RowCounts:
         return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])
 
     def _cut(self) -> str:
-        return f"{self.truncated} truncated ({self.lost_tokens / self.tokens:.1%} of all tokens lost)"
+        return (
+            f"{self.truncated} truncated ({self.lost_tokens / self.tokens:.1%} of all tokens lost)"
+        )
 
     def _columns(self) -> list[str]:
         """Say which columns are in the rows alone, or in the settings alone."""
