@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from finetune import preview
 from finetune.config import ModelConfig
+from finetune.data import read_sources
 from finetune.models import find_model
 from finetune.row_preview import load_preview, print_preview
+from finetune.row_prompts import sample_prompts
 from tests.conftest import write_rows
 
 ROWS: list[object] = [
@@ -110,6 +112,24 @@ def test_held_out_rows_are_named_so(rows: Path) -> None:
     text = StringIO()
     print_preview(shown, 99, Console(file=text, width=100))
     assert text.getvalue().count("to validate on:") == 3
+
+
+def test_rows_of_a_validation_file_are_named_by_it(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their numbers are those of their own file, and samples are of them."""
+    write_rows(rows.with_name("held_out.jsonl"), ROWS[:2])
+    words = [*ALPACA, "data.validation_path=held_out.jsonl"]
+    code, out, _ = show(monkeypatch, capsys, *words, "--rows", "99")
+    assert code == 0
+    assert "9 rows to train on, 2 to validate on" in out
+    assert "row 2 of data.validation_path=held_out.jsonl, to validate on: " in out
+    shown = load_preview(words)
+    settings = shown.config.data, shown.config.training, shown.tokenizer
+    asked = list(sample_prompts(read_sources(shown.sources), shown.examples, *settings))
+    assert [one.row for one in asked] == [
+        f"row {n} of data.validation_path=held_out.jsonl, held out for validation" for n in (2, 1)
+    ]
 
 
 def test_a_terminal_shows_colours(rows: Path) -> None:
