@@ -324,3 +324,32 @@ def test_every_fault_is_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     with pytest.raises(Unusable, match="the chat template marks no response"):
         encode(TWICE, tokenizer)
+
+
+def test_a_border_inside_a_token_is_no_rewriting(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Mistral-Instruct-v0.1 ends an answer in a space, which is one token with what follows."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+        " [/INST]{% elif m.role == 'assistant' %}{{ m.content + eos_token + ' ' }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer.add_tokens([AddedToken(" [INST]", normalized=False)])
+    encoded = encode(TWICE, tokenizer)
+    assert learned(encoded, tokenizer) == "Paris.</s>London.</s> "
+    assert JOINED in encode([SYSTEM, *TWICE], tokenizer).notes
+
+
+def test_a_tokenizer_may_have_a_second_template_for_tools(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """As Hermes and Command-R have; it is taken where the row has tools."""
+    plain = str(tokenizer.chat_template)
+    tools = "{% for t in tools %}<s>tool\n{{ t | tojson }}</s>{% endfor %}"
+    tokenizer.chat_template = {"default": plain, "tool_use": tools + plain}  # type: ignore[assignment]
+    encoded = encode(TWICE, tokenizer, tools=[TOOL])
+    assert '"lift"' in str(tokenizer.decode(encoded.tokens))
+    assert '"lift"' not in learned(encoded, tokenizer)
+    assert "the chat template does not use tools" not in encoded.notes
+    assert encode(TWICE, tokenizer).notes == ()
+    assert find_chat_problems(tokenizer) == []
