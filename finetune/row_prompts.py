@@ -16,6 +16,7 @@ from finetune.token_rows import Origin
 from finetune.turns import Prompt, Turn, Unusable
 
 HELD_OUT, UNUSED, TRAINED = "held out for validation", "not trained on", "trained on"
+MOST_TRIED = 1000  # of the last rows, since many may be too long to ask
 CANDIDATES = 64  # of each use, the last ones, since not every row can be asked
 
 
@@ -73,9 +74,11 @@ def last_prompts(
 ) -> list[Prompt]:
     """Return the prompts of the last rows that can be used."""
     template = load_template(data.prompt_template)
-    sound = [turns for source, rows in read for _, turns in sound_rows(source, rows, template)]
+    last: deque[list[Turn]] = deque(maxlen=MOST_TRIED)
+    for source, rows in read:
+        last.extend(turns for _, turns in sound_rows(source, rows, template))
     prompts: list[Prompt] = []
-    for turns in reversed(sound):
+    for turns in reversed(last):
         with suppress(Unusable):
             prompt = template.ask(turns, tokenizer)
             if len(prompt.tokens) < training.max_length:

@@ -122,6 +122,11 @@ class Origins(Sequence[Origin]):
     def __init__(self, sources: Integers, rows: Integers) -> None:
         self._sources, self._rows = sources, rows
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -1,0 +1,159 @@
+"""Rows are tokenised once, to the tokens that they have one by one, in bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from finetune import token_cache
+from finetune.batched_tokenizer import encode_together
+from finetune.config import DataConfig, TrainingConfig
+from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
+from finetune.inputs import DataSource
+from finetune.prompts import load_template
+from finetune.token_rows import as_dataset, example_lengths
+from finetune.turns import Turn, Unusable
+from tests.conftest import write_rows
+
+ROWS: list[Any] = [
+    {"instruction": f"Say {n}.", "input": "" if n % 3 else None, "output": "word " * (n % 17)}
+    for n in range(300)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many rows were tokenised, at each time."""
+    counted: list[int] = []
+
+    def count(rows: Any, encode: Any, tokenizer: Any) -> list[Any]:
+        counted.append(len(rows))
+        return encode_together(rows, encode, tokenizer)
+
+    monkeypatch.setattr(token_cache, "encode_together", count)
+    return counted
+
+
+def build(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Examples:
+    training = TrainingConfig(
+        max_length=settings.pop("max_length", 256), seed=settings.pop("seed", 42)
+    )
+    section = DataConfig(path=str(path), **settings)
+    return build_examples(read_sources(find_sources(section)), section, training, tokenizer)
+
+
+def in_memory(tokenizer: PreTrainedTokenizerBase, rows: list[Any], **settings: Any) -> Examples:
+    """Build the same without a cache."""
+    training = TrainingConfig(
+        max_length=settings.pop("max_length", 256), seed=settings.pop("seed", 42)
+    )
+    section = DataConfig(path="rows.jsonl", **settings)
+    key, own = next(iter(section.sources().items()))
+    read = [(DataSource(key, own.path, "", own), rows)]
+    return build_examples(read, section, training, tokenizer)
+
+
+def test_runs_that_differ_in_their_draw_share_the_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encoded: list[int]
+) -> None:
+    """Seeds, splits and num_examples are an index into the same rows; so is a changed path."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    settings: list[dict[str, Any]] = [
+        {}, {"seed": 1, "validation_fraction": 0.2}, {"num_examples": 200}, {"num_examples": 250},
+    ]  # fmt: skip
+    built = [build(path, tokenizer, **dict(one)) for one in settings]
+    assert sum(encoded) == built[0].counts.drawn == 282
+    for one, found in zip(settings, built, strict=True):
+        assert found == in_memory(tokenizer, ROWS, **dict(one))
+    encoded.clear()
+    assert build(path.rename(tmp_path / "moved.jsonl"), tokenizer) == built[0]
+    assert encoded == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_length": 250}, {"mask_prompt": False}, {"columns": {"output": "instruction"}}],
+)
+def test_what_changes_tokens_is_tokenised_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encoded: list[int], change: Any
+) -> None:
+    """Lengths, masks, columns, the rows themselves, and the tokenizer."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    build(path, tokenizer)
+    encoded.clear()
+    assert build(path, tokenizer, **dict(change)) == in_memory(tokenizer, ROWS, **dict(change))
+    assert sum(encoded) > 282  # with those in memory
+    encoded.clear()
+    tokenizer.add_tokens(["word word"])
+    build(path, tokenizer)
+    assert sum(encoded) == 282
+
+
+def test_few_rows_of_many_are_tokenised_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encoded: list[int]
+) -> None:
+    """Each draw by its seed, once."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    for _ in range(2):
+        for seed in (1, 2):
+            built = build(path, tokenizer, num_examples=20, seed=seed)
+            assert built.counts.drawn == 20
+    assert encoded == [20, 20]
+
+
+def test_the_largest_batch_is_found_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encoded: list[int]
+) -> None:
+    """Planning tokenises the longest rows alone, and not at all the second time."""
+    section = DataConfig(path=str(write_rows(tmp_path / "rows.jsonl", ROWS)))
+    training = TrainingConfig(batch_size=2)
+    read = read_sources(find_sources(section))
+    longest = sorted(example_lengths(build(Path(str(section.path)), tokenizer).train))[-2:]
+    encoded.clear()
+    for _ in range(2):
+        assert longest_batch(read, section, training, tokenizer) == sum(longest)
+    assert encoded == [16]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "text", "chat"])
+def test_rows_tokenised_together_have_the_tokens_of_each_alone(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    """Also where one of them cannot be tokenised, which is that row's fault alone."""
+    encode = load_template(template).encode
+    turns = [
+        [Turn("user", f"Say {n}.\n"), Turn("assistant", "It is.\n" * (n % 5 + 1))]
+        for n in range(50)
+    ]
+    turns[7] = [Turn("user", "half \ud800"), Turn("assistant", "x")]
+    turns[9] = [Turn("user", "one"), Turn("assistant", "</s>"), *turns[3]]
+
+    def tokens(row: Any, by: PreTrainedTokenizerBase) -> Any:
+        try:
+            return encode(row, by)
+        except (Unusable, TypeError, UnicodeEncodeError) as error:
+            return type(error)
+
+    together = encode_together(turns, tokens, tokenizer)
+    assert together == [tokens(row, tokenizer) for row in turns]
+
+
+def test_the_trainer_gets_the_same_rows_as_a_list(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Lazy rows are lists of Python integers wherever one is asked for."""
+    train = build(write_rows(tmp_path / "rows.jsonl", ROWS), tokenizer).train
+    rows = list(train)
+    assert as_dataset(train).to_list() == rows
+    assert [train[-1], train[0], list(train[3:9:2])] == [rows[-1], rows[0], rows[3:9:2]]
+    assert example_lengths(train).tolist() == [len(row["input_ids"]) for row in rows]
+    with pytest.raises(IndexError):
+        train[len(rows)]
