@@ -346,7 +346,7 @@ def test_a_tokenizer_may_have_a_second_template_for_tools(
     """As Hermes and Command-R have; it is taken where the row has tools."""
     plain = str(tokenizer.chat_template)
     tools = "{% for t in tools %}<s>tool\n{{ t | tojson }}</s>{% endfor %}"
-    tokenizer.chat_template = {"default": plain, "tool_use": tools + plain}  # type: ignore[assignment]
+    tokenizer.chat_template = {"default": plain, "tool_use": tools + plain}
     encoded = encode(TWICE, tokenizer, tools=[TOOL])
     assert '"lift"' in str(tokenizer.decode(encoded.tokens))
     assert '"lift"' not in learned(encoded, tokenizer)
