@@ -1,0 +1,188 @@
+"""Shapes of rows: each is recognised or set, and the templates' fields come out of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.prompts import load_template
+from finetune.row_shapes import Reading, find_reading
+from finetune.turns import Unusable
+
+TALK = [{"role": "user", "content": "Ask."}, {"role": "assistant", "content": "Say."}]
+LONGER = [
+    {"role": "system", "content": "Be brief."}, *TALK,
+    {"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."},
+]  # fmt: skip
+SHAREGPT = [{"from": "human", "value": "Ask."}, {"from": "gpt", "value": "Say."}]
+ONE = {"instruction": "Ask.", "output": "Say."}
+# Rows that all say the same, with the shape that is told.
+SHORT: dict[str, tuple[str, dict[str, Any]]] = {
+    "alpaca": ("Alpaca", ONE),
+    "dolly": ("Dolly", {"instruction": "Ask.", "context": "", "response": "Say."}),
+    "prompt": ("prompt and completion", {"prompt": "Ask.", "completion": "Say."}),
+    "response": ("prompt and completion", {"prompt": "Ask.", "response": "Say."}),
+    "messages": ("prompt and completion", {"prompt": TALK[:1], "completion": TALK[1:]}),
+    "question": ("question and answer", {"question": "Ask.", "answer": "Say."}),
+    "sharegpt": ("ShareGPT", {"conversations": SHAREGPT}),
+    "openai": ("OpenAI messages", {"conversations": TALK}),
+    "text": ("OpenAI messages as JSON text", {"messages": json.dumps(TALK)}),
+    "sharegpt_text": ("ShareGPT as JSON text", {"conversations": json.dumps(SHAREGPT)}),
+    "lists": ("list of lists", {"messages": [["Ask.", "Say."]]}),
+    "turns": ("list of turns", {"messages": ["Ask.", "Say."]}),
+    "pairs": ("question and answer pairs", {"conversation": [{"input": "Ask.", "output": "Say."}]}),
+}
+
+
+def reading_of(row: dict[str, Any], template: str, given: str | None = None, **c: str) -> Reading:
+    columns = {"instruction": "instruction", "input": "input", "output": "output", **c}
+    return find_reading([row], load_template(template), columns, given)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_shape_is_recognised_and_named(name: str) -> None:
+    """The same question and answer come out for both kinds of templates."""
+    shape, row = SHORT[name]
+    chat, plain = reading_of(row, "chat"), reading_of(row, "alpaca")
+    assert chat.shape == shape
+    assert chat.fields(row)["messages"] == TALK
+    fields = plain.fields(row)
+    assert (fields["instruction"], fields["output"]) == ("Ask.", "Say.")
+    assert not any(fields[name] for name in ("input", "system", "history"))
+    assert chat.unused == plain.unused == ()
+
+
+FULL: dict[str, dict[str, Any]] = {
+    "alpaca": {
+        "instruction": "More?", "output": "No.", "system": "Be brief.",
+        "history": [["Ask.", "Say."]],
+    },
+    "history_text": {
+        "instruction": "More?", "output": "No.", "system": "Be brief.",
+        "history": '[["Ask.", "Say."]]',
+    },
+    "openai": {"messages": LONGER},
+    "sharegpt": {
+        "system": "Be brief.",
+        "conversations": [
+            *SHAREGPT, {"from": "human", "value": "More?"}, {"from": "gpt", "value": "No."},
+        ],
+    },
+    "lists": {"system": "Be brief.", "conversation": [["Ask.", "Say."], ["More?", "No."]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_system_prompt_and_earlier_turns_are_kept(name: str) -> None:
+    """In a chat as turns, in Alpaca's prompt before the instruction, as LLaMA-Factory has it."""
+    assert reading_of(FULL[name], "chat").fields(FULL[name])["messages"] == LONGER
+    fields = reading_of(FULL[name], "alpaca").fields(FULL[name])
+    asked, answer = load_template("alpaca").render(fields)
+    assert asked.content == (
+        "Be brief.\n\n### Instruction:\nAsk.\n\n### Response:\nSay.\n\n"
+        "### Instruction:\nMore?\n\n### Response:\n"
+    )
+    assert answer.content == "No."
+
+
+def test_the_context_of_a_question_is_its_input() -> None:
+    """Dolly's, also where the answer's column was set by hand."""
+    row = {"instruction": "Who?", "context": "By Ann.", "response": "Ann.", "category": "qa"}
+    for reading in (reading_of(row, "alpaca"), reading_of(row, "alpaca", output="response")):
+        assert reading.fields(row)["input"] == "By Ann."
+        assert reading.unused == ("category",)
+    (asked, _) = reading_of(row, "chat").fields(row)["messages"]
+    assert asked["content"] == "Who?\nBy Ann."
+
+
+@pytest.mark.parametrize(
+    ("output", "text"), [(3, "3"), (2.5, "2.5"), (True, True), (None, None), ("x", "x")]
+)
+def test_a_number_to_learn_is_text(output: Any, text: Any) -> None:
+    """As the same number is in a csv file; a truth value or nothing is not made up into text."""
+    row = {"instruction": "Add.", "output": output}
+    assert reading_of(row, "alpaca").fields(row)["output"] == text
+    fields = reading_of({"q": 1, "r": output}, "chat", instruction="q", output="r")
+    assert fields.shape == "Alpaca"
+
+
+def test_what_a_message_holds_stays_in_it() -> None:
+    """Weights, calls and tools go on to the chat template, from ShareGPT too."""
+    call = json.dumps({"name": "lift", "arguments": {"metres": 1}})
+    row = {
+        "tools": "[]",
+        "conversations": [
+            {"from": "human", "value": "Lift.", "weight": 0},
+            {"from": "function_call", "value": call},
+            {"from": "observation", "value": "done"},
+            {"from": "gpt", "value": "It is up.", "reasoning_content": "I looked."},
+        ],
+    }
+    reading = reading_of(row, "chat")
+    fields = reading.fields(row)
+    asked, called, result, answer = fields["messages"]
+    assert asked["weight"] == 0
+    assert called["tool_calls"][0]["function"]["name"] == "lift"
+    assert (result["role"], answer["reasoning_content"]) == ("tool", "I looked.")
+    assert fields["tools"] == []
+    assert reading.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([*TALK[:1], {"role": "tool", "content": "x"}, TALK[1]], "role tool.*chat"),
+        ([TALK[0], {**TALK[1], "reasoning_content": "hm"}], "reasoning_content.*chat"),
+        ([TALK[0], {**TALK[1], "weight": 0}], "weight.*chat"),
+        ([*TALK, TALK[0]], "alternate"),
+        ([TALK[1]], "alternate"),
+    ],
+)
+def test_a_plain_prompt_refuses_what_it_would_lose(messages: list[Any], reason: str) -> None:
+    """The row is counted with its reason, and the template that takes it."""
+    row = {"messages": messages}
+    with pytest.raises(Unusable, match=reason):
+        reading_of(row, "alpaca").fields(row)
+
+
+def test_columns_that_nobody_uses_or_has_are_named() -> None:
+    """Of the data, and of the settings."""
+    row = {"id": 1, "": 0, "instruction": "Ask.", "output": "Say."}
+    reading = reading_of(row, "alpaca", input="background")
+    assert reading.unused == ("id", "(without a name)")
+    assert reading.absent == ("background",)
+
+
+@pytest.mark.parametrize(
+    ("given", "row", "is_taken"),
+    [
+        ("sharegpt", {"conversations": SHAREGPT, **ONE}, True),
+        ("openai", {"messages": TALK}, True),
+        ("lists", {"messages": [["Ask.", "Say."]]}, True),
+        ("alpaca", {"messages": SHAREGPT, **ONE}, True),
+        ("dolly", ONE, False),
+        ("sharegpt", {"messages": TALK}, False),
+        ("text", ONE, False),
+    ],
+)
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_the_shape_can_be_set(
+    given: str, row: dict[str, Any], is_taken: bool, template: str
+) -> None:
+    """Rows of another one are refused, with what they have."""
+    if is_taken:
+        assert reading_of(row, template, given).fields(row)
+        return
+    with pytest.raises(ValueError, match=f"data.format is {given}.*columns"):
+        reading_of(row, template, given)
+
+
+def test_a_file_template_takes_its_own_columns_first(tmp_path: Any) -> None:
+    """What it lacks comes from the shape: the answer of a question."""
+    path = tmp_path / "a.jinja"
+    path.write_text("{{ question }}\n", encoding="utf-8")
+    row = {"question": "Ask.", "answer": "Say."}
+    reading = reading_of(row, str(path))
+    assert reading.fields(row) == {"question": "Ask.", "output": "Say."}
