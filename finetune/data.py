@@ -24,7 +24,7 @@ from finetune.row_counts import RowCounts
 from finetune.row_draw import Spans, expand_spans, find_spans, share_sizes
 from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading
 from finetune.rows import Row, RowStream, find_source
-from finetune.text_pieces import piece_spans
+from finetune.text_pieces import fit_length
 from finetune.token_cache import Faults, RowTokens, TokenSource, rows_key
 from finetune.token_rows import (
     IGNORED,
@@ -378,7 +378,7 @@ def _tokenise(
         example, notes = _encode(turns, template, data, training, tokenizer)
     except Unusable as fault:
         return RowTokens([], fault=str(fault))
-    return RowTokens(_fit_length(example, data, training), len(example["input_ids"]), notes)
+    return RowTokens(fit_length(example, data, training), len(example["input_ids"]), notes)
 
 
 def _encode(
@@ -404,18 +404,3 @@ def _encode(
     if within.count(IGNORED) == len(within):
         raise Unusable("it has no token to learn")
     return Example(input_ids=encoded.tokens, labels=labels), encoded.notes
-
-
-def _fit_length(example: Example, data: DataConfig, training: TrainingConfig) -> list[Example]:
-    """Return the row cut to `training.max_length`, or all of a long text in pieces."""
-    length = training.max_length
-    pieces = piece_spans(len(example["input_ids"]), length)
-    if data.prompt_template != "text" or data.long_text == "cut":
-        pieces = [slice(length)]
-    return [
-        Example(
-            input_ids=example["input_ids"][piece],
-            labels=[IGNORED, *example["labels"][piece][1:]],
-        )
-        for piece in pieces
-    ]

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+from finetune.config import DataConfig, TrainingConfig
+from finetune.token_rows import IGNORED, Example
+
+
+def fit_length(example: Example, data: DataConfig, training: TrainingConfig) -> list[Example]:
+    """Return the row cut to `training.max_length`, or all of a long text in pieces."""
+    length = training.max_length
+    pieces = piece_spans(len(example["input_ids"]), length)
+    if data.prompt_template != "text" or data.long_text == "cut":
+        pieces = [slice(length)]
+    return [
+        Example(
+            input_ids=example["input_ids"][piece],
+            labels=[IGNORED, *example["labels"][piece][1:]],
+        )
+        for piece in pieces
+    ]
+
 
 def piece_spans(num_tokens: int, length: int) -> list[slice]:
     """Return where each piece of a text begins and ends.
