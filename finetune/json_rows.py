@@ -123,13 +123,17 @@ def _rows_of(document: Any, split: str) -> Iterable[Any]:
         return document
     if not isinstance(document, dict) or any(name in document for name in CONVERSATIONS):
         return [document]
-    if {"columns", "data"} <= document.keys():  # pandas, orient="split"
-        names = document["columns"]
+    names = document.get("columns")
+    if isinstance(names, list) and _holds_lists(document.get("data")):  # pandas, orient="split"
         return (dict(zip(names, row, strict=False)) for row in document["data"])
     for name in (split, *WRAPPERS):
         if _holds_rows(document.get(name)):
             return list(document[name])
     return _rows_of_columns(document)
+
+
+def _holds_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, list) for item in value)
 
 
 def _holds_rows(value: Any) -> bool:

@@ -28,13 +28,24 @@ NOT_ALTERNATING = "the conversation does not alternate between user and assistan
 
 
 def parse_json_text(value: Any) -> Any:
-    """Return what JSON text in a column holds; other values as they are."""
+    """Return what JSON text in a column holds; other values as they are.
+
+    A column of datasets' Sequence feature has a list for each key: it becomes a list of items.
+    """
+    if isinstance(value, Mapping) and _is_table(value):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _is_table(value: Mapping[str, Any]) -> bool:
+    columns = list(value.values())
+    are_lists = all(isinstance(column, list) for column in columns)
+    return are_lists and len({len(column) for column in columns}) == 1
 
 
 def find_messages_kind(value: Any) -> str | None:

@@ -30,6 +30,10 @@ SHORT: dict[str, tuple[str, dict[str, Any]]] = {
     "openai": ("OpenAI messages", {"conversations": TALK}),
     "text": ("OpenAI messages as JSON text", {"messages": json.dumps(TALK)}),
     "sharegpt_text": ("ShareGPT as JSON text", {"conversations": json.dumps(SHAREGPT)}),
+    "sequence": (
+        "ShareGPT",
+        {"conversations": {"from": ["human", "gpt"], "value": ["Ask.", "Say."]}},
+    ),
     "lists": ("list of lists", {"messages": [["Ask.", "Say."]]}),
     "turns": ("list of turns", {"messages": ["Ask.", "Say."]}),
     "pairs": ("question and answer pairs", {"conversation": [{"input": "Ask.", "output": "Say."}]}),
