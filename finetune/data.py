@@ -15,19 +15,18 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from finetune.chat_tokens import find_chat_problems, find_learned
+from finetune.chat_tokens import find_chat_problems
 from finetune.config import DataConfig, TrainingConfig
 from finetune.inputs import DataSource
 from finetune.plain_tokens import find_plain_problems
 from finetune.prompts import BY_NAME, Template, load_template
 from finetune.row_counts import RowCounts
 from finetune.row_draw import Spans, expand_spans, find_spans, share_sizes
+from finetune.row_encoding import encode_row, tokenise_rows
 from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading
 from finetune.rows import Row, RowStream, find_source
-from finetune.text_pieces import fit_length
-from finetune.token_cache import Faults, RowTokens, TokenSource, rows_key
+from finetune.token_cache import Faults, TokenSource, rows_key
 from finetune.token_rows import (
-    IGNORED,
     Example,
     Integers,
     Origin,
@@ -113,7 +112,7 @@ def find_problems(
         fits = training or TrainingConfig()
         if not unfit:
             tries = partial(
-                _encode, template=template, data=data, training=fits,
+                encode_row, template=template, data=data, training=fits,
                 tokenizer=tokenizer,
             )  # fmt: skip
     for key, settings in data.sources().items():
@@ -246,7 +245,7 @@ def _token_source(
     is_known = isinstance(rows, RowStream)  # others may be any
     return TokenSource(
         render=lambda faults: _sound_rows(source, rows, template, faults),
-        encode=partial(_tokenise, template=template, data=data, training=training),
+        encode=partial(tokenise_rows, template=template, data=data, training=training),
         tokenizer=tokenizer,
         key=rows_key(source, data, template.file_text) if is_known else None,
         max_length=training.max_length,
@@ -363,44 +362,3 @@ def _find_reading(source: DataSource, head: Sequence[Row], template: Template) -
         return find_reading(head, template, source.settings.columns, source.settings.format)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _tokenise(
-    turns: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: Template,
-    data: DataConfig,
-    training: TrainingConfig,
-) -> RowTokens:
-    """Return what a row comes to; the cache keeps it under all that is asked for here."""
-    try:
-        example, notes = _encode(turns, template, data, training, tokenizer)
-    except Unusable as fault:
-        return RowTokens([], fault=str(fault))
-    return RowTokens(fit_length(example, data, training), len(example["input_ids"]), notes)
-
-
-def _encode(
-    turns: Sequence[Turn],
-    template: Template,
-    data: DataConfig,
-    training: TrainingConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Example, tuple[str, ...]]:
-    """Return a row's tokens and labels, not cut yet, and what is noted of it."""
-    encoded = template.encode(turns, tokenizer)
-    if True not in encoded.is_response[: training.max_length]:
-        raise Unusable(f"prompt alone fills training.max_length={training.max_length}")
-    is_learned = find_learned(
-        encoded, tokenizer, prompt=not data.mask_prompt, empty_think=not data.mask_empty_think
-    )
-    labels = [
-        token if learned else IGNORED
-        for token, learned in zip(encoded.tokens, is_learned, strict=True)
-    ]
-    labels[0] = IGNORED  # it has no predecessor to be predicted from
-    within = labels[: training.max_length]
-    if within.count(IGNORED) == len(within):
-        raise Unusable("it has no token to learn")
-    return Example(input_ids=encoded.tokens, labels=labels), encoded.notes

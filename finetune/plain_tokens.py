@@ -73,7 +73,9 @@ def _end(response: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        tokens: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+        tokens: list[list[int]] = tokenizer(
+            list(texts), verbose=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
     except (TypeError, UnicodeEncodeError):
         if not holds_surrogate(texts):
             raise

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.chat_messages import render_chat
 from finetune.chat_tokens import ask_chat, encode_chat
 from finetune.config import TEMPLATE_FILE, local_path
-from finetune.plain_tokens import encode_pair, encode_prompt
+from finetune.plain_tokens import encode_pair, encode_pairs, encode_prompt
 from finetune.turns import Encoded, Prompt, Turn, Unusable
 
 # The wording of the Stanford Alpaca release (Taori et al. 2023).
@@ -108,6 +108,22 @@ def encode_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> E
     """Encode prompt and response jointly, ended by the end-of-sequence token."""
     *before, answer = turns
     return encode_pair("".join(turn.content for turn in before), answer.content, tokenizer)
+
+
+def encode_plain_rows(
+    rows: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase
+) -> list[Encoded | Unusable]:
+    """Encode many rows at a time, each as `encode_plain` does, or return its fault."""
+    pairs = [("".join(turn.content for turn in turns[:-1]), turns[-1].content) for turns in rows]
+    try:
+        return list(encode_pairs(pairs, tokenizer))
+    except Unusable as fault:
+        if len(rows) == 1:
+            return [fault]
+    half = len(rows) // 2  # one of them is at fault: it alone
+    return [
+        *encode_plain_rows(rows[:half], tokenizer), *encode_plain_rows(rows[half:], tokenizer)
+    ]  # fmt: skip
 
 
 def ask_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:

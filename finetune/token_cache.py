@@ -20,7 +20,6 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arrow_cache import ArrowCache, Batches
-from finetune.batched_tokenizer import encode_together
 from finetune.config import DataConfig
 from finetune.files import digest
 from finetune.inputs import DataSource
@@ -89,7 +88,7 @@ class Faults:
 
 
 Rendered = Callable[[Faults], Iterable[tuple[int, Any]]]  # row number and turns of usable rows
-Encode = Callable[[Any, PreTrainedTokenizerBase], RowTokens]
+Encode = Callable[[Sequence[Any], PreTrainedTokenizerBase], list[RowTokens]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +200,7 @@ class TokenSource:
 
     def _encoded(self, rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, RowTokens]]:
         assert self.tokenizer is not None, "rows are tokenised with one"
-        found = encode_together([turns for _, turns in rows], self.encode, self.tokenizer)
+        found = self.encode([turns for _, turns in rows], self.tokenizer)
         yield from zip((number for number, _ in rows), found, strict=True)
 
     def _find_longest(self, count: int) -> list[int]:

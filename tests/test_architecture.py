@@ -23,7 +23,7 @@ ORDER = [
     "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",
     "text_lines", "json_rows", "file_formats", "data_paths", "rows",
     "row_messages", "row_shapes", "batched_tokenizer", "token_rows", "text_pieces",
-    "token_cache", "row_draw", "row_counts",
+    "token_cache", "row_encoding", "row_draw", "row_counts",
     "data", "row_prompts", "token_display",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",
     "optimizers", "validation", "steps", "row_order", "sharding", "label_trainer", "training",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import token_cache
+from finetune import row_encoding
 from finetune.batched_tokenizer import encode_together
 from finetune.config import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
@@ -34,11 +34,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return how many rows were tokenised, at each time."""
     counted: list[int] = []
 
-    def count(rows: Any, encode: Any, tokenizer: Any) -> list[Any]:
-        counted.append(len(rows))
-        return encode_together(rows, encode, tokenizer)
+    real = row_encoding._encode_rows
 
-    monkeypatch.setattr(token_cache, "encode_together", count)
+    def count(rows: Any, *given: Any) -> list[Any]:
+        counted.append(len(rows))
+        return real(rows, *given)
+
+    monkeypatch.setattr(row_encoding, "_encode_rows", count)
     return counted
 
 
