@@ -171,7 +171,7 @@ def test_damaged_settings_are_refused_in_a_line(folder: Path, tmp_path: Path, ho
         run.read_config()
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", QUICK)
 def test_a_damaged_file_without_a_record_is_known_by_its_shape(
     folder: Path, tmp_path: Path, how: str
 ) -> None:

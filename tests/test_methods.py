@@ -286,7 +286,12 @@ def test_a_method_runs_on_a_base(
 
 
 @pytest.mark.parametrize(
-    ("method", "quantization"), [("ia3", "none"), ("ia3", "nf4"), ("adalora", "int8")]
+    ("method", "quantization"),
+    [
+        ("ia3", "nf4"),
+        pytest.param("ia3", "none", marks=pytest.mark.slow),
+        pytest.param("adalora", "int8", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_an_adapter_that_stays_in_fp32_runs_on_a_base_in_bf16(
