@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from trl.trainer.sft_config import SFTConfig
@@ -91,14 +92,12 @@ class AdapterTraining:
         return built
 
     def _longest_batch(self) -> int:
-        """Return the tokens of the longest micro-batch of all steps."""
-        rows = self.spec.examples.train
-        lengths: list[int] = example_lengths(rows).tolist()
-        return max(
-            sum(lengths[row] for row in batch)
-            for step in range(self.num_steps)
-            for batch in rows_of_step(step, len(rows), self.arguments)
-        )
+        """Return the tokens of the longest micro-batch of all epochs."""
+        lengths = example_lengths(self.spec.examples.train)
+        starts = range(0, len(lengths), self.arguments.per_device_train_batch_size)
+        num_epochs = math.ceil(self.num_steps / steps_an_epoch(len(lengths), self.arguments))
+        orders = (order_of_epoch(e, len(lengths), self.arguments) for e in range(num_epochs))
+        return max(int(np.add.reduceat(lengths[o.numpy()], starts).max()) for o in orders)
 
     @property
     def is_done(self) -> bool:
@@ -238,13 +237,17 @@ def num_steps(num_rows: int, arguments: SFTConfig) -> int:
     return math.ceil(arguments.num_train_epochs * steps_an_epoch(num_rows, arguments))
 
 
+def order_of_epoch(epoch: int, num_rows: int, arguments: SFTConfig) -> torch.Tensor:
+    """Return the places of all rows in the order of an epoch, [row]."""
+    draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
+    return torch.randperm(num_rows, generator=draw)
+
+
 def rows_of_step(step: int, num_rows: int, arguments: SFTConfig) -> list[list[int]]:
     """Return the rows of a step's micro-batches: an epoch's order is the Trainer's own."""
     epoch, place = divmod(step, steps_an_epoch(num_rows, arguments))
-    draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
-    order = torch.randperm(num_rows, generator=draw).tolist()
     size = rows_a_step(arguments)
-    mine = order[place * size : (place + 1) * size]
+    mine = order_of_epoch(epoch, num_rows, arguments)[place * size : (place + 1) * size].tolist()
     batch = arguments.per_device_train_batch_size
     return [mine[start : start + batch] for start in range(0, len(mine), batch)]
 

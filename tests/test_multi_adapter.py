@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from finetune import adapters, training
-from finetune.adapter_training import AdapterSpec, AdapterTraining
+from finetune.adapter_training import AdapterSpec, AdapterTraining, rows_of_step
 from finetune.checkpoints import newest_step
 from finetune.compatibility import is_checkpointing
 from finetune.config import ModelConfig
@@ -178,6 +178,41 @@ def test_random_groups_mix_nothing(tmp_path: Path, group: list[Setting], place: 
     number = place % len(group)
     (alone, _) = train(folder / "alone", [group[number]])[0]
     assert equal(together[number][0], alone)
+
+
+def test_micro_batches_of_a_step_are_taken_together_up_to_the_longest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card: fewer passes, none longer than the longest was, and the same training."""
+    setting = Setting(training={"batch_size": 1, "gradient_accumulation_steps": 8, "epochs": 3})
+    expected = train(tmp_path / "apart", [setting])[0][0]
+    begun, passed = AdapterTraining.__init__, AdapterTraining.next_batch
+    sizes: list[int] = []
+
+    def begin(self: AdapterTraining, *given: Any) -> None:
+        begun(self, *given)
+        rows = [
+            sum(len(self.spec.examples.train[row]["input_ids"]) for row in batch)
+            for step in range(self.num_steps)
+            for batch in rows_of_step(step, len(self.spec.examples.train), self.arguments)
+        ]
+        self._longest = self._longest_batch()
+        assert self._longest == max(rows)
+        sizes.append(len(rows))
+
+    def count(self: AdapterTraining) -> Any:
+        found = passed(self)
+        assert sum(len(example["input_ids"]) for example in found[0]) <= (self._longest or 0)
+        sizes[0] -= 1
+        return found
+
+    monkeypatch.setattr(AdapterTraining, "__init__", begin)
+    monkeypatch.setattr(AdapterTraining, "next_batch", count)
+    together = train(tmp_path / "together", [setting])[0][0]
+    assert sizes[0] > 0  # passes that were spared
+    mine = losses(tmp_path / "together" / "0")
+    assert mine == pytest.approx(losses(tmp_path / "apart" / "0"), abs=1e-5)
+    assert max((expected[name] - together[name]).abs().max() for name in expected) < 1e-5
 
 
 def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
