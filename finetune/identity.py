@@ -140,7 +140,7 @@ def training_versions(config: Config, model: ModelConfig) -> dict[str, str]:
     """Return the versions that can change a number of the training; `model` is as loaded."""
     versions = find_versions(replace(config, model=model), TRAINING_VERSIONS)
     if config.training.use_liger_kernel:
-        versions["liger_kernel"] = version("liger_kernel")
+        versions["liger_kernel"] = _installed_version("liger_kernel")
     return versions
 
 
@@ -236,7 +236,7 @@ def describe_environment(device: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
     return {
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _installed_version(name) for name in packages},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
