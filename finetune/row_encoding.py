@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.batched_tokenizer import encode_together
 from finetune.chat_tokens import find_learned
 from finetune.config import DataConfig, TrainingConfig
 from finetune.prompts import Template, encode_plain, encode_plain_rows
@@ -52,13 +51,13 @@ def _encode_rows(
     if template.encode is encode_plain:
         return encode_plain_rows(rows, tokenizer)
 
-    def encode(turns: Sequence[Turn], by: PreTrainedTokenizerBase) -> Encoded | Unusable:
+    def encode(turns: Sequence[Turn]) -> Encoded | Unusable:
         try:
-            return template.encode(turns, by)
+            return template.encode(turns, tokenizer)
         except Unusable as fault:
             return fault
 
-    return encode_together(rows, encode, tokenizer)
+    return [encode(turns) for turns in rows]
 
 
 def _row_tokens(

@@ -22,7 +22,7 @@ ORDER = [
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters",
     "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",
     "text_lines", "json_rows", "file_formats", "data_paths", "rows",
-    "row_messages", "row_shapes", "batched_tokenizer", "token_rows", "text_pieces",
+    "row_messages", "row_shapes", "token_rows", "text_pieces",
     "token_cache", "row_encoding", "row_draw", "row_counts",
     "data", "row_prompts", "token_display",
     "checkpoints", "prefix_tree", "block_attention", "sequence_attention", "label_loss",

@@ -9,7 +9,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune import row_encoding
-from finetune.batched_tokenizer import encode_together
 from finetune.config import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
 from finetune.inputs import DataSource
@@ -130,7 +129,7 @@ def test_rows_tokenised_together_have_the_tokens_of_each_alone(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> None:
     """Also where one of them cannot be tokenised, which is that row's fault alone."""
-    encode = load_template(template).encode
+    chosen = load_template(template)
     turns = [
         [Turn("user", f"Say {n}.\n"), Turn("assistant", "It is.\n" * (n % 5 + 1))]
         for n in range(50)
@@ -138,14 +137,15 @@ def test_rows_tokenised_together_have_the_tokens_of_each_alone(
     turns[7] = [Turn("user", "half \ud800"), Turn("assistant", "x")]
     turns[9] = [Turn("user", "one"), Turn("assistant", "</s>"), *turns[3]]
 
-    def tokens(row: Any, by: PreTrainedTokenizerBase) -> Any:
+    def alone(row: Any) -> Any:
         try:
-            return encode(row, by)
-        except (Unusable, TypeError, UnicodeEncodeError) as error:
-            return type(error)
+            return chosen.encode(row, tokenizer)
+        except Unusable as fault:
+            return str(fault)
 
-    together = encode_together(turns, tokens, tokenizer)
-    assert together == [tokens(row, tokenizer) for row in turns]
+    found = row_encoding._encode_rows(turns, chosen, tokenizer)
+    together = [str(one) if isinstance(one, Unusable) else one for one in found]
+    assert together == [alone(row) for row in turns]
 
 
 def test_the_trainer_gets_the_same_rows_as_a_list(
