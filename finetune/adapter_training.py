@@ -59,6 +59,8 @@ class AdapterTraining:
         self.arguments = spec.arguments
         self.weights: LoraWeights = adapters.draw(base, spec.lora, self.arguments.seed)
         self.parameters = list(self.weights.tensors.values())
+        # The matrices as they are multiplied, A and B by the layer's name.
+        self.cast: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.num_steps = num_steps(len(spec.examples.train), self.arguments)
         self.optimizer = self._build_optimizer()
         self.scheduler = get_scheduler(
@@ -138,6 +140,20 @@ class AdapterTraining:
             else:
                 joined.append(batch)
         return joined
+
+    def cast_matrices(self, dtype: torch.dtype) -> None:
+        """Bring the matrices into the dtype of the products, all of them at once."""
+        layers = self.weights.layers
+        own = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
+        if dtype == torch.float32:
+            self.cast = own
+            return
+        if not self.cast:
+            self.cast = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in own.items()}
+        cast, matrices = (
+            [matrix for pair in pairs.values() for matrix in pair] for pairs in (self.cast, own)
+        )
+        torch._foreach_copy_(cast, matrices)
 
     def learn(self, loss: float) -> None:
         """Count a micro-batch whose gradients are there; after the step's last one, step.

@@ -38,6 +38,8 @@ from finetune.token_rows import (
 from finetune.turns import Turn, Unusable
 
 SourceRows = tuple[DataSource, Sequence[Row]]
+# Of a mix, these counts are the sums of its sources'.
+SUMMED = ("read", "drawn", "truncated", "tokens", "lost_tokens", "split", "pieces", "missing")
 
 
 @dataclass(frozen=True)
@@ -319,15 +321,12 @@ def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts
         sources={str(source): own for (source, _), own in zip(read, counts, strict=True)}
     )
     for own in counts:
-        total.read += own.read
-        total.drawn += own.drawn
-        for name in ("truncated", "tokens", "lost_tokens", "split", "pieces"):
+        for name in SUMMED:
             setattr(total, name, getattr(total, name) + getattr(own, name))
-        total.missing += own.missing
         for reason, count in own.dropped.items():
             total.dropped[reason] = total.dropped.get(reason, 0) + count
         for note, count in own.notes.items():
-            total.notes[note] = total.notes.get(note, 0) + count
+            total.note(note, count)
     return total
 
 

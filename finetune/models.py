@@ -336,6 +336,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return out or "can't allocate memory" in str(error)  # of torch's CPU allocator
 
 
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a dtype; None leaves every operation as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def autocast_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype to autocast to where an adapter in fp32 would not keep to it by itself.
 

@@ -89,8 +89,6 @@ class SharedBase:
         self._attention = SequenceAttention(base)
         self._loss = LabelLoss(base)
         self._present: list[tuple[AdapterTraining, slice, int]] = []  # whose tokens, dropout's seed
-        # Each training's matrices as they are multiplied, A and B by the layer's name.
-        self._cast: dict[AdapterTraining, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +126,7 @@ class SharedBase:
                     dropout = one.spec.lora.dropout if torch.is_grad_enabled() else 0.0
                     parts.append(Part(tokens, layer.scaling, dropout, seed * 4099 + number))
                     matrices += [layer.a, layer.b]
-                    cast += self._cast[one][name]
+                    cast += one.cast[name]
             if not parts:
                 return output
             return GroupedLora.apply(output, args[0], parts, cast, *matrices)  # type: ignore[no-untyped-call]
@@ -161,7 +159,7 @@ class SharedBase:
         ids = torch.tensor([tokens], device=device)
         low, kind = self._precision.autocast, device.type
         for one, *_ in batches:
-            self._cast_matrices(one, low)
+            one.cast_matrices(low)
         with torch.autocast(kind, low, enabled=low != torch.float32):
             each = self._loss(
                 lambda: self._base(
@@ -173,21 +171,6 @@ class SharedBase:
                 counts,
             )
         return torch.stack([part.sum() for part in torch.split(each, counts)])
-
-    def _cast_matrices(self, one: AdapterTraining, dtype: torch.dtype) -> None:
-        """Bring a training's matrices into the dtype of the products, all of them at once."""
-        layers = one.weights.layers
-        own = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
-        if dtype == torch.float32:
-            self._cast[one] = own
-            return
-        if one not in self._cast:
-            self._cast[one] = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in own.items()}
-        cast, matrices = (
-            [matrix for pair in pairs.values() for matrix in pair]
-            for pairs in (self._cast[one], own)
-        )
-        torch._foreach_copy_(cast, matrices)
 
     def validate(self, one: AdapterTraining) -> float:
         """Return the mean loss of a training's held-out labels."""

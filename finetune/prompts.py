@@ -104,19 +104,23 @@ def _texts(
     return {name: fields[name] or "" for name in (*required, *optional)}
 
 
+def _pair(turns: Sequence[Turn]) -> tuple[str, str]:
+    """Return what stands before the response, and the response."""
+    *before, answer = turns
+    return "".join(turn.content for turn in before), answer.content
+
+
 def encode_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode prompt and response jointly, ended by the end-of-sequence token."""
-    *before, answer = turns
-    return encode_pair("".join(turn.content for turn in before), answer.content, tokenizer)
+    return encode_pair(*_pair(turns), tokenizer)
 
 
 def encode_plain_rows(
     rows: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Encoded | Unusable]:
     """Encode many rows at a time, each as `encode_plain` does, or return its fault."""
-    pairs = [("".join(turn.content for turn in turns[:-1]), turns[-1].content) for turns in rows]
     try:
-        return list(encode_pairs(pairs, tokenizer))
+        return list(encode_pairs([_pair(turns) for turns in rows], tokenizer))
     except Unusable as fault:
         if len(rows) == 1:
             return [fault]
@@ -128,9 +132,8 @@ def encode_plain_rows(
 
 def ask_plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Return the prompt, or where there is none the first words of the text."""
-    *before, answer = turns
-    text = "".join(turn.content for turn in before)
-    text = text or " ".join(answer.content.split()[:SAMPLE_WORDS])
+    asked, answer = _pair(turns)
+    text = asked or " ".join(answer.split()[:SAMPLE_WORDS])
     return Prompt(text, encode_prompt(text, tokenizer))
 
 

@@ -93,7 +93,7 @@ def print_preview(preview: Preview, num_rows: int, console: Console) -> None:
     marks = "on green" if is_coloured else "in brackets"
     for origin, example, is_held_out in islice(preview.rows, num_rows):
         use = "to validate on" if is_held_out else "to train on"
-        title = f"{name_row(preview.sources, origin)}, {use}: {describe_marks(example)} ({marks})"
+        title = f"{origin.name(preview.sources)}, {use}: {describe_marks(example)} ({marks})"
         console.print()
         console.print(Rule(Text(for_terminal(title)), align="left", characters="-"))
         spans = find_spans(example, preview.tokenizer)
@@ -120,11 +120,6 @@ def _describe(preview: Preview) -> Iterator[str]:
     yield ""
     yield f"tokens a row: {min(lengths)} to {max(lengths)}, median {median(lengths):g}"
     yield from render_histogram(lengths)
-
-
-def name_row(sources: Sequence[DataSource], origin: Origin) -> str:
-    """Name a row by its number, and in a mix by its source too."""
-    return f"row {origin.row}" + (f" of {sources[origin.source]}" if len(sources) > 1 else "")
 
 
 def write_json(preview: Preview, num_rows: int | None) -> None:

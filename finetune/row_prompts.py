@@ -35,18 +35,29 @@ def sample_prompts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterable[RowPrompt]:
     """Yield prompts, the last row first: of rows held out, else not drawn, else trained on."""
-    template, places = load_template(data.prompt_template), len(read)
+    template, sources = load_template(data.prompt_template), [source for source, _ in read]
     for use, rows in _by_use(read, examples, template).items():
         found = False
         for origin, turns in reversed(rows):
-            name = f"row {origin.row}" + (f" of {read[origin.source][0]}" if places > 1 else "")
-            with suppress(Unusable):
-                prompt = template.ask(turns, tokenizer)
-                if len(prompt.tokens) < training.max_length:
-                    found = True
-                    yield RowPrompt(f"{name}, {use}", prompt)
+            if (prompt := _ask(turns, template, training, tokenizer)) is not None:
+                found = True
+                yield RowPrompt(f"{origin.name(sources)}, {use}", prompt)
         if found:
             return
+
+
+def _ask(
+    turns: Sequence[Turn],
+    template: Template,
+    training: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Prompt | None:
+    """Return the prompt of a row; None where it has none, or leaves no room for an answer."""
+    with suppress(Unusable):
+        prompt = template.ask(turns, tokenizer)
+        if len(prompt.tokens) < training.max_length:
+            return prompt
+    return None
 
 
 def _by_use(
@@ -79,10 +90,8 @@ def last_prompts(
         last.extend(turns for _, turns in sound_rows(source, rows, template))
     prompts: list[Prompt] = []
     for turns in reversed(last):
-        with suppress(Unusable):
-            prompt = template.ask(turns, tokenizer)
-            if len(prompt.tokens) < training.max_length:
-                prompts.append(prompt)
+        if (prompt := _ask(turns, template, training, tokenizer)) is not None:
+            prompts.append(prompt)
         if len(prompts) == count:
             break
     return prompts[::-1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import AUTO_FORMAT
-from finetune.json_rows import Row
+from finetune.json_rows import CONVERSATIONS, Row
 from finetune.prompts import Template
 from finetune.row_messages import (
     build_messages,
@@ -24,7 +24,6 @@ from finetune.row_messages import (
 )
 
 ROWS_LOOKED_AT = 200  # the first ones, which say the shape
-CONVERSATIONS = ("messages", "conversations", "conversation")
 # A question's and an answer's columns, the first that a row has; each shape with its title.
 PAIRS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "alpaca": ("Alpaca", (("instruction", "output"),)),

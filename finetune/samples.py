@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.models import autocast_dtype
+from finetune.models import autocast_dtype, autocast_to
 
 NUM_SAMPLES = 4  # on a CPU faster than three, whose products read the weights at 6 GB/s, not 9
 NEW_TOKENS = 32
@@ -39,9 +39,10 @@ def answer(
     padded = zip(before, prompts, strict=True)
     ids = [[tokenizer.pad_token_id] * num + [*prompt] for num, prompt in padded]
     mask = [[0] * num + [1] * (longest - num) for num in before]
-    low = autocast_dtype(model, model.dtype)
-    autocast = torch.autocast(model.device.type, low, enabled=low is not None)
-    with torch.inference_mode(), autocast:
+    with (
+        torch.inference_mode(),
+        autocast_to(model.device, autocast_dtype(model, model.dtype)),
+    ):
         said = cast(Any, model).generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -29,7 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters import base_of, foldable_layers, folded
 from finetune.block_attention import BlockAttention, attention_in, find_obstacle
-from finetune.models import autocast_dtype, cast_parameters, head_on_rows, is_out_of_memory
+from finetune.models import (
+    autocast_dtype,
+    autocast_to,
+    cast_parameters,
+    head_on_rows,
+    is_out_of_memory,
+)
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.quantization import is_castable
 
@@ -309,8 +315,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         positions = torch.tensor([tree.positions], device=self.device)
         rows = torch.tensor(list(row_of), device=self.device)
         head = self.model.get_output_embeddings()
-        low = self.mixed_precision_dtype
-        autocast = torch.autocast(self.device.type, low, enabled=low is not None)
+        autocast = autocast_to(self.device, self.mixed_precision_dtype)
         with torch.inference_mode(), head_on_rows(head, rows), autocast:
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
             return len(tree.tokens), self._read(logits, wanted)

@@ -38,6 +38,7 @@ class SequenceAttention:
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
         self._bounds: list[int] = []
+        self._longest = 0
         self._on_device: torch.Tensor | None = None  # the bounds, where one kernel takes them all
 
     @contextmanager
@@ -59,6 +60,7 @@ class SequenceAttention:
     def lay_out(self, bounds: Sequence[int]) -> None:
         """Say where the next row's sequences begin, and at last where it ends."""
         self._bounds = list(bounds)
+        self._longest = max(end - start for start, end in pairwise(bounds))
         self._on_device = (
             torch.tensor(self._bounds, dtype=torch.int32, device=self._base.device)
             if has_varlen(self._base.device)
@@ -96,9 +98,8 @@ class SequenceAttention:
     ) -> torch.Tensor:
         """Attend by one kernel for all sequences."""
         assert self._on_device is not None
-        longest = max(end - start for start, end in pairwise(self._bounds))
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        attended = attend_by_varlen(q, k, v, self._on_device, longest, scaling)
+        attended = attend_by_varlen(q, k, v, self._on_device, self._longest, scaling)
         return _make_deterministic(attended)[None]
 
     def _each(

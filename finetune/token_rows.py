@@ -38,6 +38,10 @@ class Origin(NamedTuple):
     source: int
     row: int
 
+    def name(self, sources: Sequence[object]) -> str:
+        """Name the row by its number, and in a mix by its source too."""
+        return f"row {self.row}" + (f" of {sources[self.source]}" if len(sources) > 1 else "")
+
 
 class LazyExamples(Sequence[Example]):
     """Examples that are made as they are asked for; equal to a list of the same ones."""
