@@ -18,7 +18,8 @@ from finetune.events import EventLog, State
 from finetune.files import keep_regular
 from finetune.identity import describe_environment, find_changes, find_inputs
 from finetune.inputs import Inputs
-from finetune.run_folder import Job, RunFolder, Status, flatten, slug
+from finetune.jobs import Job
+from finetune.run_folder import RunFolder, Status, flatten, slug
 
 log = logging.getLogger("finetune")
 

@@ -30,10 +30,11 @@ from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
+from finetune.jobs import Job
 from finetune.row_counts import RowCounts
 from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.run_files import WEIGHTS
-from finetune.run_folder import Job, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,

@@ -7,23 +7,28 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
 from finetune.events import State
 from finetune.files import digest, resolved
 from finetune.grouping import Group, Limit, find_groups
+from finetune.jobs import Job
 from finetune.results import RunRecord, SweepRecord
-from finetune.run_folder import Job, RunFolder, distinct_slug, slug
+from finetune.run_folder import RunFolder, distinct_slug, slug
+from finetune.tables import add_row, build_table
 from finetune.worker import AnyWorker, WorkerDied
 
 log = logging.getLogger("finetune")
 
-FINISHED = "finished already"
+# What a sweep does about a run: nothing, since it is finished or is not to be tried again; score
+# what is trained; train from its newest checkpoint, or from the first step.
+Action = Literal["skip", "leave", "evaluate", "resume", "train"]
 MOST_NAMED = 4  # runs in a line; more are counted
 
 
@@ -33,9 +38,40 @@ class Point:
 
     job: Job
     run: RunFolder
-    prospect: str  # in words, for the plan
+    action: Action
     left: State | None = None  # the state in which the run is left alone; None runs it
-    trains: bool = False  # whether it has steps to take
+    earlier: State | None = None  # in which an earlier sweep ended
+    step: int | None = None  # from which it is resumed
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has steps to take."""
+        return self.action in ("resume", "train")
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this sweep has to train or score it."""
+        return self.left is None and self.action != "skip"
+
+    def describe_action(self) -> str:
+        """Return what is done about the run, in the words of the plan's table."""
+        match self.action:
+            case "skip":
+                return "finished already"
+            case "leave":
+                return f"{self.earlier}, left as it is"
+            case "evaluate":
+                return "to be evaluated" if self.skips_training else "trained, to be evaluated"
+            case "resume":
+                return f"resumed at step {self.step}"
+            case "train" if self.earlier is None:
+                return "new"
+            case "train":
+                return "failed, tried again" if self.earlier == "failed" else "begun again"
+
+    @property
+    def skips_training(self) -> bool:
+        return self.job.config.training.is_skipped
 
     def __str__(self) -> str:
         return " ".join(f"{key}={value}" for key, value in self.job.swept.items()) or self.run.name
@@ -192,27 +228,38 @@ def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
 
 
 def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
-    """Decide what becomes of a run from what an earlier sweep left of it."""
-    status = run.status()
+    """Return a job with its run and what is to be done about it."""
     if finished:
-        return Point(job, run, FINISHED)
+        return Point(job, run, "skip")
     for name, problem in run.find_damage().items():
         log.warning("%s: %s is damaged, and made anew: %s", run.name, name, problem)
-    if status is not None and status.state == "diverged":
-        return Point(job, run, "diverged, left as it is", left="diverged")
-    if status is not None and status.state == "failed" and not job.config.sweep.retry_failed:
-        return Point(job, run, "failed, left as it is", left="failed")
-    if job.config.training.is_skipped:
-        return Point(job, run, "to be evaluated")
-    if run.is_trained:
-        return Point(job, run, "trained, to be evaluated")
-    step = newest_step(run.checkpoints)
-    if step is not None:
-        return Point(job, run, f"resumed at step {step}", trains=True)
-    if status is not None:
-        again = "failed, tried again" if status.state == "failed" else "begun again"
-        return Point(job, run, again, trains=True)
-    return Point(job, run, "new", trains=True)
+    status = run.status()
+    earlier = status.state if status else None
+    action = decide(job, run, earlier)
+    return Point(
+        job, run, action,
+        left=earlier if action == "leave" else None,
+        earlier=earlier,
+        step=newest_step(run.checkpoints) if action == "resume" else None,
+    )  # fmt: skip
+
+
+def decide(job: Job, run: RunFolder, earlier: State | None) -> Action:
+    """Decide what becomes of a run that is not finished, from what an earlier sweep left of it."""
+    if earlier == "diverged" or (earlier == "failed" and not job.config.sweep.retry_failed):
+        return "leave"
+    if job.config.training.is_skipped or run.is_trained:
+        return "evaluate"
+    return "train" if newest_step(run.checkpoints) is None else "resume"
+
+
+def render_plan(sweep: Sweep) -> Table:
+    """Return the table of what a sweep is about to do: swept values, run, and action."""
+    table = build_table(*sweep.swept, "run", "action")
+    for point in sweep.points:
+        values = (point.job.swept[key] for key in sweep.swept)
+        add_row(table, *values, point.run.name, point.describe_action())
+    return table
 
 
 def render_groups(sweep: Sweep) -> Iterator[str]:

@@ -30,10 +30,11 @@ from finetune.config import Config
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs, find_precision
 from finetune.inputs import Inputs
+from finetune.jobs import CheckedJob
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
 from finetune.ranges import FROM_FLOATS, find_problems
-from finetune.run_folder import Plan, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done
 from finetune.session import Session
 from finetune.shape import Shape
@@ -43,7 +44,7 @@ log = logging.getLogger("finetune")
 Check = Callable[[Config, Session], list[str]]
 
 
-def prepare(config: Config, session: Session | None = None) -> Plan:
+def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     """Check everything that can be known without loading weights, and name the run.
 
     Args:
@@ -59,7 +60,7 @@ def prepare(config: Config, session: Session | None = None) -> Plan:
         elif check is _find_model_problems and "model" not in wrong:
             problems += _found(_find_source_problems, config, session)
     if problems:
-        return Plan(None, list(dict.fromkeys(problems)))
+        return CheckedJob(None, list(dict.fromkeys(problems)))
     inputs = find_inputs(config, session)
     folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
@@ -68,10 +69,10 @@ def prepare(config: Config, session: Session | None = None) -> Plan:
         loaded = replace(config, model=inputs.model)
         problem = memory.find_problem(loaded, shape, place, tokens)
         if problem is not None:
-            return Plan(None, [problem])
+            return CheckedJob(None, [problem])
         limit = _find_limit(loaded, shape, place, tokens)
     told = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
-    return Plan(inputs, [], finished=finished, limit=limit, forecasts=told)
+    return CheckedJob(inputs, [], finished=finished, limit=limit, forecasts=told)
 
 
 def find_row_problems(config: Config, session: Session) -> list[str]:

@@ -371,15 +371,6 @@ def render_table(results: Results) -> Table:
     return table
 
 
-def render_plan(points: Sequence[tuple[Mapping[str, str], str, str]]) -> Table:
-    """Return the table of what a sweep is about to do: swept values, run, and what is to come."""
-    swept = list(points[0][0])
-    table = build_table(*swept, "run", "to come")
-    for values, run, prospect in points:
-        add_row(table, *(values[key] for key in swept), run, prospect)
-    return table
-
-
 def _score_cell(row: Row, metric: str) -> str:
     task, name = metric.rsplit("/", 1)
     tuned, base = row.get(metric), row.get(f"{task}/base_{name}")

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,37 +36,9 @@ from finetune.files import (
     set_aside,
     write_atomic,
 )
-from finetune.grouping import NOT_TRAINED, Limit
-from finetune.inputs import Inputs
 from finetune.run_files import WEIGHTS
 
 log = logging.getLogger("finetune")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One point of the grid, as composed; `swept` maps each swept key to its value here.
-
-    Once it is planned, its inputs travel with it: a run is made from what planning found, in the
-    folder that planning named.
-    """
-
-    config: Config
-    yaml: str  # unresolved, so that secrets stay interpolations
-    overrides: list[str]
-    swept: dict[str, str]
-    inputs: Inputs | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What checking a job found: its inputs, with its run's folder, or why it cannot run."""
-
-    inputs: Inputs | None
-    problems: list[str]
-    finished: bool = False  # whether it has all that is asked for
-    limit: Limit = NOT_TRAINED  # of the runs that share its step
-    forecasts: Sequence[str] = ()  # one line a task that is still to be scored
 
 
 def slug(text: str) -> str:

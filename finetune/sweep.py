@@ -26,15 +26,16 @@ from finetune.escaping import for_terminal
 from finetune.events import EventLog, State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
+from finetune.jobs import Job
 from finetune.live import is_terminal, live_table
 from finetune.overrides import first_line
 from finetune.planning import (
-    FINISHED,
     Point,
     Sweep,
     build_job,
     plan_sweep,
     render_groups,
+    render_plan,
     sweep_name,
 )
 from finetune.report import verdict, write_report
@@ -42,11 +43,10 @@ from finetune.results import (
     Results,
     print_table,
     read_results,
-    render_plan,
     render_table,
     write_csv,
 )
-from finetune.run_folder import Job, RunFolder, Status
+from finetune.run_folder import RunFolder, Status
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
 from finetune.tracking import Tracker, build_tracker
@@ -83,7 +83,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
             if is_obstructed(sweep.folder):
                 raise Refused([f"{sweep.folder} is no folder; move it away"])
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
-            print_table(render_plan([(p.job.swept, p.run.name, p.prospect) for p in sweep.points]))
+            print_table(render_plan(sweep))
             for line in render_groups(sweep):
                 print(for_terminal(line))
         if sweep.config.sweep.dry_run:
@@ -195,7 +195,7 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
         started = time.monotonic()
         settled = [point.left for point in points if point.left]
         states = settled or _run_group(points, worker)
-        if states == ["finished"] * len(points) and points[0].prospect != FINISHED:
+        if states == ["finished"] * len(points) and points[0].action != "skip":
             took += [(time.monotonic() - started) / len(points)] * len(points)
         yield from states
         is_failed = not settled and states != ["finished"] * len(points)
@@ -213,7 +213,7 @@ def _follow(tracker: Tracker, run: RunFolder) -> None:
 
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
     """Let another launcher run what is to be run; return the points as it left them."""
-    waiting = [p for p in points if p.left is None and p.prospect != FINISHED]
+    waiting = [point for point in points if point.is_waiting]
     before = [point.run.status() for point in waiting]
     for point in waiting:
         _follow(tracker, point.run)
@@ -247,7 +247,7 @@ def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
     """Estimate the rest from the runs so far."""
     if not took:
         return ""
-    waiting = sum(point.left is None and point.prospect != FINISHED for point in points)
+    waiting = sum(point.is_waiting for point in points)
     return f" (about {waiting * fmean(took) / 60:.0f} min left)"
 
 

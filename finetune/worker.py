@@ -21,7 +21,7 @@ from finetune import devices, distributed, signals
 from finetune.escaping import keep_logs_plain
 from finetune.events import State
 from finetune.home import complete_environment
-from finetune.run_folder import Job, Plan
+from finetune.jobs import CheckedJob, Job
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class Worker:
     ) -> None:
         self.stop(0 if isinstance(error, KeyboardInterrupt) else STOP_SECONDS)
 
-    def prepare(self, job: Job) -> Plan:
+    def prepare(self, job: Job) -> CheckedJob:
         """Check a job and name its run."""
-        return cast(Plan, self._ask("prepare", job))
+        return cast(CheckedJob, self._ask("prepare", job))
 
     def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
         """Run jobs together to their end, or until their time is up."""
@@ -181,7 +181,7 @@ class LaunchedWorker:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def prepare(self, job: Job) -> Plan:
+    def prepare(self, job: Job) -> CheckedJob:
         """Check a job and name its run."""
         from finetune import preflight
 

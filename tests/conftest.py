@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config import Config, DataConfig, ModelConfig
+from finetune.jobs import Job
 from finetune.models import find_model, load_tokenizer
-from finetune.run_folder import Job
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]

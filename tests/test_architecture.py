@@ -17,7 +17,7 @@ ORDER = [
     "config", "grammar", "commands", "command_line", "config_files", "composition",
     "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
-    "overrides", "distributed", "grouping",
+    "overrides", "distributed", "grouping", "jobs",
     "files", "arrow_cache", "events", "run_files", "run_folder", "home", "live",
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters",
     "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",

@@ -28,7 +28,7 @@ from finetune.checkpoints import (
 )
 from finetune.config import build_config
 from finetune.files import file_digest
-from finetune.run_folder import Job
+from finetune.jobs import Job
 from tests.conftest import TINY, Command, last_of_each
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.

@@ -22,7 +22,7 @@ from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, Optimiz
 from finetune.config import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
 from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
-from finetune.run_folder import Job
+from finetune.jobs import Job
 from finetune.session import Session
 from tests.conftest import TINY, Command, last_of_each
 

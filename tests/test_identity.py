@@ -25,7 +25,8 @@ from finetune.config import (
     setting,
 )
 from finetune.identity import find_changes, find_inputs
-from finetune.run_folder import Job, RunFolder
+from finetune.jobs import Job
+from finetune.run_folder import RunFolder
 from tests.conftest import write_rows
 
 ROWS: list[object] = [{"instruction": f"ask {n}", "output": f"answer {n}"} for n in range(8)]

@@ -28,10 +28,11 @@ from finetune.config import (
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.inputs import Source
+from finetune.jobs import Job
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import METHODS, find_problems
 from finetune.row_counts import RowCounts
-from finetune.run_folder import Job, RunFolder
+from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
 from tests.trainings import CPU, TINY, random_examples
 

@@ -1,16 +1,22 @@
-"""The name of a sweep: the same command has the same, another has another."""
+"""A sweep's name, the same for the same command, and what it does about each of its runs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from finetune import planning
+from finetune.checkpoints import MANIFEST, MARKER
 from finetune.config import Config, ModelConfig, SweepConfig
-from finetune.planning import sweep_name
-from finetune.run_folder import Job
+from finetune.events import State
+from finetune.files import file_digest
+from finetune.jobs import Job
+from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_name
+from finetune.run_folder import RunFolder
+from finetune.tables import print_table
 
 
 def name(
@@ -65,3 +71,71 @@ def test_two_names_are_never_one(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [f"model.path={'x' * 100}/{'y' * 100}{number}" for number in (1, 2)]
     assert len({name(monkeypatch, path) for path in paths}) == 2
     assert all(len(name(monkeypatch, path)) <= 80 for path in paths)
+
+
+def job(*, retry_failed: bool = True, max_steps: int | None = None) -> Job:
+    config = Config(model=ModelConfig(path="random://tiny"))
+    config.sweep.retry_failed, config.training.max_steps = retry_failed, max_steps
+    return Job(config, "", [], {"lora.r": "8"})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "retry_failed", "max_steps", "expected"),
+    [
+        (None, True, None, "train"),
+        ("interrupted", True, None, "train"),
+        ("failed", True, None, "train"),
+        ("failed", False, None, "leave"),
+        ("diverged", True, None, "leave"),
+        ("diverged", True, 0, "leave"),
+        (None, True, 0, "evaluate"),
+    ],
+)
+def test_an_earlier_end_decides_what_becomes_of_a_run(
+    tmp_path: Path,
+    earlier: State | None,
+    retry_failed: bool,
+    max_steps: int | None,
+    expected: Action,
+) -> None:
+    """What diverged stays, what failed is tried again if asked, and the rest is trained."""
+    given = job(retry_failed=retry_failed, max_steps=max_steps)
+    assert decide(given, RunFolder(tmp_path / "run"), earlier) == expected
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    """Whatever ended it, unless it is to be left."""
+    run = RunFolder(tmp_path / "run")
+    step = run.checkpoints / "step-0000012"
+    step.mkdir(parents=True)
+    (step / MANIFEST).write_text("{}")
+    (step / MARKER).write_text(file_digest(step / MANIFEST))
+    assert decide(job(), run, "interrupted") == "resume"
+    assert decide(job(), run, "diverged") == "leave"
+
+
+def test_the_plan_says_in_words_what_becomes_of_each_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each action has its sentence, made from it and from nothing else."""
+    run = RunFolder(tmp_path / "run")
+    points = [
+        Point(job(), run, "skip"),
+        Point(job(), run, "leave", left="failed", earlier="failed"),
+        Point(job(max_steps=0), run, "evaluate"),
+        Point(job(), run, "evaluate"),
+        Point(job(), run, "resume", step=12),
+        Point(job(), run, "train"),
+        Point(job(), run, "train", earlier="failed"),
+        Point(job(), run, "train", earlier="interrupted"),
+    ]
+    assert {point.action for point in points} == set(get_args(Action))
+    print_table(render_plan(Sweep("grid", points, [])))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["lora.r", "run", "action"]
+    assert [line.split(maxsplit=2)[2].rstrip() for line in lines[1:]] == [
+        "finished already", "failed, left as it is", "to be evaluated", "trained, to be evaluated",
+        "resumed at step 12", "new", "failed, tried again", "begun again",
+    ]  # fmt: skip
+    assert [point.is_waiting for point in points] == [False, False, *[True] * 6]
+    assert [point.trains for point in points] == [*[False] * 4, *[True] * 4]

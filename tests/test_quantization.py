@@ -24,8 +24,8 @@ from finetune.config import (
 )
 from finetune.files import file_digest
 from finetune.identity import find_inputs
+from finetune.jobs import Job
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
-from finetune.run_folder import Job
 from finetune.shape import find_shape
 from tests.test_grouping import job
 

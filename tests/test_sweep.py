@@ -21,9 +21,10 @@ from omegaconf import OmegaConf
 from finetune import pipeline, preflight, sweep
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
+from finetune.jobs import Job
 from finetune.models import load_base
 from finetune.results import Results, SweepRecord
-from finetune.run_folder import Job, RunFolder, Status
+from finetune.run_folder import RunFolder, Status
 from finetune.session import Session
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command

@@ -14,7 +14,7 @@ import pytest
 
 from finetune import planning, worker
 from finetune.config import Config, ModelConfig, Refused
-from finetune.run_folder import Job
+from finetune.jobs import Job
 from finetune.worker import Worker, WorkerDied
 
 # Put into the worker by PYTHONPATH: what becomes of its start, once it imports what torch needs.
