@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from finetune.config import ModelConfig
+from finetune.files import replaced
+from finetune.home import cache_dir
 from finetune.models import find_model, load_tokenizer
-from finetune.run_folder import cache_dir, replaced
 
 
 def mistral_shaped(tokenizer: Path | None = None) -> Path:

@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from finetune.run_folder import cache_dir
+from finetune.home import cache_dir
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SCORES = ("base_acc", "acc", "acc_norm")

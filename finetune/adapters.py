@@ -36,9 +36,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune import run_files
 from finetune.config import ALL_LINEAR, LoraConfig, PeftConfig
-from finetune.files import Damaged, digest, file_digest
+from finetune.files import Damaged, digest, file_digest, replaced
 from finetune.grouping import CHANGE_THE_BASE
-from finetune.run_folder import RunFolder, replaced
+from finetune.run_folder import RunFolder
 
 ADAPTER = "default"  # PEFT's name for the only one
 FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it

@@ -19,53 +19,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.adapters import base_of
-from finetune.fused_kernels import FLASH, FLASH_DTYPES
-from finetune.models import sliding_window
 from finetune.prefix_tree import Tree, build_blocks
 
 BLOCK_TOKENS = {"cpu": 64, "cuda": 512}  # smaller ones waste less, larger ones launch less
 NAME = "finetune_blocks"
-ATTENTIONS = ("sdpa", "eager", *FLASH)  # whose place another one can take for a while
-
-
-def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | None:
-    """Return why a model's attention cannot be cut into blocks; None leaves it to the check.
-
-    Args:
-        model: the model.
-        longest: tokens of the longest sequence.
-    """
-    base = base_of(model)
-    settings = base.config.get_text_config().to_dict()
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        return "the adapter is learned prompts"
-    if settings.get("alibi") or settings["model_type"] in ("bloom", "mpt"):
-        return "its positions are ALiBi's, which follow the place in the row"
-    layers = set(settings.get("layer_types") or ())
-    unsuited = layers - {"full_attention", "sliding_attention", "chunked_attention"}
-    if unsuited:
-        return f"it has layers of {', '.join(sorted(unsuited))}"
-    window = sliding_window(base.config)
-    if window is not None and longest > window:
-        return f"its attention window of {window} is shorter than the longest {longest} tokens"
-    attention = base.config._attn_implementation
-    return None if attention in ATTENTIONS else f"its attention is {attention}"
-
-
-@contextmanager
-def attention_in(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model attend in another dtype: by sdpa where its own is flash, which has no fp32."""
-    base = base_of(model)
-    before = base.config._attn_implementation
-    if before not in FLASH or dtype in FLASH_DTYPES:
-        yield
-        return
-    base.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
 
 
 class BlockAttention:

@@ -12,10 +12,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -202,3 +205,39 @@ def set_aside(path: Path, why: str) -> None:
         aside.unlink(missing_ok=True)
     os.replace(path, aside)
     log.warning("%s is damaged: %s; kept as %s", path, why, aside.name)
+
+
+def slug(text: str) -> str:
+    """Return `text` as a name for one file or folder: lower case, digits, `-`, `_`, `.` inside."""
+    return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or "run"
+
+
+def distinct_slug(text: str) -> str:
+    """Return a slug that no other text has: with a digest where the slug leaves something out."""
+    name = slug(text)
+    return name if name == text else f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
+
+
+def _open_like(around: Path, folder: Path) -> None:
+    """Let those read and write a new folder who may the one around it.
+
+    Temporary folders, and files by safetensors, are made for their owner only.
+    """
+    rights = stat.S_IMODE(around.stat().st_mode) & 0o2777
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(rights | 0o700 if path.is_dir() else rights & 0o666 | 0o600)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        _open_like(folder.parent, temporary)
+        if is_obstructed(folder):
+            set_aside(folder, "it is no folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Home, user name and shared folders: what the system may lack, and what may be another user's.
+"""Home, user name, cache and shared folders: what may be lacking, or another user's.
 
 A container's user may have no name and no home, and files on a shared disk may belong to others.
 """
@@ -12,10 +12,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config import Refused
-from finetune.run_folder import RunFolder, cache_dir
 
 ROOM_BYTES = 2**16  # that a folder must have room for
 CACHE_PARTS = ("models", "evaluations", "speeds", "tokens")
+
+
+def cache_dir() -> Path:
+    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache.
+
+    Raises:
+        Refused: the user has no home to put it into.
+    """
+    try:
+        if "FINETUNE_CACHE" in os.environ:
+            return Path(os.environ["FINETUNE_CACHE"]).expanduser().resolve()
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
+    except RuntimeError:
+        raise Refused(
+            ["HOME is not set, and the user has no home; set HOME, or FINETUNE_CACHE to a folder"]
+        ) from None
 
 
 def complete_environment() -> None:
@@ -57,9 +72,9 @@ def find_cache_problem() -> str | None:
     return problem
 
 
-def find_foreign_problem(runs: Iterable[RunFolder]) -> str | None:
+def find_foreign_problem(runs: Iterable[Path]) -> str | None:
     """Return that runs belong to another user, who lets nobody else write to them."""
-    closed = [run.path for run in runs if _is_closed(run.path) or _is_closed(run.events)]
+    closed = [run for run in runs if _is_closed(run) or _is_closed(run / "events.jsonl")]
     if not closed:
         return None
     more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""

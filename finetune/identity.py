@@ -26,13 +26,12 @@ from finetune import (
 )
 from finetune.chat_templates import find_chat_template, read_chat_template
 from finetune.config import Config, DataConfig, ModelConfig, changed_settings
-from finetune.files import digest
+from finetune.files import digest, slug
 from finetune.fused_kernels import FLASH
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.ranges import METHODS
 from finetune.rows import find_source
-from finetune.run_folder import slug
 from finetune.session import Session
 from finetune.token_cache import TOKENS as TOKENS
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from finetune.files import distinct_slug
 from finetune.home import complete_environment
-from finetune.run_folder import distinct_slug
 from finetune.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:

@@ -32,11 +32,20 @@ from transformers import (
 from finetune import distributed, quantization
 from finetune.chat_templates import read_chat_template
 from finetune.config import ModelConfig, local_path
-from finetune.files import Damaged, digest, file_digest, known_digest, read_json, write_atomic
+from finetune.files import (
+    Damaged,
+    digest,
+    file_digest,
+    known_digest,
+    read_json,
+    replaced,
+    slug,
+    write_atomic,
+)
 from finetune.fused_kernels import FLASH
+from finetune.home import cache_dir
 from finetune.hub import hub_commit
 from finetune.inputs import Source
-from finetune.run_folder import cache_dir, replaced, slug
 
 log = logging.getLogger("finetune")
 
@@ -273,20 +282,6 @@ def _write_tiny(folder: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens back the shortest-sighted layer attends; None where all see all."""
-    settings = config.get_text_config().to_dict()
-    layers = settings.get("layer_types")
-    windows = []
-    if settings.get("use_sliding_window", True) and (
-        layers is None or "sliding_attention" in layers
-    ):
-        windows.append(settings.get("sliding_window"))
-    if layers and "chunked_attention" in layers:
-        windows.append(settings.get("attention_chunk_size"))
-    return min((window for window in windows if window), default=None)
 
 
 @contextmanager

@@ -281,6 +281,19 @@ def compose_settings(arguments: Sequence[str]) -> Config:
         raise Refused(explain(error, overrides)) from None
 
 
+def compose_job(overrides: Sequence[str]) -> Config:
+    """Compose one job from its overrides.
+
+    Raises:
+        Refused: they have problems.
+    """
+    config = compose_settings(overrides)
+    problems = find_problems(config)
+    if problems:
+        raise Refused(problems)
+    return config
+
+
 def with_grid(
     params: Mapping[str, Any] | None, arguments: Sequence[str], config_dir: str | None
 ) -> list[str]:

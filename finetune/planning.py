@@ -16,11 +16,11 @@ from rich.table import Table
 from finetune.checkpoints import newest_step
 from finetune.config import Config, Refused, build_config
 from finetune.events import State
-from finetune.files import digest, resolved
+from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.grouping import Group, Limit, find_groups
 from finetune.jobs import Job
 from finetune.results import RunRecord, SweepRecord
-from finetune.run_folder import RunFolder, distinct_slug, slug
+from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table
 from finetune.worker import AnyWorker, WorkerDied
 

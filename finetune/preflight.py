@@ -17,7 +17,7 @@ from finetune import (
     devices,
     distributed,
     fused_kernels,
-    memory,
+    memory_estimate,
     models,
     optimizers,
     quantization,
@@ -67,7 +67,7 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     if not (finished := is_done(config, inputs, folder, session)):
         shape, place, tokens = _memory(config, inputs, session)
         loaded = replace(config, model=inputs.model)
-        problem = memory.find_problem(loaded, shape, place, tokens)
+        problem = memory_estimate.find_problem(loaded, shape, place, tokens)
         if problem is not None:
             return CheckedJob(None, [problem])
         limit = _find_limit(loaded, shape, place, tokens)
@@ -92,22 +92,24 @@ def _found(check: Check, config: Config, session: Session) -> list[str]:
         return [f"{type(error).__name__}: {first_line(error)}"]
 
 
-def _find_limit(config: Config, shape: Shape, place: memory.Place, tokens: int) -> Limit:
+def _find_limit(config: Config, shape: Shape, place: memory_estimate.Place, tokens: int) -> Limit:
     """Return how many runs may share the step of this one; its quantization is the base's own."""
     obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
     if obstacle is not None:
         return Limit(1, obstacle)
     limit = find_limit(config)
-    fit = memory.most_adapters(config, shape, place, tokens, limit.most)
+    fit = memory_estimate.most_adapters(config, shape, place, tokens, limit.most)
     return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
 
 
-def _memory(config: Config, inputs: Inputs, session: Session) -> tuple[Shape, memory.Place, int]:
+def _memory(
+    config: Config, inputs: Inputs, session: Session
+) -> tuple[Shape, memory_estimate.Place, int]:
     """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
     tokens = config.training.most_tokens()  # packed sequences are as good as full
     if not config.training.sequence_packing:
         tokens = session.longest_batch(config, inputs.source, inputs.data)
-    return session.shape(config.model, inputs.source), memory.Place.find(config), tokens
+    return session.shape(config.model, inputs.source), memory_estimate.Place.find(config), tokens
 
 
 def _find_optimizer_problems(config: Config, _: Session) -> list[str]:

@@ -1,142 +1,15 @@
-"""A sweep's report, `python -m finetune.report FOLDER`: results.csv, report.md, report.html.
-
-Everything comes from the files that the runs left, so it can be written again at any time.
-"""
+"""Write a sweep's report again, `python -m finetune.report FOLDER`."""
 
 from __future__ import annotations
 
-import base64
-import logging
-import shlex
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from finetune.comparison import compare_seeds
 from finetune.escaping import for_terminal
-from finetune.files import write_atomic
-from finetune.pages import build_pages
-from finetune.results import Results, find_damage, read_outcomes, read_results, write_csv
-from finetune.run_folder import RunFolder
-from finetune.score_tables import build_score_table, describe_methods
+from finetune.report_pages import write_report
+from finetune.results import find_damage
 from finetune.streams import keep_streams
-from finetune.verdict import show_difference
-from finetune.verdict import verdict as verdict  # which the command prints
-
-log = logging.getLogger("finetune")
-
-SEED_KEYS = ("training.seed", "training.data_seed")
-
-
-def write_report(folder: Path) -> Results:
-    """Write all that a report consists of into a sweep's folder.
-
-    Raises:
-        ValueError: the folder is not a sweep's.
-    """
-    from finetune.figures import draw_figures
-
-    results = read_results(folder)
-    write_csv(results)
-    figures = draw_figures(results)
-    shown = _content(results)
-    links = {caption: f"figures/{path.name}" for caption, path in figures.items()}
-    embedded = {
-        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        for caption, path in figures.items()
-    }
-    for name, images in (("report.md", links), ("report.html", embedded)):
-        pages = build_pages(name)
-        pages.filters |= {"cell": _cell}
-        page = pages.get_template(f"{name}.j2").render(**shown, figures=images)
-        write_atomic(folder / name, page.rstrip() + "\n")
-    return results
-
-
-def _content(results: Results) -> dict[str, Any]:
-    """Gather what both pages show."""
-    rows = results.rows
-    return {
-        "name": results.record.name,
-        "command": f"python -m finetune {shlex.join(results.record.command)}".rstrip()
-        + (" --multirun" if results.record.swept else ""),
-        "verdict": verdict(results),
-        "swept": results.record.swept,
-        "tables": [build_score_table(results, metric) for metric in results.metrics],
-        "methods": describe_methods(results),
-        "seeds": _seeds(results),
-        "rows": rows,
-        "is_validated": bool(results.validated_rows()),
-        "failed": [row for row in rows if row["status"] in ("failed", "diverged", "interrupted")],
-        "waiting": [row for row in rows if row["status"] in ("pending", "running")],
-        "last_lines": {
-            run.name: status.last_lines for run in results.runs if (status := run.status())
-        },
-        "remarks": results.remarks,
-        "label": results.label,
-        "samples": _samples(results),
-        "provenance": _provenance(results.runs),
-    }
-
-
-def _seeds(results: Results) -> dict[str, tuple[int, str, str]]:
-    """Compare settings over their seeds, where seeds were swept and the main metric is a mean.
-
-    Returns:
-        By setting: how many seeds, the difference and its interval.
-    """
-    metric = results.main_metric
-    keys = [key for key in results.record.swept if key not in SEED_KEYS]
-    if metric not in results.comparisons or len(keys) == len(results.record.swept):
-        return {}
-    comparison = results.comparisons[metric]
-    if not comparison.metric.is_mean:
-        return {}
-    task, name = metric.rsplit("/", 1)
-    settings: dict[str, list[RunFolder]] = defaultdict(list)
-    for run, row in zip(results.runs, results.rows, strict=True):
-        if row["run"] in comparison.differences:
-            settings[", ".join(f"{key}={row[key]}" for key in keys) or "all seeds"].append(run)
-    found = {}
-    for label, runs in settings.items():
-        pairs = [pair for run in runs if (pair := read_outcomes(run, task, name)) is not None]
-        if len(pairs) > 1:
-            one = compare_seeds(pairs[0][0], [tuned for _, tuned in pairs])
-            value, *ends = (show_difference(n, comparison) for n in (one.value, one.low, one.high))
-            interval = " to ".join(ends) if one.low < one.high else ""
-            found[label] = (len(pairs), value, interval)
-    return found
-
-
-def _samples(results: Results) -> list[Mapping[str, str]]:
-    """Return prompts with the answers of base and best run, where they were recorded."""
-    best = results.best_run()
-    if best is None:
-        return []
-    run = next(run for run in results.runs if run.name == best)
-    samples: list[Mapping[str, str]] = run.read_json("samples.json") or []
-    return samples
-
-
-def _provenance(runs: list[RunFolder]) -> dict[str, str]:
-    """Return what was compared and where: the same for all runs, or said where it is not."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)
-    for run in runs:
-        environment = run.read_json("environment.json") or {}
-        for package, number in (environment.get("versions") or {}).items():
-            found[package][str(number)] = None
-        for key in ("python", "platform", "threads", "gpu", "git_commit"):
-            if environment.get(key) is not None:
-                found[key][str(environment[key])] = None
-    return {key: ", ".join(values) for key, values in found.items()}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+from finetune.verdict import verdict
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.config import CONDUCT, Config, marked
+from finetune.config import CONDUCT, Config, flatten, marked
 from finetune.events import read_events
 from finetune.files import Damaged, file_digest, read_yaml
 from finetune.results import read_sides
-from finetune.run_folder import RunFolder, flatten
+from finetune.run_folder import RunFolder
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
 ANSWER_TOLERANCE = 0.01  # share of answers

@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import signals
-from finetune.config import Refused, build_config
+from finetune.config import Refused, build_config, flatten
 from finetune.foreign_runs import find_rerun_problems, find_settings_to_type
 from finetune.jobs import Job
 from finetune.overrides import first_line
 from finetune.reproduction import compare_runs, find_other_conditions, is_conduct
-from finetune.run_folder import REMEDY, RunFolder, flatten
+from finetune.run_folder import REMEDY, RunFolder
 from finetune.streams import keep_streams
 from finetune.sweep import run_sweep
 

@@ -22,7 +22,7 @@ from finetune.config import Config, Refused
 from finetune.data import Examples
 from finetune.escaping import for_terminal
 from finetune.inputs import DataSource
-from finetune.memory import compose_job
+from finetune.overrides import compose_job
 from finetune.preflight import find_row_problems
 from finetune.session import Session
 from finetune.token_display import (

@@ -9,11 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +24,6 @@ from finetune.config import Config, Refused, build_config
 from finetune.events import State, blank_damaged_lines, read_lines
 from finetune.files import (
     Damaged,
-    digest,
     is_obstructed,
     parse_lines,
     read_json,
@@ -39,67 +34,6 @@ from finetune.files import (
 from finetune.run_files import WEIGHTS
 
 log = logging.getLogger("finetune")
-
-
-def slug(text: str) -> str:
-    """Return `text` as a name for one file or folder: lower case, digits, `-`, `_`, `.` inside."""
-    return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or "run"
-
-
-def distinct_slug(text: str) -> str:
-    """Return a slug that no other text has: with a digest where the slug leaves something out."""
-    name = slug(text)
-    return name if name == text else f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
-
-
-def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values of nested settings; a list is one value."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def cache_dir() -> Path:
-    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache.
-
-    Raises:
-        Refused: the user has no home to put it into.
-    """
-    try:
-        if "FINETUNE_CACHE" in os.environ:
-            return Path(os.environ["FINETUNE_CACHE"]).expanduser().resolve()
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
-    except RuntimeError:
-        raise Refused(
-            ["HOME is not set, and the user has no home; set HOME, or FINETUNE_CACHE to a folder"]
-        ) from None
-
-
-def _open_like(around: Path, folder: Path) -> None:
-    """Let those read and write a new folder who may the one around it.
-
-    Temporary folders, and files by safetensors, are made for their owner only.
-    """
-    rights = stat.S_IMODE(around.stat().st_mode) & 0o2777
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(rights | 0o700 if path.is_dir() else rights & 0o666 | 0o600)
-
-
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        _open_like(folder.parent, temporary)
-        if is_obstructed(folder):
-            set_aside(folder, "it is no folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from finetune.evaluation import ScoreStore, TaskScore
 from finetune.events import EventLog
 from finetune.files import digest
 from finetune.forecast import Speeds
+from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs
-from finetune.run_folder import RunFolder, cache_dir
+from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
 from finetune.tasks import SEED, LoadedTask

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters import base_of, foldable_layers, folded
-from finetune.block_attention import BlockAttention, attention_in, find_obstacle
+from finetune.attention import attention_in, find_obstacle
+from finetune.block_attention import BlockAttention
 from finetune.models import (
     autocast_dtype,
     autocast_to,

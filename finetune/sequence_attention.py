@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.adapters import base_of
-from finetune.block_attention import find_obstacle
+from finetune.attention import find_obstacle
 from finetune.compatibility import attend_by_varlen
 from finetune.fused_kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
 

@@ -20,7 +20,7 @@ from statistics import fmean
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from finetune import devices, distributed, signals
+from finetune import devices, distributed, launchers, signals
 from finetune.config import Config, Refused
 from finetune.escaping import for_terminal
 from finetune.events import EventLog, State
@@ -38,7 +38,7 @@ from finetune.planning import (
     render_plan,
     sweep_name,
 )
-from finetune.report import verdict, write_report
+from finetune.report_pages import write_report
 from finetune.results import (
     Results,
     print_table,
@@ -50,6 +50,7 @@ from finetune.run_folder import RunFolder, Status
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
 from finetune.tracking import Tracker, build_tracker
+from finetune.verdict import verdict
 from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries
 
 log = logging.getLogger("finetune")
@@ -71,14 +72,14 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
         Refused: something in the grid cannot run; nothing was started.
     """
     has = launch is not None
-    found = [p for job in jobs for p in distributed.find_problems(job.config, has_launcher=has)]
+    found = [p for job in jobs for p in launchers.find_problems(job.config, has_launcher=has)]
     found += _folder_problems(jobs[0].config)
     if (problem := find_cache_problem()) is not None:  # planning itself needs it
         raise Refused([*found, problem])
     with build_worker(is_quiet=is_terminal()) as worker:
         with store_checked(jobs[0].config.tracking):
             sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
-            if (problem := find_foreign_problem(p.run for p in sweep.points)) is not None:
+            if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
                 raise Refused([problem])
             if is_obstructed(sweep.folder):
                 raise Refused([f"{sweep.folder} is no folder; move it away"])

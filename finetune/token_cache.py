@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.arrow_cache import ArrowCache, Batches
 from finetune.config import DataConfig
 from finetune.files import digest
+from finetune.home import cache_dir
 from finetune.inputs import DataSource
-from finetune.run_folder import cache_dir
 from finetune.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 
 FOLDER = "tokens"

@@ -195,7 +195,7 @@ class LaunchedWorker:
         """
         from finetune import pipeline
 
-        assert timeout_seconds is None, "distributed.find_problems refuses it"
+        assert timeout_seconds is None, "launchers.find_problems refuses it"
         states = pipeline.run(jobs, self._session)
         if "interrupted" in states:
             raise signals.first_stop()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import distributed, grouping, identity, models, worker
+from finetune import distributed, grouping, identity, launchers, models, worker
 from finetune.adapter_training import rows_of_step
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.events import NullEventLog
@@ -229,11 +229,11 @@ def test_a_launched_process_knows_its_place(
     assert grouping.find_obstacle(config) == "4 processes train it"
     assert identity.find_inputs(config).identity != alone
     assert isinstance(worker.build_worker(is_quiet=True), worker.LaunchedWorker)
-    assert distributed.find_problems(config) == []
+    assert launchers.find_problems(config) == []
     config.sweep = SweepConfig(job_timeout=5)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    problems = distributed.find_problems(config)
+    problems = launchers.find_problems(config)
     assert len(problems) == 4
     assert "set training.precision" in problems[0]
     assert "use --fsdp_version 2" in problems[1]
@@ -241,9 +241,9 @@ def test_a_launched_process_knows_its_place(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("FSDP_VERSION", "2")
     config.sweep, config.peft = SweepConfig(), PeftConfig(method="full")
-    assert distributed.find_problems(config) == []
+    assert launchers.find_problems(config) == []
     config.optimizer.name = "adafactor"
-    assert "under FSDP use adamw_torch" in distributed.find_problems(config)[0]
+    assert "under FSDP use adamw_torch" in launchers.find_problems(config)[0]
     config.optimizer.name = "sgd"
     sharded = identity.find_inputs(config).identity
     monkeypatch.delenv("ACCELERATE_USE_FSDP")

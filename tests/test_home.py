@@ -17,7 +17,9 @@ import pytest
 
 from finetune import forecast, home, identity, models, report, sweep, sync
 from finetune.config import Config, ModelConfig, Refused
-from finetune.run_folder import RunFolder, cache_dir, replaced
+from finetune.files import replaced
+from finetune.home import cache_dir
+from finetune.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -135,11 +137,11 @@ def test_another_users_runs_are_not_written_to(
     runs[2].events.touch()
     closed = {runs[1].path, runs[2].events}
     monkeypatch.setattr(os, "access", lambda path, _: path not in closed)
-    problem = home.find_foreign_problem([*runs, RunFolder(tmp_path / "new")])
+    problem = home.find_foreign_problem([run.path for run in [*runs, RunFolder(tmp_path / "new")]])
     assert problem is not None
     assert f"{runs[1].path} and 1 more cannot be written to" in problem
     assert "set output_dir" in problem
-    assert home.find_foreign_problem([runs[0]]) is None
+    assert home.find_foreign_problem([runs[0].path]) is None
 
 
 def test_a_closed_part_of_the_cache_is_refused(

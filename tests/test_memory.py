@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import memory, preflight
+from finetune import memory, memory_estimate, preflight
 from finetune.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.memory import GIB, Place, estimate, find_problem
+from finetune.memory_estimate import GIB, Place, estimate, find_problem
+from finetune.overrides import compose_job
 from finetune.shape import find_shape
 from tests.conftest import TINY, Command, write_rows
 
@@ -44,7 +45,7 @@ def test_the_weights_and_the_adapter_are_counted_exactly() -> None:
     config = mistral("none")
     shape = find_shape(config.model)
     assert shape.num_linear + shape.num_other == 7_241_732_096
-    assert memory.num_trained(config, shape) == 41_943_040
+    assert memory_estimate.num_trained(config, shape) == 41_943_040
     assert estimate(config, shape, CARD).weights == 2 * 7_241_732_096
     four_bit = estimate(mistral("nf4"), shape, CARD).weights / GIB
     assert 3.6 < four_bit < 4.1
@@ -83,7 +84,7 @@ def test_no_remedy_is_one_that_is_refused(method: str, init: str, not_named: str
     config.training.gradient_checkpointing = False
     shape = find_shape(config.model)
     remedies = {
-        memory.find_remedy(config, shape, replace(CARD, free=gib * GIB), 8 * 2048)
+        memory_estimate.find_remedy(config, shape, replace(CARD, free=gib * GIB), 8 * 2048)
         for gib in (15, 16, 17, 20, 30, 40, 60, 80, 100, 120)
     }
     assert any(remedies)
@@ -183,9 +184,9 @@ def test_groups_are_as_large_as_the_memory_allows() -> None:
     assert four.weights == one.weights
     assert four.activations == pytest.approx(4 * one.activations)
     room = replace(CARD, free=four.total)
-    most = memory.most_adapters(config, shape, room, 8 * 2048, cap=8)
+    most = memory_estimate.most_adapters(config, shape, room, 8 * 2048, cap=8)
     assert most == 4
-    assert memory.most_adapters(config, shape, replace(CARD, free=0), 8 * 2048, cap=8) == 1
+    assert memory_estimate.most_adapters(config, shape, replace(CARD, free=0), 8 * 2048, cap=8) == 1
 
 
 def long_rows(count: int) -> list[object]:
@@ -226,7 +227,7 @@ def test_the_estimate_is_within_a_fifth_of_the_peak(
     assert done.returncode == 0, done.stderr
     (trained,) = tmp_path.glob("outputs/*/training.json")
     measured = json.loads(trained.read_text())["peak_memory_gib"]
-    config = memory.compose_job(settings)
+    config = compose_job(settings)
     size = torch.bfloat16.itemsize if config.model.dtype == "bf16" else 4
     expected = estimate(config, find_shape(config.model), replace(CPU, size=size)).total / GIB
     assert abs(expected - measured) <= 0.2 * measured
@@ -249,6 +250,6 @@ def test_the_estimate_is_within_a_fifth_of_the_allocators_peak(
     assert done.returncode == 0, done.stderr
     (trained,) = tmp_path.glob("outputs/*/training.json")
     measured = json.loads(trained.read_text())["peak_memory_gib"]
-    config = memory.compose_job(settings)
+    config = compose_job(settings)
     need = estimate(config, find_shape(config.model), Place.find(config))
     assert abs((need.total - need.process) / GIB - measured) <= 0.2 * measured

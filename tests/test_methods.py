@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, memory, models, pipeline, training
+from finetune import adapters, memory_estimate, models, pipeline, training
 from finetune.adapter_training import num_steps
 from finetune.config import (
     Config,
@@ -211,7 +211,7 @@ def test_trained_parameters_are_counted_before_the_start(method: str) -> None:
     """The estimate's count is that of what training changes."""
     config = Config(model=TINY, peft=PeftConfig(method, 5), lora=LORA)
     expected = adapters.num_trainable(fresh(method))
-    assert memory.num_trained(config, find_shape(TINY)) == expected
+    assert memory_estimate.num_trained(config, find_shape(TINY)) == expected
 
 
 @pytest.mark.parametrize(

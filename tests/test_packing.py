@@ -16,7 +16,7 @@ from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, Trainin
 from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
 from finetune.inputs import DataSource
-from finetune.memory import GIB, Place
+from finetune.memory_estimate import GIB, Place
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts

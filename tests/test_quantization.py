@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import adapters, grouping, memory, models, pipeline, preflight, quantization
+from finetune import adapters, grouping, memory_estimate, models, pipeline, preflight, quantization
 from finetune.config import (
     Config,
     DataConfig,
@@ -198,14 +198,14 @@ def test_lora_is_trained_on_a_quantised_checkpoint(tmp_path: Path, kind: str) ->
 
 def test_a_quantised_checkpoint_is_counted_as_what_it_is(tmp_path: Path) -> None:
     """Its weights take what they take in the file; its run's identity has the package's version."""
-    place = memory.Place("cpu", 4, 64 * memory.GIB)
+    place = memory_estimate.Place("cpu", 4, 64 * memory_estimate.GIB)
 
     def weights(model: ModelConfig, **changes: Any) -> float:
         config = Config(model=replace(model, **changes))
         shape = find_shape(config.model)
         own = load_config(config.model, find_model(config.model))
         loaded = replace(config, model=quantization.as_loaded(config.model, own))
-        return memory.estimate(loaded, shape, place).weights
+        return memory_estimate.estimate(loaded, shape, place).weights
 
     nf4 = write_checkpoint(tmp_path / "nf4", "nf4")
     assert weights(nf4) == weights(TINY, quantization="nf4") < weights(TINY)

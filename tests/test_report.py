@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.report import verdict, write_report
+from finetune.report_pages import write_report
 from finetune.results import RunRecord, SweepRecord, read_results, render_table
+from finetune.verdict import verdict
 
 TASK = "arc_easy"
 

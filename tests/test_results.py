@@ -16,7 +16,7 @@ import pytest
 from finetune.config import TrackingConfig
 from finetune.events import EventLog
 from finetune.metrics import Metric, compute
-from finetune.report import write_report
+from finetune.report_pages import write_report
 from finetune.results import Results, RunRecord, SweepRecord, read_results, render_table
 from finetune.run_folder import RunFolder
 from finetune.runs import render_list, render_pair

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from finetune.events import EventLog, read_events
-from finetune.files import digest, write_atomic
-from finetune.run_folder import RunFolder, Status, distinct_slug, slug
+from finetune.files import digest, distinct_slug, slug, write_atomic
+from finetune.run_folder import RunFolder, Status
 
 
 def test_a_digest_depends_on_content_alone() -> None:

@@ -1,0 +1,257 @@
+"""The memory that a run takes, by parts, estimated before anything is loaded.
+
+All comes from the model's config, on the `meta` device: no weight is read. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from finetune import distributed, models
+from finetune.adapters import first_rank
+from finetune.config import (
+    ALL_LINEAR,
+    Config,
+    ModelConfig,
+)
+from finetune.label_loss import CHUNK
+from finetune.ranges import FROM_FLOATS
+from finetune.scoring import MOST_TOKENS
+from finetune.shape import Shape
+
+GIB = 2**30
+ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here
+# What a process holds before it has a model: imported libraries, or a CUDA context.
+PROCESS = {"cpu": 0.52 * GIB, "cuda": 0.6 * GIB}
+# glibc keeps a part of what is freed; measured on activations of many sizes.
+ALLOCATOR = {"cpu": 1.3, "cuda": 1.0}
+# Bytes a weight: two in a byte, and the constants of each block of 64 (QLoRA, arXiv:2305.14314).
+FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+EIGHT_BIT = 1.0
+# Of the optimizer's state, by what stands in its name; the first that fits.
+STATE_BYTES = {"paged": 0.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "": 8.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part; training and evaluation never hold theirs at one time."""
+
+    process: float
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        training = self.gradients + self.optimizer + self.activations + self.logits
+        return self.process + self.weights + self.adapter + max(training, self.evaluation)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to fit."""
+
+    kind: str  # cpu or cuda
+    size: int  # bytes of a number in the base's dtype
+    free: float  # bytes
+
+    @classmethod
+    def find(cls, config: Config, gib: float | None = None) -> Place:
+        """Return the configured device, or an assumed card where a GPU is asked for in vain."""
+        if config.training.device == "cuda" and not torch.cuda.is_available():
+            size = 4 if config.model.dtype == "fp32" else 2
+            return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
+        device = models.pick_device(config.training.device)
+        size = models.compute_dtype(config.model, device).itemsize
+        return cls(device.type, size, free_bytes(device) if gib is None else gib * GIB)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return what the device has free for a run, this process' own beginnings included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + PROCESS["cuda"]
+    return psutil.virtual_memory().available + PROCESS["cpu"]
+
+
+def estimate(
+    config: Config, shape: Shape, place: Place, *, tokens: int | None = None, adapters: int = 1
+) -> Estimate:
+    """Estimate a run's parts.
+
+    Args:
+        config: the run's.
+        shape: of its base.
+        place: where it runs.
+        tokens: in a micro-batch; None takes the most that there can be.
+        adapters: trained in one step.
+    """
+    training = config.training
+    tokens = (training.most_tokens() if tokens is None else tokens) * adapters
+    method, name = config.peft.method, config.optimizer.name
+    parts = distributed.num_processes() if distributed.is_sharded() and place.kind == "cuda" else 1
+    trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
+    if place.kind == "cpu":
+        name = name.removeprefix("paged_")  # only a GPU can move pages to the host
+    state = next(each for part, each in STATE_BYTES.items() if part in name)
+    # In its own dtype the base is whole, once; in parts of fp32 it is trained.
+    size = max(4 / parts, place.size) if method == "full" else place.size
+    logit = shape.vocabulary * (8 + place.size)  # as computed, in fp32, its slope; for one token
+    head = (tokens if method == "full" else CHUNK) * logit  # a trained head has no chunks
+    scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + CHUNK * logit
+    return Estimate(
+        process=PROCESS[place.kind],
+        weights=_weight_bytes(config.model, shape, size),
+        adapter=4.0 * trained if method != "full" else 0.0,
+        gradients=4.0 * trained,
+        optimizer=trained * state,
+        activations=0.0 if training.is_skipped else _activation_bytes(config, shape, tokens, place),
+        logits=float(head + 2 * tokens * shape.hidden * place.size),
+        evaluation=float(scored) if config.evaluation.tasks else 0.0,
+    )
+
+
+def num_trained(config: Config, shape: Shape) -> int:
+    """Return how many parameters a method trains."""
+    match config.peft.method:
+        case "full":
+            return shape.num_linear + shape.num_other
+        case "prefix_tuning":  # keys and values of every layer
+            return config.peft.num_virtual_tokens * shape.layers * 2 * shape.keys
+        case "prompt_tuning":
+            return config.peft.num_virtual_tokens * shape.hidden
+        case "ia3":  # a factor for each key and value, and each input of the MLP's last layer
+            return shape.layers * (2 * shape.keys + shape.inner)
+    names, rank = config.lora.target_modules, config.lora.r
+    chosen = shape.targets if names == [ALL_LINEAR] else {n: shape.targets[n] for n in names}
+    if config.peft.method == "adalora":  # as it begins, with a singular value for each rank
+        first = first_rank(rank)
+        return sum(count * first * (a + b + 1) for count, a, b in chosen.values())
+    return sum(count * rank * (a + b) for count, a, b in chosen.values())
+
+
+def _weight_bytes(model: ModelConfig, shape: Shape, size: float) -> float:
+    each = {"none": float(size), "int8": EIGHT_BIT, "gptq": shape.gptq}.get(
+        model.quantization, FOUR_BIT[model.double_quant]
+    )
+    unpacked = 0 if model.quantization == "none" else shape.largest * size  # one layer at a time
+    return shape.num_linear * each + shape.num_other * size + unpacked
+
+
+def _layer_bytes(shape: Shape, size: int) -> int:
+    """Return what a token leaves behind in a layer for the backward pass, bytes.
+
+    Two residual inputs of the norms and two normed inputs of the projections; queries, keys,
+    values, the attention's result and its input to the output projection; of the MLP gate, its
+    activation, up and their product. In a lower dtype the norms also keep their fp32 copies.
+    """
+    widths = 4 * shape.hidden + 3 * shape.attention + 2 * shape.keys + 4 * shape.inner
+    return size * widths + (8 * shape.hidden if size < 4 else 0)
+
+
+def _forward_bytes(shape: Shape, size: int) -> int:
+    """Return what a token needs at one time without a backward pass, bytes."""
+    return size * (4 * shape.hidden + 2 * shape.attention + 2 * shape.keys + 3 * shape.inner)
+
+
+def _activation_bytes(config: Config, shape: Shape, tokens: int, place: Place) -> float:
+    layer = _layer_bytes(shape, place.size)
+    if config.training.gradient_checkpointing:  # one input a layer, and one layer at a time
+        return float(tokens * (place.size * shape.layers * shape.hidden + layer))
+    return tokens * shape.layers * layer * ALLOCATOR[place.kind]
+
+
+def find_problem(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+    """Return why a run does not fit, with the cheapest changes that make it.
+
+    Args:
+        config: the run's.
+        shape: of its base.
+        place: where it is to fit.
+        tokens: in its largest micro-batch.
+    """
+    need = estimate(config, shape, place, tokens=tokens)
+    if need.total <= place.free:
+        return None
+    remedy = find_remedy(config, shape, place, tokens)
+    return (
+        f"{config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
+        f"{place.free / GIB:.1f} GiB are free on the {place.kind} ({need.weights / GIB:.1f} GiB "
+        f"weights, {need.activations / GIB:.1f} GiB activations of {tokens} tokens); "
+        + (f"set {remedy}" if remedy else "no setting makes it fit: take a smaller model")
+    )
+
+
+def find_remedy(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+    """Return the cheapest change, or the cheapest of them together, with which a run fits."""
+
+    def fits(changed: Config, share: float) -> bool:
+        need = estimate(changed, shape, place, tokens=math.ceil(tokens * share))
+        return need.total <= place.free
+
+    for name, change, share in _changes(config):
+        if fits(change(config), share):
+            return name
+    names, all_of_it = [], 1.0
+    for name, change, share in _changes(config):
+        names.append(name)
+        config, all_of_it = change(config), all_of_it * share
+        if fits(config, all_of_it):
+            return " ".join(names)
+    return None
+
+
+def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], float]]:
+    """Yield what can be changed: override, change, share of the tokens.
+
+    Smaller passes and checkpointing leave the numbers as they are; the others come after them.
+    """
+    size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
+    method = config.peft.method  # which has no use for some of them
+    if size > 1:
+        many = steps * size
+        yield (
+            f"training.batch_size=1 training.gradient_accumulation_steps={many}",
+            lambda one: replace(
+                one,
+                training=replace(one.training, batch_size=1, gradient_accumulation_steps=many),
+            ),
+            1 / size,
+        )
+    if not config.training.gradient_checkpointing and method != "prefix_tuning":
+        yield (
+            "training.gradient_checkpointing=true",
+            lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
+            1.0,
+        )
+    if "8bit" not in config.optimizer.name and not distributed.is_sharded():
+        name = "adamw_8bit"
+        yield (
+            f"optimizer.name={name}",
+            lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
+            1.0,
+        )
+    needs_floats = method == "full" or (method == "lora" and config.lora.init in FROM_FLOATS)
+    if config.model.quantization == "none" and not needs_floats:
+        yield (
+            "model.quantization=nf4",
+            lambda one: replace(one, model=replace(one.model, quantization="nf4")),
+            1.0,
+        )
+
+
+def most_adapters(config: Config, shape: Shape, place: Place, tokens: int, cap: int) -> int:
+    """Return how many adapters fit into one step, at least one and at most `cap`."""
+    for adapters in range(cap, 1, -1):
+        need = estimate(config, shape, place, tokens=tokens, adapters=adapters)
+        if need.total <= place.free:
+            return adapters
+    return 1
