@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,24 @@ class NullEventLog(EventLog):
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a log; a half-written last line is left out, and damaged ones are."""
     yield from read_lines(path).values
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value at a step."""
+
+    step: int
+    value: float
+    time: int  # milliseconds since the epoch
+
+
+def select_metric(events: Iterable[Mapping[str, Any]], key: str) -> list[Measured]:
+    """Return the values of one metric, in the order in which they were recorded."""
+    return [
+        Measured(event["step"], event["value"], event["time"])
+        for event in events
+        if event["event"] == "metric" and event["key"] == key
+    ]
 
 
 def parse_events(raw: bytes) -> list[dict[str, Any]]:

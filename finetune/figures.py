@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finetune.events import read_events
+from finetune.metric_names import MetricName
 from finetune.results import Results, Row
 
 # Okabe and Ito's palette (2008).
@@ -100,10 +100,10 @@ def _grid(results: Results, metric: str, rows: Sequence[Row]) -> tuple[str, Call
 
 
 def _line(axes: Axes, metric: str, key: str, rows: Sequence[Row]) -> None:
-    task, name = metric.rsplit("/", 1)
+    column = MetricName.parse(metric).base
     places = range(len(rows))
     axes.plot(places, [row[metric] for row in rows], "o-", color=COLOURS[0], label="tuned")
-    base = [row[f"{task}/base_{name}"] for row in rows if f"{task}/base_{name}" in row]
+    base = [row[column] for row in rows if column in row]
     if len(base) == len(rows):
         axes.plot(places, base, ":", color=BASE_COLOUR, label="base")
     axes.set_xticks(places, [str(row[key]) for row in rows])
@@ -156,16 +156,12 @@ def _parallel(axes: Axes, metric: str, swept: Sequence[str], rows: Sequence[Row]
 
 def _losses(axes: Axes, results: Results) -> None:
     for number, (run, row) in enumerate(zip(results.runs, results.rows, strict=True)):
-        points = [
-            (event["step"], event["value"])
-            for event in read_events(run.events)
-            if event["event"] == "metric" and event["key"] == "train/loss"
-        ]
-        if points:
-            steps, values = zip(*points, strict=True)
+        losses = run.metric("train/loss")
+        if losses:
+            steps = [loss.step for loss in losses]
             style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
             colour = COLOURS[number % len(COLOURS)]
-            smooth = _smoothed(values)
+            smooth = _smoothed([loss.value for loss in losses])
             axes.plot(steps, smooth, style, color=colour, label=results.label(row), linewidth=1.4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, smoothed")

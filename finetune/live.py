@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from finetune.events import read_events
+from finetune.events import read_events, select_metric
 from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table
 
@@ -73,26 +73,22 @@ def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
 
 def read_progress(run: RunFolder) -> Progress:
     """Read from a run's event log how far its training is, and how fast it goes."""
-    losses: list[dict[str, Any]] = []
-    told: dict[str, str] = {}
-    for event in read_events(run.events):
-        if event["event"] == "metric" and event["key"] == "train/loss":
-            losses.append(event)
-        elif event["event"] == "tag":
-            told[event["key"]] = event["value"]
+    events = list(read_events(run.events))
+    losses = select_metric(events, "train/loss")
+    told = {event["key"]: event["value"] for event in events if event["event"] == "tag"}
     max_steps = _count(told.get("train.max_steps"))
     if not losses or max_steps is None:
         return Progress(max_steps=max_steps)
     newest = losses[-SPEED_STEPS:]
-    step, seconds = losses[-1]["step"], (newest[-1]["time"] - newest[0]["time"]) / 1000
+    step, seconds = losses[-1].step, (newest[-1].time - newest[0].time) / 1000
     if len(newest) < 2 or seconds <= 0:
-        return Progress(step, max_steps, losses[-1]["value"])
+        return Progress(step, max_steps, losses[-1].value)
     num_tokens = _count(told.get("train.num_tokens"))
-    steps_per_second = (step - newest[0]["step"]) / seconds
+    steps_per_second = (step - newest[0].step) / seconds
     return Progress(
         step,
         max_steps,
-        losses[-1]["value"],
+        losses[-1].value,
         steps_per_second * num_tokens / max_steps if num_tokens and max_steps else None,
         (max_steps - step) / steps_per_second if steps_per_second else None,
     )

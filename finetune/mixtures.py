@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.run_folder import RunFolder
+from finetune.score_files import TaskScores
 
 # How a score's setup is named to a reader, and whether another value asks other questions.
 SETUP = {
@@ -31,17 +32,17 @@ class Mixtures:
     questions_differ: bool  # so that the runs cannot be ranked by it
 
 
-def find_mixtures(task: str, scores: Mapping[str, Mapping[str, Any]]) -> Mixtures:
+def find_mixtures(task: str, scores: Mapping[str, TaskScores]) -> Mixtures:
     """Compare how the runs of a table were scored.
 
     Args:
         task: its name.
-        scores: by the run's label, what its file of the task says.
+        scores: by the run's label; runs without scores are left out.
     """
     sides = {
-        (label, side): {**one, **(one.get("setup") or {})}
+        (label, side): one.setup
         for label, both in scores.items()
-        for side, one in both.items()
+        for side, one in both.sides.items()
     }
     remarks, questions_differ = [], False
     for key, (name, asks_others) in SETUP.items():

@@ -5,7 +5,7 @@ All of it comes from the run's own files; settings are shown as composed, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.config import ModelConfig
 from finetune.merging import Check
 from finetune.metrics import Metric, show_score
-from finetune.outcomes import read_metrics, read_scores
 from finetune.pages import build_pages
 from finetune.run_comparison import compare_run
 from finetune.run_folder import RunFolder
+from finetune.score_files import MetricScore
 from finetune.score_tables import NO_DIFFERENCE, show_range
 from finetune.trained import Trained
 from finetune.verdict import show_difference
@@ -38,7 +38,7 @@ class Score:
     tuned: str
     difference: str  # with its interval; empty where there is nothing to compare
     p: str
-    num_questions: int
+    num_questions: int | None
 
 
 def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | None) -> str:
@@ -93,20 +93,23 @@ def _scores(folder: RunFolder) -> Iterator[Score]:
     for task in folder.scored_tasks():
         if task.endswith(".select"):
             continue
-        stored = read_scores(folder, task)
-        for name, metric in read_metrics(stored).items():
+        scores = folder.read_scores(task)
+        if scores is None:
+            continue
+        base = scores.base.metrics if scores.base else {}
+        for name, tuned in scores.tuned.metrics.items():
             yield Score(
-                task, name, DIRECTIONS[metric.higher_is_better],
-                _with_stderr(stored.get("base"), name), _with_stderr(stored["tuned"], name),
-                *_difference(folder, task, name, metric), stored["tuned"]["num_questions"],
+                task, name, DIRECTIONS[tuned.definition.higher_is_better],
+                _with_stderr(base.get(name)), _with_stderr(tuned),
+                *_difference(folder, task, name, tuned.definition), scores.tuned.num_questions,
             )  # fmt: skip
 
 
-def _with_stderr(side: Mapping[str, Any] | None, metric: str) -> str:
-    if side is None or metric not in side["metrics"]:
+def _with_stderr(score: MetricScore | None) -> str:
+    if score is None:
         return ""
-    value, stderr = side["metrics"][metric], side["metrics"].get(f"{metric}_stderr")
-    return show_score(value) + (f" ± {show_score(stderr)}" if isinstance(stderr, float) else "")
+    error = "" if score.stderr is None else f" ± {show_score(score.stderr)}"
+    return f"{show_score(score.value)}{error}"
 
 
 def _difference(folder: RunFolder, task: str, name: str, metric: Metric) -> tuple[str, str]:

@@ -1,37 +1,17 @@
-"""A run's stored scores of a task: metrics, their definitions, and each question's outcome."""
+"""The outcome of each question of a task that a run stored, by base and tuned model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from finetune.comparison import Outcomes
-from finetune.metrics import Metric, guess_metric
 from finetune.resampling import Resampled
 from finetune.run_folder import RunFolder
-
-STDERR = "_stderr"
-
-
-def read_scores(run: RunFolder, task: str) -> Mapping[str, Any]:
-    """Return the scores of `tuned` and, where it was asked, `base`; nothing before both are."""
-    stored = run.read_json(f"evaluation/{task}.json")
-    return stored if isinstance(stored, dict) and "tuned" in stored else {}
-
-
-def read_metrics(scores: Mapping[str, Any]) -> dict[str, Metric]:
-    """Return the definitions of a task's metrics; those stored without one are taken for means."""
-    tuned = scores.get("tuned", {})
-    stored = tuned.get("definitions") or {}
-    return {
-        name: Metric(**stored[name]) if name in stored else guess_metric(name)
-        for name in tuned.get("metrics", {})
-        if not name.endswith(STDERR)
-    }
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ def read_answers(run: RunFolder, task: str, metric: str) -> Answers:
 
 def _items(run: RunFolder, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the questions' entries, each by a name of its own."""
-    if not read_scores(run, task):
+    if run.read_scores(task) is None:
         return
     seen: Counter[str] = Counter()
     for item in run.read_items(task):

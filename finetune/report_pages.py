@@ -15,8 +15,10 @@ from typing import Any
 
 from finetune.comparison import compare_seeds
 from finetune.files import write_atomic
+from finetune.metric_names import MetricName
+from finetune.outcomes import read_outcomes
 from finetune.pages import build_pages
-from finetune.results import Results, read_outcomes, read_results, write_csv
+from finetune.results import Results, read_results, write_csv
 from finetune.run_folder import RunFolder
 from finetune.score_tables import build_score_table, describe_methods
 from finetune.verdict import show_difference, verdict
@@ -90,7 +92,8 @@ def _seeds(results: Results) -> dict[str, tuple[int, str, str]]:
     comparison = results.comparisons[metric]
     if not comparison.metric.is_mean:
         return {}
-    task, name = metric.rsplit("/", 1)
+    parsed = MetricName.parse(metric)
+    task, name = parsed.task, parsed.name
     settings: dict[str, list[RunFolder]] = defaultdict(list)
     for run, row in zip(results.runs, results.rows, strict=True):
         if row["run"] in comparison.differences:

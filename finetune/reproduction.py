@@ -15,7 +15,7 @@ from typing import Literal
 from finetune.config import CONDUCT, Config, flatten, marked
 from finetune.events import read_events
 from finetune.files import Damaged, file_digest, read_yaml
-from finetune.results import read_sides
+from finetune.outcomes import read_sides
 from finetune.run_folder import RunFolder
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
@@ -117,17 +117,14 @@ def _render_step(step: int, before: dict[int, float], after: dict[int, float]) -
 
 
 def _losses(run: RunFolder) -> dict[int, float]:
-    return {
-        event["step"]: event["value"]
-        for event in read_events(run.events)
-        if event["event"] == "metric" and event["key"] == "train/loss"
-    }
+    return {loss.step: loss.value for loss in run.metric("train/loss")}
 
 
 def _answers(before: RunFolder, after: RunFolder) -> Iterator[tuple[float, float | None]]:
     """Yield the tuned models' outcomes of each question and metric; None where one is missing."""
     for task in before.scored_tasks():
-        for metric in before.read_json(f"evaluation/{task}.json")["tuned"]["metrics"]:
+        scores = before.read_scores(task)
+        for metric in scores.tuned.metrics if scores else ():
             one, other = (read_sides(run, task, metric)["tuned"] for run in (before, after))
             yield from ((value, other.get(question)) for question, value in one.items())
 

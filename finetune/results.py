@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,17 +17,14 @@ from rich.table import Table
 
 from finetune.comparison import Comparison
 from finetune.escaping import for_csv
-from finetune.events import read_events
 from finetune.files import Damaged, read_json, read_yaml, write_atomic
+from finetune.metric_names import STDERR, MetricName
 from finetune.metrics import Metric, show_score
 from finetune.mixtures import find_machine_mixtures, find_mixtures
-from finetune.outcomes import STDERR, read_metrics, read_scores
-from finetune.outcomes import read_outcomes as read_outcomes  # beside the results made of them
-from finetune.outcomes import read_sides as read_sides
 from finetune.run_comparison import compare_runs
 from finetune.run_folder import REMEDY, RunFolder
+from finetune.score_files import ModelScore, TaskScores
 from finetune.tables import add_row, build_table
-from finetune.tables import print_table as print_table  # beside the tables made here
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
@@ -124,8 +121,7 @@ class Results:
         """The column of results.csv that chooses the best run, on questions of its own."""
         if self.main_metric is None:
             return None
-        task, metric = self.main_metric.rsplit("/", 1)
-        column = f"{task}/select_{metric}"
+        column = MetricName.parse(self.main_metric).selection
         return column if all(column in row for row in self.compared_rows()) else None
 
     def scored_rows(self, name: str) -> list[Row]:
@@ -214,24 +210,25 @@ def read_results(folder: Path) -> Results:
             row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
     labels = [results.label(row) for row in rows]
     for task in record.tasks:
-        scores = [read_scores(run, task) for run in runs]
-        metrics = _gathered(scores)
-        results.metrics.update({f"{task}/{name}": metric for name, metric in metrics.items()})
-        mixtures = find_mixtures(task, dict(zip(labels, scores, strict=True)))
+        scores = {label: run.read_scores(task) for label, run in zip(labels, runs, strict=True)}
+        known = {label: one for label, one in scores.items() if one is not None}
+        mixtures = find_mixtures(task, known)
         results.remarks += mixtures.remarks
-        for name, metric in metrics.items():
+        for name, metric in _gathered(known.values()).items():
+            column = MetricName(task, name)
+            results.metrics[str(column)] = metric
             if mixtures.questions_differ:
-                results.refused.add(f"{task}/{name}")
-            _compare(results, task, name, metric)
+                results.refused.add(str(column))
+            _compare(results, column, metric)
     results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
 
 
-def _gathered(scores: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+def _gathered(scores: Iterable[TaskScores]) -> dict[str, Metric]:
     """Return the metrics of a task that any run has, acc and acc_norm first."""
     found: dict[str, Metric] = {}
     for one in scores:
-        for name, metric in read_metrics(one).items():
+        for name, metric in one.definitions.items():
             found.setdefault(name, metric)
     return dict(sorted(found.items(), key=lambda item: item[0] not in MAIN_METRICS))
 
@@ -269,15 +266,14 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
     trained = run.read_json("training.json") or {}
     seconds = 0.0
     for task in tasks:
-        scores = read_scores(run, task)
-        if scores:
-            row.update(_task_columns(task, scores))
-            seconds += scores["tuned"].get("seconds", 0.0)
-        chosen = run.read_json(f"evaluation/{task}.select.json")
-        if scores and chosen:
-            metrics = chosen["tuned"]["metrics"].items()
-            row.update({f"{task}/select_{name}": value for name, value in metrics})
-            seconds += chosen["tuned"].get("seconds", 0.0)
+        scores, chosen = run.read_scores(task), run.read_scores(f"{task}.select")
+        if scores is None:
+            continue
+        row.update(_task_columns(task, scores))
+        seconds += scores.tuned.seconds
+        if chosen is not None:
+            row.update(_selection_columns(task, chosen.tuned))
+            seconds += chosen.tuned.seconds
     row["train/loss"] = _last_loss(run)
     row[MEAN_LOSS] = trained.get("mean_loss", trained.get("loss"))  # its name until 0.1
     row[VALIDATION] = trained.get("validation_loss")
@@ -289,40 +285,51 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
 
 def _last_loss(run: RunFolder) -> float | None:
     """Return the loss of the last step, as MLflow shows it; None where events are lost."""
-    loss = None
     if run.find_lost_events():
         return None
-    for event in read_events(run.events):
-        if event["event"] == "metric" and event["key"] == "train/loss":
-            loss = event["value"]
-    return loss
+    losses = run.metric("train/loss")
+    return losses[-1].value if losses else None
 
 
-def _task_columns(task: str, scores: Mapping[str, Any]) -> Row:
+def _task_columns(task: str, scores: TaskScores) -> Row:
     """Return a task's tuned metrics, and for each the base's and the difference to it."""
-    tuned = scores["tuned"]["metrics"]
-    base = scores["base"]["metrics"] if "base" in scores else {}
-    columns: Row = {f"{task}/{name}": value for name, value in tuned.items()}
-    for name, value in base.items():
-        if not name.endswith(STDERR):
-            columns[f"{task}/base_{name}"] = value
-            columns[f"{task}/{name}_diff"] = tuned[name] - value if name in tuned else None
+    columns: Row = {}
+    for name, one in scores.tuned.metrics.items():
+        column = MetricName(task, name)
+        columns[str(column)] = one.value
+        if one.stderr is not None:
+            columns[column.stderr] = one.stderr
+    for name, one in scores.base.metrics.items() if scores.base else ():
+        column, tuned = MetricName(task, name), scores.tuned.value(name)
+        columns[column.base] = one.value
+        columns[column.difference] = None if tuned is None else tuned - one.value
     return columns
 
 
-def _compare(results: Results, task: str, name: str, metric: Metric) -> None:
+def _selection_columns(task: str, chosen: ModelScore) -> Row:
+    """Return the metrics on the questions that choose the best run."""
+    columns: Row = {}
+    for name, one in chosen.metrics.items():
+        column = MetricName(task, name).selection
+        columns[column] = one.value
+        if one.stderr is not None:
+            columns[f"{column}{STDERR}"] = one.stderr
+    return columns
+
+
+def _compare(results: Results, name: MetricName, metric: Metric) -> None:
     """Compare all runs that have a base beside them, and put what is proven into their rows."""
-    column = f"{task}/{name}"
+    column = str(name)
     scores = {
-        row["run"]: (row[f"{task}/base_{name}"], row[column])
+        row["run"]: (row[name.base], row[column])
         for row in results.rows
-        if column in row and f"{task}/base_{name}" in row
+        if column in row and name.base in row
     }
     runs = [run for run in results.runs if run.name in scores]
     if not runs or not all(isfinite(value) for pair in scores.values() for value in pair):
         return
     try:
-        comparison = compare_runs(runs, task, name, metric, scores)
+        comparison = compare_runs(runs, name.task, name.name, metric, scores)
     except ValueError as error:
         results.remarks.append(f"{column} is not compared: {error}")
         results.refused.add(column)
@@ -337,14 +344,14 @@ def _compare(results: Results, task: str, name: str, metric: Metric) -> None:
     for row in results.rows:
         found = comparison.differences.get(row["run"])
         if found is not None:
-            row[f"{column}_diff_low"], row[f"{column}_diff_high"] = found.low, found.high
-            row[f"{column}_p"], row[f"{column}_p_adjusted"] = found.p, found.p_adjusted
+            row[f"{name.difference}_low"], row[f"{name.difference}_high"] = found.low, found.high
+            row[name.p], row[name.p_adjusted] = found.p, found.p_adjusted
 
 
 def write_csv(results: Results) -> None:
     """Write `results.csv`: one line a run, the columns of all runs, in the order they come."""
     columns = list(dict.fromkeys(name for row in results.rows for name in row))
-    tasks = [name for name in columns if "/" in name and name.split("/")[0] in results.record.tasks]
+    tasks = [name for name in columns if name.rpartition("/")[0] in results.record.tasks]
     # Costs and ids go last, also where a run that failed early brings them first.
     last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
     first = [name for name in columns if name not in last and name not in tasks]
@@ -372,13 +379,13 @@ def render_table(results: Results) -> Table:
 
 
 def _score_cell(row: Row, metric: str) -> str:
-    task, name = metric.rsplit("/", 1)
-    tuned, base = row.get(metric), row.get(f"{task}/base_{name}")
+    name = MetricName.parse(metric)
+    tuned, base = row.get(metric), row.get(name.base)
     if tuned is None:
         return ""
     if base is None:
         return show_score(tuned)
-    proven = "*" if (row.get(f"{metric}_p_adjusted") or 1.0) < 0.05 else " "
+    proven = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
     difference = tuned - base
     shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
     return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{proven}"

@@ -7,7 +7,7 @@ from math import isclose, isfinite
 
 from finetune.comparison import Comparison, compare, compare_stored
 from finetune.metrics import Metric
-from finetune.outcomes import read_answers, read_resamples, read_scores
+from finetune.outcomes import read_answers, read_resamples
 from finetune.run_folder import RunFolder
 
 Scores = Mapping[str, tuple[float, float]]  # by run, what lm-eval reported of base and tuned
@@ -27,12 +27,14 @@ def compare_runs(
 
 def compare_run(run: RunFolder, task: str, name: str, metric: Metric) -> Comparison | None:
     """Compare one run with its base in one metric; None where that cannot be done."""
-    stored = read_scores(run, task)
-    sides = [stored.get(side, {}).get("metrics", {}).get(name) for side in ("base", "tuned")]
-    if None in sides or not all(map(isfinite, sides)):
+    stored = run.read_scores(task)
+    if stored is None or stored.base is None:
+        return None
+    base, tuned = stored.base.value(name), stored.tuned.value(name)
+    if base is None or tuned is None or not isfinite(base) or not isfinite(tuned):
         return None
     try:
-        return compare_runs([run], task, name, metric, {run.name: (sides[0], sides[1])})
+        return compare_runs([run], task, name, metric, {run.name: (base, tuned)})
     except ValueError:  # other questions on each side
         return None
 

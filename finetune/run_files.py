@@ -22,6 +22,7 @@ from finetune.files import (
     require_file,
     write_atomic,
 )
+from finetune.score_files import parse_scores
 
 DIGESTS = "digests.json"
 WEIGHTS = ("adapter", "model")  # the folders of what was trained
@@ -184,11 +185,13 @@ def _find_config_misfit(settings: Mapping[str, Any]) -> str | None:
 
 
 def find_json_misfit(name: str, value: Mapping[str, Any]) -> str | None:
-    """Return in what a run's JSON file is of another shape than its readers rely on."""
+    """Return in what a run's JSON file is of another shape than its readers rely on.
+
+    Raises:
+        Damaged: it holds no scores, in place of them.
+    """
     if name.startswith("evaluation/") and name.count("/") == 1:
-        sides = [value[side] for side in ("tuned", "base") if side in value]
-        if "tuned" not in value or not all(_is_side(side) for side in sides):
-            return "it holds no scores"
+        parse_scores(value)
     if name == "training.json" and not all(_is_plain(one) for one in value.values()):
         return "it holds other values than numbers and texts"
     if name == "environment.json" and not isinstance(value.get("versions", {}), dict):
@@ -201,19 +204,6 @@ def is_item(line: Mapping[str, Any]) -> bool:
     sides = [line[side] for side in ("tuned", "base") if side in line]
     named = isinstance(line.get("hash"), str) and isinstance(line.get("prompt"), str)
     return named and all(isinstance(one, dict) for one in sides)
-
-
-def _is_side(side: Any) -> bool:
-    return (
-        isinstance(side, dict)
-        and isinstance(side.get("metrics"), dict)
-        and _are_numbers(side["metrics"])
-        and isinstance(side.get("seconds", 0.0), int | float)
-    )
-
-
-def _are_numbers(values: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values.values())
 
 
 def _is_plain(value: Any) -> bool:

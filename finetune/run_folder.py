@@ -21,7 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import run_files
 from finetune.config import Config, Refused, build_config
-from finetune.events import State, blank_damaged_lines, read_lines
+from finetune.events import (
+    Measured,
+    State,
+    blank_damaged_lines,
+    read_events,
+    read_lines,
+    select_metric,
+)
 from finetune.files import (
     Damaged,
     is_obstructed,
@@ -32,6 +39,7 @@ from finetune.files import (
     write_atomic,
 )
 from finetune.run_files import WEIGHTS
+from finetune.score_files import TaskScores, parse_scores
 
 log = logging.getLogger("finetune")
 
@@ -172,6 +180,15 @@ class RunFolder:
         with suppress(Damaged):
             return None if self.find_problem(name) else read_json(self.path / name, object)
         return None
+
+    def read_scores(self, task: str) -> TaskScores | None:
+        """Return a task's scores; None before it is scored, or where the file is damaged."""
+        stored = self.read_json(f"evaluation/{task}.json")
+        return None if stored is None else parse_scores(stored)
+
+    def metric(self, key: str) -> list[Measured]:
+        """Return a metric's values in the run's events, such as those of `train/loss`."""
+        return select_metric(read_events(self.events), key)
 
     def read_items(self, task: str) -> list[dict[str, Any]]:
         """Return a task's outcomes, one object a question; none where they are damaged."""

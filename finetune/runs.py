@@ -13,10 +13,12 @@ from rich.table import Table
 
 from finetune.comparison import compare
 from finetune.escaping import for_terminal
-from finetune.metrics import Metric, show_score
-from finetune.outcomes import read_answers, read_metrics, read_scores
+from finetune.metric_names import MetricName
+from finetune.metrics import show_score
+from finetune.outcomes import read_answers
 from finetune.results import find_damage
 from finetune.run_folder import RunFolder
+from finetune.score_files import MetricScore
 from finetune.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
 from finetune.streams import keep_streams
 from finetune.tables import add_row, build_table, print_table
@@ -80,9 +82,9 @@ def render_list(runs: Sequence[RunFolder]) -> Table:
 def _scores(run: RunFolder) -> str:
     parts = []
     for task in run.scored_tasks():
-        scores = read_scores(run, task)
-        metrics = scores.get("tuned", {}).get("metrics", {})
-        shown = [f"{name} {show_score(metrics[name])}" for name in read_metrics(scores)]
+        scores = run.read_scores(task)
+        metrics = scores.tuned.metrics if scores else {}
+        shown = [f"{name} {show_score(metric.value)}" for name, metric in metrics.items()]
         parts.append(f"{task}: {', '.join(shown)}")
     return "; ".join(parts)
 
@@ -92,33 +94,37 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
     numbers = (one.name, other.name, "difference", "95 %", "gained / lost", "p")
     table = build_table("metric", *numbers, right=numbers)
     for task in one.scored_tasks():
-        for metric, definition in read_metrics(read_scores(one, task)).items():
-            cells = _pair_cells(one, other, task, metric, definition)
-            if cells:
-                add_row(table, f"{task}/{metric}", *cells)
+        first, second = one.read_scores(task), other.read_scores(task)
+        if first is None or second is None:
+            continue
+        for name, score in first.tuned.metrics.items():
+            if name in second.tuned.metrics:
+                metric, scores = MetricName(task, name), (score, second.tuned.metrics[name])
+                if cells := _pair_cells(one, other, metric, scores):
+                    add_row(table, str(metric), *cells)
     return table
 
 
 def _pair_cells(
-    one: RunFolder, other: RunFolder, task: str, metric: str, definition: Metric
+    one: RunFolder, other: RunFolder, metric: MetricName, scores: tuple[MetricScore, MetricScore]
 ) -> list[str]:
-    """Return what stands behind a metric's name; nothing where only one run has it."""
-    reported = [read_scores(run, task).get("tuned", {}).get("metrics", {}) for run in (one, other)]
-    first, second = (read_answers(run, task, metric) for run in (one, other))
-    if any(metric not in scores for scores in reported) or not (first.tuned and second.tuned):
+    """Return what stands behind a metric's name; nothing where a run's answers are not stored."""
+    first, second = (read_answers(run, metric.task, metric.name) for run in (one, other))
+    if not (first.tuned and second.tuned):
         return []
-    scores = [float(one[metric]) for one in reported]
-    plain = [*map(show_score, scores), f"{scores[1] - scores[0]:+.4g}"]
-    if read_metrics(read_scores(other, task))[metric] != definition:
+    values, definition = [score.value for score in scores], scores[0].definition
+    plain = [*map(show_score, values), f"{values[1] - values[0]:+.4g}"]
+    if scores[1].definition != definition:
         return [*plain[:2], "the runs' scores have other definitions", "", "", ""]
     if not definition.is_known:
         return [*plain, "", "", ""]  # only a run and its base are resampled at scoring
     try:
-        comparison = compare({metric: (first.tuned, second.tuned)}, definition, first.members)
+        pairs = {other.name: (first.tuned, second.tuned)}
+        comparison = compare(pairs, definition, first.members)
     except ValueError as error:
         return ["", "", str(error), "", "", ""]
-    found = comparison.differences[metric]
-    if not isclose(found.base, scores[0], rel_tol=1e-6, abs_tol=1e-9):
+    found = comparison.differences[other.name]
+    if not isclose(found.base, values[0], rel_tol=1e-6, abs_tol=1e-9):
         return [*plain, "", "", ""]  # scored by an older version, without its outcomes
     if not found.changed:
         return [*plain[:2], NO_DIFFERENCE, "", "", ""]

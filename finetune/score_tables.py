@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.comparison import Comparison, Difference
+from finetune.metric_names import MetricName
 from finetune.metrics import show_score
 from finetune.results import Results, Row
 from finetune.verdict import show_detectable, show_difference
@@ -92,14 +93,14 @@ def show_range(found: Difference, comparison: Comparison) -> str:
 
 def _score_rows(results: Results, metric: str) -> tuple[list[str], list[list[Cell]]]:
     """Return the scores of a metric that is not compared, with lm-eval's standard error."""
-    task, name = metric.rsplit("/", 1)
-    base = f"{task}/base_{name}"
+    name = MetricName.parse(metric)
+    base = name.base
     scored = results.scored_rows(metric)
     has_base = any(row.get(base) is not None for row in scored)
     columns = ["run", *(["base"] if has_base else []), "tuned", "standard error"]
 
     def cells(row: Row) -> list[Cell]:
-        error = row.get(f"{metric}_stderr")
+        error = row.get(name.stderr)
         before = [Cell(show_score(row.get(base)))] if has_base else []
         after = Cell(show_score(row[metric]))
         return [Cell(results.label(row)), *before, after, Cell(show_score(error))]

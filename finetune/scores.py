@@ -26,6 +26,7 @@ from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs
+from finetune.metric_names import MetricName
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
@@ -208,11 +209,12 @@ def tell_scores(
 ) -> None:
     """Put the scores into the run's event log."""
     for name, score in tuned.items():
-        told = dict(score.metrics)
-        if name in base:
-            told |= {f"base_{key}": value for key, value in base[name].metrics.items()}
-        prefix = f"{score.task}/select_" if name != score.task else f"{name}/"
-        events.scores({f"{prefix}{key}": value for key, value in told.items()})
+        is_selection = name != score.task
+        named = {key: MetricName(score.task, key) for key in score.metrics}
+        told = {n.selection if is_selection else str(n): score.metrics[k] for k, n in named.items()}
+        for key, value in base[name].metrics.items() if name in base else ():
+            told[MetricName(name, key).base] = value
+        events.scores(told)
 
 
 def tell_artifacts(folder: RunFolder, events: EventLog) -> None:

@@ -41,7 +41,6 @@ from finetune.planning import (
 from finetune.report_pages import write_report
 from finetune.results import (
     Results,
-    print_table,
     read_results,
     render_table,
     write_csv,
@@ -49,6 +48,7 @@ from finetune.results import (
 from finetune.run_folder import RunFolder, Status
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
+from finetune.tables import print_table
 from finetune.tracking import Tracker, build_tracker
 from finetune.verdict import verdict
 from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries

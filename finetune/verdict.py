@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.comparison import LEVEL, Comparison, Difference
+from finetune.metric_names import MetricName
 from finetune.metrics import show_score
 from finetune.results import VALIDATION, Results, Row
 
@@ -184,12 +185,12 @@ def _why_unranked(results: Results) -> str:
 
 def _other_tasks(results: Results, main: str) -> Sequence[str]:
     """Return the first metric of each other task; of the main one too, if only that changed."""
-    tasks = {main.rsplit("/", 1)[0]}
+    tasks = {MetricName.parse(main).task}
     if main in results.comparisons and not _changes(results, main):
         tasks.clear()  # another metric of the task may have changed
     names = []
     for name in results.metrics:
-        task = name.rsplit("/", 1)[0]
+        task = MetricName.parse(name).task
         if task not in tasks and name != main and _says_more(results, name, main):
             tasks.add(task)
             names.append(name)
@@ -202,7 +203,7 @@ def _changes(results: Results, metric: str) -> bool:
 
 
 def _says_more(results: Results, metric: str, main: str) -> bool:
-    if metric.rsplit("/", 1)[0] == main.rsplit("/", 1)[0]:
+    if MetricName.parse(metric).task == MetricName.parse(main).task:
         return metric in results.comparisons and _changes(results, metric)
     return bool(results.scored_rows(metric))
 

@@ -12,13 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "streams", "signals",
-    "escaping", "tables", "pages", "resolvers", "metrics", "resampling", "devices",
+    "escaping", "tables", "pages", "resolvers", "metrics", "metric_names", "resampling", "devices",
     "compatibility",
     "config", "grammar", "commands", "command_line", "config_files", "composition",
     "inputs", "store_address", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "launchers", "grouping", "jobs",
-    "home", "files", "arrow_cache", "events", "run_files", "run_folder", "live",
+    "home", "files", "arrow_cache", "events", "score_files", "run_files", "run_folder", "live",
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters", "attention",
     "saved_adapter", "turns", "plain_tokens", "chat_messages", "chat_tokens", "prompts",
     "text_lines", "json_rows", "file_formats", "data_paths", "rows",

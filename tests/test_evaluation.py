@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from finetune.config import EvaluationConfig, ModelConfig
 from finetune.evaluation import Item, ScoreStore, TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.results import read_outcomes
+from finetune.outcomes import read_outcomes
 from finetune.run_folder import RunFolder
 from finetune.scores import write_scores
 from finetune.scoring import Scoring, SharedContextLM

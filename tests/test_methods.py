@@ -278,11 +278,12 @@ def test_a_method_runs_on_a_base(
     assert "CPU" in where
     model = ModelConfig(path="random://tiny", quantization=quantization)
     run = run_all(tmp_path, Config(model=model, peft=PeftConfig(method, 5)))
-    scores = run.read_json("evaluation/demo_science.json")
-    assert scores["tuned"]["num_questions"] == scores["base"]["num_questions"] == 8
+    scores = run.read_scores("demo_science")
+    assert scores is not None
+    assert [one.num_questions for one in scores.sides.values()] == [8, 8]
     assert run.read_json("training.json")["num_trainable_parameters"] > 0
     by = "plain" if PeftConfig(method).is_prompt_learning else "shared"
-    assert scores["tuned"]["scoring"]["path"] == by
+    assert scores.tuned.scoring["path"] == by
     assert (run.model if method == "full" else run.adapter).is_dir()
 
 
@@ -301,8 +302,9 @@ def test_an_adapter_that_stays_in_fp32_runs_on_a_base_in_bf16(
     """It is trained and scored in the base's arithmetic, where its own dtype would not fit."""
     model = ModelConfig(path="random://tiny", quantization=quantization, dtype="bf16")
     run = run_all(tmp_path, Config(model=model, peft=PeftConfig(method, 5)))
-    scores = run.read_json("evaluation/demo_science.json")
-    assert scores["tuned"]["scoring"]["path"] == "shared"
+    scores = run.read_scores("demo_science")
+    assert scores is not None
+    assert scores.tuned.scoring["path"] == "shared"
 
 
 @pytest.mark.gpu
@@ -329,12 +331,13 @@ def test_a_saved_adapter_is_evaluated_without_training(tmp_path: Path) -> None:
     second = run_all(tmp_path / "second", config)
     assert second.name.startswith("tiny-adapter-")
     assert second.read_json("training.json") is None
-    for side in ("base", "tuned"):
-        one, other = (
-            run.read_json("evaluation/demo_science.json")[side]["metrics"]
-            for run in (first, second)
-        )
-        assert one == other
+    scores = [run.read_scores("demo_science") for run in (first, second)]
+    assert scores[0] is not None
+    assert scores[1] is not None
+    assert scores[0].tuned.metrics == scores[1].tuned.metrics
+    assert scores[0].base is not None
+    assert scores[1].base is not None
+    assert scores[0].base.metrics == scores[1].base.metrics
     items = [(r.evaluation / "demo_science.items.jsonl").read_text() for r in (first, second)]
     assert items[0] == items[1]
 
@@ -343,8 +346,9 @@ def test_a_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
     """Without an adapter there is nothing beside the model: its scores are the base's."""
     config = Config(model=replace(TINY))
     config.training.max_steps = 0
-    scores = run_all(tmp_path, config).read_json("evaluation/demo_science.json")
-    assert list(scores) == ["tuned"]
+    scores = run_all(tmp_path, config).read_scores("demo_science")
+    assert scores is not None
+    assert scores.base is None
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from finetune.files import file_digest
 from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
+from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
 from tests.test_grouping import job
 
@@ -94,8 +95,10 @@ def test_a_quantised_base_trains_resumes_and_is_evaluated(
         assert pipeline.run([killed]) == ["finished"]
     assert "resuming at step" in caplog.text
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
-    (scores,) = tmp_path.glob("killed/*/evaluation/demo_science.json")
-    assert json.loads(scores.read_text())["tuned"]["num_questions"] == 4
+    (path,) = tmp_path.glob("killed/*/evaluation/demo_science.json")
+    scores = RunFolder(path.parents[1]).read_scores("demo_science")
+    assert scores is not None
+    assert scores.tuned.num_questions == 4
     (trained,) = tmp_path.glob("whole/*/training.json")
     assert json.loads(trained.read_text())["layout"] == "end to end"
 

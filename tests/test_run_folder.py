@@ -125,3 +125,17 @@ def test_two_names_never_share_a_folder() -> None:
     assert [distinct_slug(name) for name in ("my-sweep", "a_b.c", "tiny-demo-0a1b2c3d")] == [
         "my-sweep", "a_b.c", "tiny-demo-0a1b2c3d",
     ]  # fmt: skip
+
+
+def test_a_metrics_values_are_read_from_the_events(tmp_path: Path) -> None:
+    """In the order of their steps, without those of other metrics or damaged lines."""
+    run = RunFolder(tmp_path / "run")
+    assert run.metric("train/loss") == []
+    events = EventLog(run.events)
+    events.metrics({"train/loss": 2.0, "train/lr": 0.1}, 1)
+    events.metrics({"train/loss": 1.5}, 2)
+    events.tag("train/loss", "a tag of the same name")
+    events.close()
+    with run.events.open("a") as file:
+        file.write('{"event": "metric", "key": "train/loss"}\n')
+    assert [(loss.step, loss.value) for loss in run.metric("train/loss")] == [(1, 2.0), (2, 1.5)]
