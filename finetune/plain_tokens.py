@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from finetune.text_sections import encode_texts
 from finetune.turns import SURROGATE, Encoded, Unusable, holds_surrogate
 
 NO_EOS = (
@@ -37,8 +38,8 @@ def encode_pairs(
         Unusable: one of them holds what cannot be tokenised.
     """
     ended = [prompt + _end(response, tokenizer) for prompt, response in pairs]
-    prompts = _tokenise([prompt for prompt, _ in pairs], tokenizer)
-    texts = _tokenise(ended, tokenizer)
+    tokens = _tokenise([*(prompt for prompt, _ in pairs), *ended], tokenizer)
+    prompts, texts = tokens[: len(pairs)], tokens[len(pairs) :]
     return [
         _encoded(pair, asked if pair[0] else [], tokens, tokenizer)
         for pair, asked, tokens in zip(pairs, prompts, texts, strict=True)
@@ -73,14 +74,11 @@ def _end(response: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        tokens: list[list[int]] = tokenizer(
-            list(texts), verbose=False, return_attention_mask=False, return_token_type_ids=False
-        )["input_ids"]
+        return encode_texts(texts, tokenizer)
     except (TypeError, UnicodeEncodeError):
         if not holds_surrogate(texts):
             raise
         raise Unusable(SURROGATE) from None
-    return tokens
 
 
 def _encoded(
