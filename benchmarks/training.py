@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.stock import as_it_comes, build_stock
-from finetune import adapters, steps, training
+from finetune import adapters, methods, steps, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
     DataConfig,
@@ -126,7 +126,7 @@ def train_stock(
 ) -> list[float]:
     """Train by SFTTrainer as it comes."""
     given = arguments(case, folder, base.device)
-    adapted = adapters.attach(base, adapters.lora_settings(LORA), 42)
+    adapted = adapters.attach(base, methods.lora_settings(LORA), 42)
     trainer = build_stock(adapted, given, rows, tokenizer(base.device), by_liger=case.by_liger)
     with as_it_comes():
         trainer.train()

@@ -13,12 +13,8 @@ from typing import Any, cast
 
 import torch
 from peft import (
-    AdaLoraConfig,
-    AdaLoraModel,
-    IA3Config,
     IA3Model,
     PeftModel,
-    PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -29,7 +25,6 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -37,12 +32,12 @@ from transformers.pytorch_utils import Conv1D
 from finetune import run_files
 from finetune.config import ALL_LINEAR, LoraConfig, PeftConfig
 from finetune.files import Damaged, digest, file_digest, replaced
-from finetune.grouping import CHANGE_THE_BASE
+from finetune.methods import METHODS, lora_settings
+from finetune.methods import changes_base as changes_base_at_first
 from finetune.run_folder import RunFolder
 
 ADAPTER = "default"  # PEFT's name for the only one
 FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it
-RANK_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -58,13 +53,15 @@ def num_prepended(model: PreTrainedModel | PeftModel) -> int:
 
 def find_problems(model: PreTrainedModel, peft: PeftConfig, lora: LoraConfig) -> list[str]:
     """Return the faults of a method on this model; it may be on the `meta` device."""
-    if peft.method in ("lora", "adalora"):
+    method = METHODS[peft.method]
+    if "target_modules" in method.lora:
         return find_target_problems(model, lora)
     kind = model.config.get_text_config().model_type
-    if peft.method == "ia3" and kind not in IA3_LAYERS:
+    known = None if method.model_types is None else method.model_types()
+    if known is not None and kind not in known:
         return [
-            f"peft.method is ia3, whose layers are not known for a {kind} model; use peft=lora, or "
-            f"a model of {', '.join(IA3_LAYERS)}"
+            f"peft.method is {method.name}, whose layers are not known for a {kind} model; use "
+            f"peft=lora, or a model of {', '.join(known)}"
         ]
     return []
 
@@ -90,69 +87,6 @@ def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
         name = min(targets, key=lambda target: widths[target])
         problems.append(f"lora.r is {lora.r}; the layer {name} is only {narrowest} wide")
     return problems
-
-
-def build_settings(peft: PeftConfig, lora: LoraConfig, num_steps: int) -> PeftSettings:
-    """Return what PEFT is told of a method other than `full`.
-
-    Args:
-        peft: the method.
-        lora: what LoRA and AdaLoRA take.
-        num_steps: of the whole training, over which AdaLoRA shifts its ranks.
-    """
-    virtual: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": peft.num_virtual_tokens,
-    }
-    match peft.method:
-        case "lora":
-            return lora_settings(lora)
-        case "adalora":
-            return _adalora_settings(lora, num_steps)
-        case "ia3":
-            return IA3Config(task_type="CAUSAL_LM")
-        case "prefix_tuning":
-            return PrefixTuningConfig(**virtual)
-        case "prompt_tuning":
-            return PromptTuningConfig(**virtual)
-    raise AssertionError(f"{peft.method} puts no adapter onto the base")
-
-
-def lora_settings(lora: LoraConfig) -> PeftLoraConfig:
-    return PeftLoraConfig(
-        **_lora_basics(lora),
-        r=lora.r,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights=cast(Any, True if lora.init == "default" else lora.init),
-    )
-
-
-def first_rank(rank: int) -> int:
-    """Return the rank that AdaLoRA begins with: half as many again, as its paper does."""
-    return rank + (rank + 1) // 2
-
-
-def _adalora_settings(lora: LoraConfig, num_steps: int) -> AdaLoraConfig:
-    """Let the ranks stay for a tenth of the steps, shrink, and stay again for the last third."""
-    return AdaLoraConfig(
-        **_lora_basics(lora),
-        target_r=lora.r,
-        init_r=first_rank(lora.r),
-        total_step=num_steps,
-        tinit=num_steps // 10,
-        tfinal=num_steps // 3,
-    )
-
-
-def _lora_basics(lora: LoraConfig) -> dict[str, Any]:
-    every = lora.target_modules == [ALL_LINEAR]
-    return {
-        "task_type": "CAUSAL_LM",
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": ALL_LINEAR if every else lora.target_modules,
-    }
 
 
 def attach(model: PreTrainedModel, settings: PeftSettings, seed: int) -> PeftModel:
@@ -228,42 +162,6 @@ def load_weights(weights: LoraWeights, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             tensor.copy_(saved[name])
-
-
-def ranks(model: torch.nn.Module) -> AdaLoraModel | None:
-    """Return the part of an adapter that hands out AdaLoRA's ranks; None with other methods."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, AdaLoraModel) else None
-
-
-def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
-    """Return AdaLoRA's regulariser (Zhang et al. 2023, eq. 4), weighted.
-
-    PEFT adds it to a loss that the model computes; ours is computed behind it.
-    """
-    norms = []
-    for name, parameter in tuner.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            square = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-            norms.append(torch.norm(square - torch.eye(len(square), device=square.device)))
-    return _rank_settings(tuner).orth_reg_weight * torch.stack(norms).mean()
-
-
-def rank_state(tuner: AdaLoraModel) -> dict[str, Any]:
-    """Return what AdaLoRA knows beside its matrices: how much each rank has mattered so far."""
-    allocator = tuner.rankallocator
-    state = {name: getattr(allocator, name) for name in RANK_STATE}
-    return {**state, "rank_pattern": _rank_settings(tuner).rank_pattern}
-
-
-def load_rank_state(tuner: AdaLoraModel, state: dict[str, Any]) -> None:
-    _rank_settings(tuner).rank_pattern = state["rank_pattern"]
-    for name in RANK_STATE:
-        setattr(tuner.rankallocator, name, state[name])
-
-
-def _rank_settings(tuner: AdaLoraModel) -> AdaLoraConfig:
-    return cast(AdaLoraConfig, tuner.peft_config[ADAPTER])
 
 
 def num_trainable(model: torch.nn.Module) -> int:
@@ -364,7 +262,7 @@ def changes_base(adapted: PeftModel) -> bool:
     """Return whether an adapter changed weights of the base: by its initialisation, or biases."""
     settings: Any = adapted.active_peft_config
     begun = str(getattr(settings, "init_lora_weights", ""))
-    return begun.startswith(CHANGE_THE_BASE) or getattr(settings, "bias", "none") != "none"
+    return changes_base_at_first(begun) or getattr(settings, "bias", "none") != "none"
 
 
 def saved_digest(folder: Path) -> str:

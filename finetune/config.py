@@ -83,10 +83,6 @@ class PeftConfig:
     method: str = "lora"  # lora, adalora, ia3, prefix_tuning, prompt_tuning, or full (no adapter)
     num_virtual_tokens: int = 20  # learned before each sequence; only prefix_ and prompt_tuning
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        return self.method in ("prefix_tuning", "prompt_tuning")
-
 
 @dataclass
 class LoraConfig:

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from finetune import distributed
 from finetune.config import OWN, Config, marked
+from finetune.methods import METHODS, changes_base
 
 MOST_TOGETHER = 8
-CHANGE_THE_BASE = ("pissa", "olora")  # initialisations that take their part out of the base
 # Those that know nothing of a model but the parameters that they are given.
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -48,11 +48,11 @@ def find_obstacle(config: Config) -> str | None:
     """
     if distributed.is_launched():
         return f"{distributed.num_processes()} processes train it"
-    if config.peft.method != "lora":
-        return f"peft.method={config.peft.method} is no matrix pair on a layer's output"
+    if not METHODS[config.peft.method].shares_step:
+        return f"peft.method={config.peft.method} cannot be trained together; only LoRA can"
     if config.lora.use_dora:
         return "lora.use_dora=true takes the norm of the base's own weights"
-    if config.lora.init.startswith(CHANGE_THE_BASE):
+    if changes_base(config.lora.init):
         return f"lora.init={config.lora.init} changes the base's own weights"
     if config.model.quantization == "int8":
         return "an int8 base rounds by all tokens that share a step"

@@ -29,8 +29,8 @@ from finetune.config import Config, DataConfig, ModelConfig, changed_settings
 from finetune.files import digest, slug
 from finetune.fused_kernels import FLASH
 from finetune.inputs import DataSource, Inputs, Source
+from finetune.methods import METHODS
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
-from finetune.ranges import METHODS
 from finetune.rows import find_source
 from finetune.session import Session
 from finetune.token_cache import TOKENS as TOKENS
@@ -226,7 +226,7 @@ def _describe(config: Config) -> str:
     name, method = Path(config.model.path).name.partition(".")[0], config.peft.method
     if config.training.is_skipped:
         return f"{name}-{Path(config.model.adapter).name if config.model.adapter else 'as-it-is'}"
-    rank = f"-r{config.lora.r}" if "r" in METHODS[method] else ""
+    rank = f"-r{config.lora.r}" if "r" in METHODS[method].lora else ""
     return f"{name}-{method}{rank}-lr{config.optimizer.lr}"
 
 

@@ -15,28 +15,18 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import AdaLoraModel, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import distributed
-from finetune.adapters import (
-    base_of,
-    load_rank_state,
-    num_prepended,
-    orthogonality,
-    rank_state,
-    ranks,
-)
+from finetune.adalora import RankSchedule, load_rank_state, orthogonality, rank_state, ranks
+from finetune.adapters import base_of, num_prepended
 from finetune.checkpoints import write_checkpoint
 from finetune.label_loss import LabelLoss
 from finetune.row_order import EvenOrder
@@ -208,15 +198,3 @@ class LabelTrainer(SFTTrainer):
             steer = orthogonality(self._ranks) / self.current_gradient_accumulation_steps
             loss = loss + steer - steer.detach()
         return loss
-
-
-class RankSchedule(TrainerCallback):
-    """Let AdaLoRA shift its ranks after every step, while the gradients are still there."""
-
-    def __init__(self, tuner: AdaLoraModel) -> None:
-        self._tuner = tuner
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._tuner.update_and_allocate(state.global_step)

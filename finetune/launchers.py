@@ -6,6 +6,7 @@ import os
 
 from finetune import distributed
 from finetune.config import Config
+from finetune.methods import METHODS
 
 # What a launcher may ask of accelerate beside several processes, the value that asks for nothing,
 # and the remedy. Accelerate would follow it unseen by a run's identity.
@@ -52,7 +53,7 @@ def _find_fsdp_problems(config: Config) -> list[str]:
     problems = []
     if (found := os.environ.get("FSDP_VERSION", "1")) != "2":
         problems.append(f"the launcher sets FSDP_VERSION={found}; use --fsdp_version 2")
-    if config.peft.method != "full":
+    if not METHODS[config.peft.method].trains_base:
         problems.append(
             f"peft.method is {config.peft.method}, but FSDP is for peft=full only; leave "
             "--use_fsdp away: each GPU then holds the whole model"

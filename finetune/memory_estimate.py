@@ -13,14 +13,12 @@ import psutil
 import torch
 
 from finetune import distributed, models
-from finetune.adapters import first_rank
 from finetune.config import (
-    ALL_LINEAR,
     Config,
     ModelConfig,
 )
 from finetune.label_loss import CHUNK
-from finetune.ranges import FROM_FLOATS
+from finetune.methods import INITIALISATIONS, METHODS
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape
 
@@ -96,21 +94,21 @@ def estimate(
     """
     training = config.training
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
-    method, name = config.peft.method, config.optimizer.name
+    trains_base, name = METHODS[config.peft.method].trains_base, config.optimizer.name
     parts = distributed.num_processes() if distributed.is_sharded() and place.kind == "cuda" else 1
     trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
     if place.kind == "cpu":
         name = name.removeprefix("paged_")  # only a GPU can move pages to the host
     state = next(each for part, each in STATE_BYTES.items() if part in name)
     # In its own dtype the base is whole, once; in parts of fp32 it is trained.
-    size = max(4 / parts, place.size) if method == "full" else place.size
+    size = max(4 / parts, place.size) if trains_base else place.size
     logit = shape.vocabulary * (8 + place.size)  # as computed, in fp32, its slope; for one token
-    head = (tokens if method == "full" else CHUNK) * logit  # a trained head has no chunks
+    head = (tokens if trains_base else CHUNK) * logit  # a trained head has no chunks
     scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + CHUNK * logit
     return Estimate(
         process=PROCESS[place.kind],
         weights=_weight_bytes(config.model, shape, size),
-        adapter=4.0 * trained if method != "full" else 0.0,
+        adapter=0.0 if trains_base else 4.0 * trained,
         gradients=4.0 * trained,
         optimizer=trained * state,
         activations=0.0 if training.is_skipped else _activation_bytes(config, shape, tokens, place),
@@ -121,21 +119,7 @@ def estimate(
 
 def num_trained(config: Config, shape: Shape) -> int:
     """Return how many parameters a method trains."""
-    match config.peft.method:
-        case "full":
-            return shape.num_linear + shape.num_other
-        case "prefix_tuning":  # keys and values of every layer
-            return config.peft.num_virtual_tokens * shape.layers * 2 * shape.keys
-        case "prompt_tuning":
-            return config.peft.num_virtual_tokens * shape.hidden
-        case "ia3":  # a factor for each key and value, and each input of the MLP's last layer
-            return shape.layers * (2 * shape.keys + shape.inner)
-    names, rank = config.lora.target_modules, config.lora.r
-    chosen = shape.targets if names == [ALL_LINEAR] else {n: shape.targets[n] for n in names}
-    if config.peft.method == "adalora":  # as it begins, with a singular value for each rank
-        first = first_rank(rank)
-        return sum(count * first * (a + b + 1) for count, a, b in chosen.values())
-    return sum(count * rank * (a + b) for count, a, b in chosen.values())
+    return METHODS[config.peft.method].count(config.peft, config.lora, shape)
 
 
 def _weight_bytes(model: ModelConfig, shape: Shape, size: float) -> float:
@@ -215,7 +199,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
     Smaller passes and checkpointing leave the numbers as they are; the others come after them.
     """
     size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
-    method = config.peft.method  # which has no use for some of them
+    method = METHODS[config.peft.method]  # which has no use for some of them
     if size > 1:
         many = steps * size
         yield (
@@ -226,7 +210,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
             ),
             1 / size,
         )
-    if not config.training.gradient_checkpointing and method != "prefix_tuning":
+    if not config.training.gradient_checkpointing and method.checkpointing_problem is None:
         yield (
             "training.gradient_checkpointing=true",
             lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
@@ -239,7 +223,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
             lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
             1.0,
         )
-    needs_floats = method == "full" or (method == "lora" and config.lora.init in FROM_FLOATS)
+    needs_floats = method.trains_base or not INITIALISATIONS[config.lora.init].fits_quantised
     if config.model.quantization == "none" and not needs_floats:
         yield (
             "model.quantization=nf4",

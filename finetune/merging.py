@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models
 from finetune.config import Refused
+from finetune.methods import METHODS
 from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
 from finetune.turns import Prompt
@@ -52,11 +53,9 @@ class Check:
 
 def find_merge_problem(run: Trained) -> str | None:
     """Return why a run's method cannot be merged; None where it can."""
-    method = run.config.peft.method
-    if run.is_full:
-        return "--merge: peft.method=full needs none; its export is the whole model"
-    if run.config.peft.is_prompt_learning:
-        return f"--merge: peft.method={method} changes no weight of the base; export it without"
+    method = METHODS[run.config.peft.method]
+    if method.merge_problem is not None:
+        return f"--merge: peft.method={method.name} {method.merge_problem}"
     if run.model.quantization == "gptq":
         return "--merge: a GPTQ base cannot be dequantised; export the adapter without"
     return None

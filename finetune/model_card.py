@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.config import ModelConfig
 from finetune.merging import Check
+from finetune.methods import METHODS
 from finetune.metrics import Metric, show_score
 from finetune.pages import build_pages
 from finetune.run_comparison import compare_run
@@ -83,8 +84,8 @@ def _sources(folder: RunFolder) -> list[str]:
 
 def _settings(folder: RunFolder) -> str:
     composed = _composed(folder)
-    method = composed.peft.method
-    shown = [name for name in SECTIONS if name != "lora" or method == "lora"]
+    takes_lora = bool(METHODS[composed.peft.method].lora)
+    shown = [name for name in SECTIONS if name != "lora" or takes_lora]
     return OmegaConf.to_yaml(OmegaConf.masked_copy(composed, shown)).rstrip()
 
 

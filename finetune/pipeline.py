@@ -31,6 +31,7 @@ from finetune.grouping import find_obstacle
 from finetune.identity import find_precision
 from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
+from finetune.methods import METHODS, build_settings
 from finetune.row_counts import RowCounts
 from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.run_files import WEIGHTS
@@ -236,14 +237,14 @@ def _trainable(
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """Give the base with what is to be trained; at the end it is what it was, or let go of."""
     base, config = _base(run, session), run.config
-    if config.peft.method == "full":
+    if METHODS[config.peft.method].trains_base:
         try:
             yield base.requires_grad_(True)
         finally:
             session.release()
         return
     steps = num_steps(len(spec.examples.train), spec.arguments)
-    settings = adapters.build_settings(config.peft, config.lora, steps)
+    settings = build_settings(config.peft, config.lora, steps)
     adapted = adapters.attach(base, settings, config.training.seed)
     with _restored(adapted, session) as adapted:
         yield adapted
@@ -299,7 +300,7 @@ def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftM
             yield _base(run, session)
             return
         folder = Path(config.model.adapter)
-    elif config.peft.method == "full":
+    elif METHODS[config.peft.method].trains_base:
         session.release()
         own = replace(config.model, path=str(run.folder.model), revision=None)
         device = torch.device(run.inputs.device)

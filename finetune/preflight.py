@@ -31,9 +31,10 @@ from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs, find_precision
 from finetune.inputs import Inputs
 from finetune.jobs import CheckedJob
+from finetune.methods import INITIALISATIONS, METHODS
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.overrides import first_line
-from finetune.ranges import FROM_FLOATS, find_problems
+from finetune.ranges import find_problems
 from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done
 from finetune.session import Session
@@ -180,13 +181,13 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
     if config.training.use_liger_kernel:
         problems += fused_kernels.find_liger_problems(meta, device)
     found = quantization.find_quantization(config.model, model_config)
-    if config.peft.method == "full" and found != config.model.quantization:
+    if METHODS[config.peft.method].trains_base and found != config.model.quantization:
         problems.append(
             f"{config.model.path} is quantised as {found}, so its weights cannot be trained "
             "themselves; take a checkpoint that is not, or an adapter such as peft=lora"
         )
-    unfit = (*FROM_FLOATS, "olora") if found == "gptq" else FROM_FLOATS
-    if found != "none" and config.peft.method == "lora" and config.lora.init in unfit:
+    init = INITIALISATIONS[config.lora.init]
+    if found != "none" and not (init.fits_gptq if found == "gptq" else init.fits_quantised):
         problems.append(
             f"lora.init is {config.lora.init}, which needs weights in floats, but "
             f"{config.model.path} is quantised as {found}; set lora.init=default"

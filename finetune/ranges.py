@@ -22,6 +22,7 @@ from finetune.config import (
     TrainingConfig,
     nearest,
 )
+from finetune.methods import INITIALISATIONS, METHODS, Method
 from finetune.store_address import has_secret
 
 FORMATS = (
@@ -32,17 +33,6 @@ QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cuda", "cpu")
-# Each method with the settings of `lora` that it has a use for.
-METHODS = {
-    "lora": tuple(field.name for field in fields(LoraConfig)),
-    "adalora": ("r", "alpha", "dropout", "target_modules"),
-    "ia3": (),
-    "prefix_tuning": (),
-    "prompt_tuning": (),
-    "full": (),
-}
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa")
-FROM_FLOATS = ("pissa", "orthogonal")  # that PEFT refuses to draw on quantised weights
 SCHEDULERS = (
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
 )  # fmt: skip
@@ -76,31 +66,17 @@ def find_problems(config: Config) -> list[str]:
 
 def _method_problems(config: Config) -> Iterator[str]:
     """Yield what a method cannot do, and settings that would do nothing with it."""
-    method, tokens = config.peft.method, config.peft.num_virtual_tokens
-    yield from _one_of("peft.method", method, tuple(METHODS))
-    yield from _at_least("peft.num_virtual_tokens", tokens, 1)
-    for setting in fields(LoraConfig):
-        value, default = (getattr(lora, setting.name) for lora in (config.lora, LoraConfig()))
-        if value != default and setting.name not in METHODS.get(method, (setting.name,)):
+    yield from _one_of("peft.method", config.peft.method, tuple(METHODS))
+    yield from _at_least("peft.num_virtual_tokens", config.peft.num_virtual_tokens, 1)
+    if (method := METHODS.get(config.peft.method)) is not None:
+        yield from _unused_problems(method, config)
+        if method.trains_base and config.model.quantization != "none":
             yield (
-                f"lora.{setting.name} is {value}, which peft.method={method} has no use for; "
-                "leave it out"
+                f"model.quantization is {config.model.quantization}; its weights cannot be trained "
+                "themselves: set model.quantization=none, or an adapter such as peft=lora"
             )
-    if tokens != PeftConfig().num_virtual_tokens and not config.peft.is_prompt_learning:
-        yield (
-            f"peft.num_virtual_tokens is {tokens}, which peft.method={method} has no use for; "
-            "leave it out"
-        )
-    if method == "full" and config.model.quantization != "none":
-        yield (
-            f"model.quantization is {config.model.quantization}; its weights cannot be trained "
-            "themselves: set model.quantization=none, or an adapter such as peft=lora"
-        )
-    if method == "prefix_tuning" and config.training.gradient_checkpointing:
-        yield (
-            "training.gradient_checkpointing is true; recomputing loses the prefix: set it to "
-            "false, or use peft=prompt_tuning"
-        )
+        if method.checkpointing_problem and config.training.gradient_checkpointing:
+            yield f"training.gradient_checkpointing is true; {method.checkpointing_problem}"
     if config.model.adapter is not None and not config.training.is_skipped:
         yield (
             f"model.adapter is {config.model.adapter}; a saved adapter is evaluated as it is: set "
@@ -108,13 +84,25 @@ def _method_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _unused_problems(method: Method, config: Config) -> Iterator[str]:
+    unused = f"which peft.method={method.name} has no use for; leave it out"
+    for setting in fields(LoraConfig):
+        value, default = (getattr(lora, setting.name) for lora in (config.lora, LoraConfig()))
+        if value != default and setting.name not in method.lora:
+            yield f"lora.{setting.name} is {value}, {unused}"
+    tokens = config.peft.num_virtual_tokens
+    if tokens != PeftConfig().num_virtual_tokens and not method.takes_virtual_tokens:
+        yield f"peft.num_virtual_tokens is {tokens}, {unused}"
+
+
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:
     yield from _at_least("lora.r", lora.r, 1)
     yield from _at_least("lora.alpha", lora.alpha, 1)
     yield from _share("lora.dropout", lora.dropout)
-    yield from _one_of("lora.init", lora.init, INITIALISATIONS)
-    if lora.init == "orthogonal" and lora.r % 2:
-        yield f"lora.r is {lora.r}; lora.init=orthogonal needs an even one"
+    yield from _one_of("lora.init", lora.init, tuple(INITIALISATIONS))
+    init = INITIALISATIONS.get(lora.init)
+    if init is not None and init.needs_even_rank and lora.r % 2:
+        yield f"lora.r is {lora.r}; lora.init={init.name} needs an even one"
     if not lora.target_modules:
         yield f"lora.target_modules is empty; name linear layers, or use [{ALL_LINEAR}]"
     twice = sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1})

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import models, quantization
-from finetune.config import Config, ModelConfig, Refused
+from finetune.config import Config, ModelConfig, Refused, nearest
 from finetune.files import resolved
 from finetune.foreign_runs import find_config_problems
-from finetune.grouping import CHANGE_THE_BASE
 from finetune.identity import model_identity
 from finetune.inputs import Source
+from finetune.methods import METHODS, changes_base
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.saved_adapter import find_code_problems
 
@@ -46,12 +46,12 @@ class Trained:
 
     @property
     def is_full(self) -> bool:
-        return self.config.peft.method == "full"
+        return METHODS[self.config.peft.method].trains_base
 
     @property
     def changes_the_base(self) -> bool:
         """Whether its adapter fits only a base that its own initialisation was taken out of."""
-        return self.config.lora.init.startswith(CHANGE_THE_BASE)
+        return changes_base(self.config.lora.init)
 
     def load_base(self) -> PreTrainedModel:
         """Load the base, frozen.
@@ -93,8 +93,11 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     folder = RunFolder(resolved(path))
     _refuse_code(folder, trusts_remote_code=trusts_remote_code)
     config = folder.read_config()
+    if config.peft.method not in METHODS:
+        unknown = f"{path}: peft.method is {config.peft.method!r}"
+        raise Refused([f"{unknown}; {nearest(config.peft.method, tuple(METHODS))}"])
     config = _with_own_templates(folder, config)
-    is_full = config.peft.method == "full"
+    is_full = METHODS[config.peft.method].trains_base
     if not (folder.model / "config.json" if is_full else folder.adapter / CONFIG_NAME).is_file():
         status = folder.status()
         raise Refused(

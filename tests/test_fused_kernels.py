@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 from transformers.models.llama import modeling_llama
 
-from finetune import adapters, fused_kernels, identity, models, pipeline, preflight, training
+from finetune import (
+    adapters,
+    fused_kernels,
+    identity,
+    methods,
+    models,
+    pipeline,
+    preflight,
+    training,
+)
 from finetune.config import LoraConfig, ModelConfig, TrainingConfig
 from finetune.fused_kernels import liger_kernels
 from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
@@ -107,7 +116,7 @@ def test_the_trainer_keeps_flash_sequences_apart(
     for name, model in (("flash", FLASH), ("sdpa", TINY)):
         run, base = RunFolder(tmp_path / name), load(model)
         one = spec(run, Setting(training={"max_steps": 3}))
-        adapted = adapters.attach(base, adapters.lora_settings(one.lora), one.arguments.seed)
+        adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(model, find_model(model))
         result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
         one.events.close()

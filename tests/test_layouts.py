@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, multi_adapter, training
+from finetune import adapters, methods, multi_adapter, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
@@ -60,7 +60,7 @@ def stock(base: PreTrainedModel, one: AdapterSpec) -> list[float]:
     arguments = one.arguments
     arguments.save_strategy = "no"
     trainer = SFTTrainer(
-        model=adapters.attach(base, adapters.lora_settings(one.lora), arguments.seed),
+        model=adapters.attach(base, methods.lora_settings(one.lora), arguments.seed),
         args=arguments,
         train_dataset=Dataset.from_list([dict(e) for e in one.examples.train]),
         processing_class=load_tokenizer(TINY, find_model(TINY)),
@@ -90,7 +90,7 @@ def test_every_architecture_trains_as_stock_does(
     if multi_adapter.find_obstacle(base, rows, CPU) is None:
         ((_, _, result),) = train_together(base, [one], CPU)
     else:
-        adapted = adapters.attach(base, adapters.lora_settings(one.lora), one.arguments.seed)
+        adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(TINY, find_model(TINY))
         result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     assert isinstance(result, training.TrainResult)

@@ -15,7 +15,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, memory_estimate, models, pipeline, training
+from finetune import (
+    adalora,
+    adapters,
+    grouping,
+    memory_estimate,
+    merging,
+    models,
+    pipeline,
+    training,
+)
+from finetune import trained as trained_module
 from finetune.adapter_training import num_steps
 from finetune.config import (
     Config,
@@ -23,14 +33,16 @@ from finetune.config import (
     ModelConfig,
     OptimizerConfig,
     PeftConfig,
+    Refused,
     TrainingConfig,
 )
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.inputs import Source
 from finetune.jobs import Job
+from finetune.methods import METHODS, Method, build_settings, target_sizes
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.ranges import METHODS, find_problems
+from finetune.ranges import find_problems
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
@@ -68,7 +80,7 @@ def fresh(method: str, steps: int = 1) -> PreTrainedModel | PeftModel:
     base = load_base(TINY, find_model(TINY), torch.device("cpu"))
     if method == "full":
         return base.requires_grad_(True)
-    settings = adapters.build_settings(PeftConfig(method, 5), LORA, steps)
+    settings = build_settings(PeftConfig(method, 5), LORA, steps)
     return adapters.attach(base, settings, 42)
 
 
@@ -150,7 +162,7 @@ def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: st
 def test_equal_adapters_have_equal_files(tmp_path: Path, method: str) -> None:
     """What PEFT keeps in a set is saved in order."""
     base = load_base(TINY, find_model(TINY), torch.device("cpu"))
-    settings = adapters.build_settings(PeftConfig(method), LORA, num_steps=9)
+    settings = build_settings(PeftConfig(method), LORA, num_steps=9)
     adapters.save(adapters.attach(base, settings, seed=1), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     assert len(saved["target_modules"]) > 1
@@ -197,12 +209,12 @@ def test_adalora_ends_with_the_ranks_that_were_asked_for(tmp_path: Path) -> None
 def test_the_regulariser_of_adalora_is_pefts() -> None:
     """Our loss is computed behind the model, so that PEFT's own addition is not there."""
     model = fresh("adalora")
-    tuner = adapters.ranks(model)
+    tuner = adalora.ranks(model)
     assert tuner is not None
     with torch.no_grad():
         with_it = model(input_ids=IDS, labels=IDS).loss
         without = tuner.model(input_ids=IDS, labels=IDS).loss
-        added = adapters.orthogonality(tuner)
+        added = adalora.orthogonality(tuner)
     assert float(added) == pytest.approx(float(with_it - without), abs=1e-5)
 
 
@@ -282,7 +294,7 @@ def test_a_method_runs_on_a_base(
     assert scores is not None
     assert [one.num_questions for one in scores.sides.values()] == [8, 8]
     assert run.read_json("training.json")["num_trainable_parameters"] > 0
-    by = "plain" if PeftConfig(method).is_prompt_learning else "shared"
+    by = "plain" if METHODS[method].takes_virtual_tokens else "shared"
     assert scores.tuned.scoring["path"] == by
     assert (run.model if method == "full" else run.adapter).is_dir()
 
@@ -362,3 +374,66 @@ def test_a_prefix_needs_no_place_in_the_row() -> None:
     settings = {name: fresh(name) for name in ("prefix_tuning", "prompt_tuning", "lora")}
     prepended = {name: adapters.num_prepended(model) for name, model in settings.items()}
     assert prepended == {"prefix_tuning": 0, "prompt_tuning": 5, "lora": 0}
+
+
+def _loha_settings(_: PeftConfig, lora: LoraConfig, __: int) -> Any:
+    from peft import LoHaConfig
+
+    return LoHaConfig(
+        task_type="CAUSAL_LM", r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules
+    )
+
+
+def _count_loha(_: PeftConfig, lora: LoraConfig, sizes: Any) -> int:
+    return sum(2 * n * lora.r * (a + b) for n, a, b in target_sizes(lora, sizes))
+
+
+LOHA = Method(
+    "loha", count=_count_loha, build=_loha_settings, lora=("r", "alpha", "target_modules")
+)
+
+
+@pytest.fixture
+def toy_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add a row to the table: PEFT's LoHa, which the project does not offer."""
+    monkeypatch.setitem(METHODS, "loha", LOHA)
+
+
+@pytest.mark.usefixtures("toy_methods")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_method_is_added_by_its_row(tmp_path: Path) -> None:
+    """Checked, sized, trained, saved, scored and merged: no other place knows its name."""
+    config = Config(model=replace(TINY), peft=PeftConfig("loha"), lora=LORA)
+    run = run_all(tmp_path, config)
+    assert run.name.startswith("tiny-loha-r4-lr")
+    trained_parameters = run.read_json("training.json")["num_trainable_parameters"]
+    assert trained_parameters == memory_estimate.num_trained(config, find_shape(TINY)) > 0
+    scores = run.read_scores("demo_science")
+    assert scores is not None
+    assert [one.num_questions for one in scores.sides.values()] == [8, 8]
+    found = trained_module.find_trained(run.path)
+    assert merging.find_merge_problem(found) is None
+    (tmp_path / "merged").mkdir()
+    assert merging.write_merged(found, tmp_path / "merged").has_passed
+
+
+@pytest.mark.usefixtures("toy_methods")
+def test_the_checks_read_the_row_of_an_added_method() -> None:
+    """Ranges, layers, groups and the estimate ask its row, as they do for every other method."""
+    config = Config(model=replace(TINY), peft=PeftConfig("loha"), lora=replace(LORA, dropout=0.1))
+    config.data.path = "rows.jsonl"
+    (problem,) = find_problems(config)
+    assert problem.startswith("lora.dropout is 0.1, which peft.method=loha has no use for")
+    assert "peft.method=loha" in str(grouping.find_obstacle(config))
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    (problem,) = adapters.find_problems(base, config.peft, LoraConfig(target_modules=["qq"]))
+    assert "no linear layer 'qq'" in problem
+
+
+def test_an_unknown_method_of_a_run_is_refused(tmp_path: Path) -> None:
+    """A folder of another release may name a method that this one does not have."""
+    config = Config(model=replace(TINY), peft=PeftConfig("lorra"))
+    settings = OmegaConf.to_yaml(OmegaConf.structured(config))
+    (tmp_path / "config.yaml").write_text(settings, encoding="utf-8")
+    with pytest.raises(Refused, match=r"peft\.method is .lorra.; did you mean .lora.\?"):
+        trained_module.find_trained(tmp_path)

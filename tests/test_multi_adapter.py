@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from finetune import adapters, training
+from finetune import adapters, methods, training
 from finetune.adapter_training import AdapterSpec, AdapterTraining, rows_of_step
 from finetune.checkpoints import newest_step
 from finetune.compatibility import is_checkpointing
@@ -47,7 +47,7 @@ def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, to
     """Train one run on the path of the other methods."""
     run, base = RunFolder(folder), load()
     one = spec(run, setting)
-    adapted = adapters.attach(base, adapters.lora_settings(one.lora), one.arguments.seed)
+    adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     one.events.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, preflight, training
+from finetune import adapters, methods, preflight, training
 from finetune.adapter_training import AdapterSpec, rows_of_step
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from finetune.data import Examples, build_examples
@@ -161,7 +161,7 @@ def test_a_model_that_must_be_padded_is_refused(tmp_path: Path) -> None:
     base = build("bloom", {"n_layer": 3, "n_head": 4})
     one = given(tmp_path, pack(random_examples(24), 64))
     adapted = adapters.attach(
-        base, adapters.lora_settings(LoraConfig(r=4, target_modules=["all-linear"])), 42
+        base, methods.lora_settings(LoraConfig(r=4, target_modules=["all-linear"])), 42
     )
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     with pytest.raises(ValueError, match=r"cannot keep rows apart .*sequence_packing=false"):

@@ -12,7 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import adapters, grouping, memory_estimate, models, pipeline, preflight, quantization
+from finetune import (
+    adapters,
+    grouping,
+    memory_estimate,
+    methods,
+    models,
+    pipeline,
+    preflight,
+    quantization,
+)
 from finetune.config import (
     Config,
     DataConfig,
@@ -163,7 +172,7 @@ def test_4bit_training_gradients_survive_an_evaluation(tmp_path: Path, kind: str
     layers = quantization.linears_4bit(base)
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    model = adapters.attach(base, adapters.lora_settings(LoraConfig(r=4)), seed=0)
+    model = adapters.attach(base, methods.lora_settings(LoraConfig(r=4)), seed=0)
     ids = torch.arange(20)[None]
 
     def gradient() -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, optimizers, training
+from finetune import adapters, methods, optimizers, training
 from finetune.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
@@ -36,7 +36,7 @@ def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list
     lora = LoraConfig(r=4, **changes.pop("lora", {}))
     optimizer = OptimizerConfig(**{"weight_decay": 0.01, **changes.pop("optimizer", {})})
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
-    adapted = adapters.attach(model, adapters.lora_settings(lora), settings.seed)
+    adapted = adapters.attach(model, methods.lora_settings(lora), settings.seed)
     run = RunFolder(folder)
     examples = Examples(random_examples(40), changes.pop("validation", []), RowCounts())
     arguments = training.build_arguments(
@@ -62,7 +62,7 @@ def test_losses_and_adapter_equal_stock_sfttrainer(tmp_path: Path) -> None:
     kept: Any = {CHECKPOINTING: False}
     ours, result, losses = train(tmp_path / "ours", training={"epochs": 4}, optimizer=strong)
     model = load_base(TINY, find_model(TINY), torch.device("cpu"))
-    theirs = adapters.attach(model, adapters.lora_settings(LoraConfig(r=4)), 42)
+    theirs = adapters.attach(model, methods.lora_settings(LoraConfig(r=4)), 42)
     stock = SFTTrainer(
         model=theirs,
         args=SFTConfig(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, label_trainer, pipeline, training
+from finetune import adapters, label_trainer, methods, pipeline, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, build_examples
@@ -77,7 +77,7 @@ def train_by(way: str, one: AdapterSpec) -> Trained:
             if isinstance(result, Exception):
                 raise result
             return copied(weights), result
-        adapted = adapters.attach(load(), adapters.lora_settings(one.lora), one.arguments.seed)
+        adapted = adapters.attach(load(), methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(TINY, find_model(TINY))
         result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
         tensors = {
@@ -176,7 +176,7 @@ def test_padded_rows_are_validated_by_labels_too(tmp_path: Path) -> None:
         one = spec(tmp_path / str(size), replace(setting, optimizer={"lr": 1e-12}))
         lora = LoraConfig(r=4, target_modules=["all-linear"])
         adapted = adapters.attach(
-            build("bloom", {"n_layer": 3, "n_head": 4}), adapters.lora_settings(lora), 1
+            build("bloom", {"n_layer": 3, "n_head": 4}), methods.lora_settings(lora), 1
         )
         tokenizer = load_tokenizer(TINY, find_model(TINY))
         result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
