@@ -23,7 +23,7 @@ from finetune.prompts import BY_NAME, Template, load_template
 from finetune.row_counts import RowCounts
 from finetune.row_draw import Spans, expand_spans, find_spans, share_sizes
 from finetune.row_encoding import encode_row, tokenise_rows
-from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading
+from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading, find_unknown_fields
 from finetune.rows import Row, RowStream, find_source
 from finetune.token_cache import Faults, TokenSource, rows_key
 from finetune.token_rows import (
@@ -40,6 +40,7 @@ from finetune.turns import Turn, Unusable
 SourceRows = tuple[DataSource, Sequence[Row]]
 # Of a mix, these counts are the sums of its sources'.
 SUMMED = ("read", "drawn", "truncated", "tokens", "lost_tokens", "split", "pieces", "missing")
+MOST_COLUMNS = 1000  # that are looked at to name those that are not used
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,14 @@ def find_problems(
 
 def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, given: str) -> None:
     columns = source.settings.columns
+    unknown = find_unknown_fields(template, columns)
+    if unknown:
+        section = source.key.removesuffix("path") + "columns"
+        fields = ", ".join((*template.required, *template.optional))
+        raise ValueError(
+            f"{section}.{unknown[0]} is set, and data.prompt_template={given} has no field "
+            f"{unknown[0]}; its fields are {fields}"
+        )
     reading = _find_reading(source, rows[:ROWS_LOOKED_AT], template)
     names = [name for name in template.required if name not in reading.provided]
     wanted = {name: columns.get(name, name) for name in names}
@@ -144,6 +153,9 @@ def _check_columns(source: DataSource, rows: Sequence[Row], template: Template, 
     if lacking:
         section = source.key.removesuffix("path") + "columns"
         remedy = " ".join(f"++{section}.{f}=COLUMN" for f in lacking)  # ++ sets old and new keys
+        if template.has_turns:
+            pair = " ".join(f"++{section}.{f}=COLUMN" for f in ("instruction", "output"))
+            remedy += f" (a conversation) or {pair} (texts)"
         raise ValueError(
             f"{source} has no column {', '.join(map(repr, lacking.values()))} for the "
             f"{', '.join(lacking)} of data.prompt_template={given}; its columns are "
@@ -157,7 +169,8 @@ def _other_template(source: DataSource, rows: Sequence[Row]) -> str:
     known = {name for row in head for name in row}
     for name, template in BY_NAME.items():
         reading = find_reading(head, template, source.settings.columns)
-        if set(template.required) <= known | reading.provided:
+        has_columns = set(template.required) <= known and not template.has_turns
+        if has_columns or set(template.required) <= reading.provided:
             return f", or data.prompt_template={name}, which takes these rows as they are"
     return ""
 
@@ -344,9 +357,14 @@ def _sound_rows(
     stream = iter(rows)
     head = list(islice(stream, ROWS_LOOKED_AT))
     reading = _find_reading(source, head, template)
+    known = set(reading.names)
     counts.shape, counts.unused = reading.shape, list(reading.unused)
     counts.absent = list(reading.absent)
     for number, row in enumerate(chain(head, stream), start=1):
+        if len(known) < MOST_COLUMNS and not row.keys() <= known:  # what no row before it has
+            reading = reading.with_names(row)
+            known = set(reading.names)
+            counts.unused, counts.absent = list(reading.unused), list(reading.absent)
         try:
             turns = template.render(reading.fields(row))
         except Unusable as fault:

@@ -102,8 +102,10 @@ def _names_files(card: Path) -> bool:
         return False
     from huggingface_hub import DatasetCard
 
-    data = DatasetCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    return bool(data.get("configs"))
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return False
+    return bool(DatasetCard(text, ignore_metadata_errors=True).data.get("configs"))
 
 
 def _find_split_files(folder: Path, split: str) -> list[Path]:

@@ -169,5 +169,5 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {
     ".csv": _read_csv, ".tsv": _read_csv, ".tab": _read_csv,
     ".txt": _read_text,
     ".parquet": _read_parquet,
-    ".arrow": _read_arrow, ".feather": _read_arrow,
+    ".arrow": _read_arrow, ".feather": _read_arrow, ".jsonlines": _read_json,
 }  # fmt: skip

@@ -14,8 +14,9 @@ Row = Mapping[str, Any]
 
 # Keys that hold a file's rows, in files of one object.
 WRAPPERS = (
-    "data", "rows", "train", "examples", "instances", "items", "records", "samples", "dataset",
+    "data", "rows", "examples", "instances", "items", "records", "samples", "dataset",
 )  # fmt: skip
+SPLITS = ("train", "validation", "valid", "dev", "eval", "test")  # likewise, several in one file
 CONVERSATIONS = ("messages", "conversations", "conversation")  # lists that one row holds
 LIST_COLUMN = "messages"  # of a row that is a list
 TEXT_COLUMN = "text"  # of a row that is a string
@@ -129,6 +130,14 @@ def _rows_of(document: Any, split: str) -> Iterable[Any]:
     for name in (split, *WRAPPERS):
         if _holds_rows(document.get(name)):
             return list(document[name])
+    splits = [name for name in SPLITS if _holds_objects(document.get(name))]
+    if splits:
+        raise ValueError(f"data.split is {split}, and the file holds {', '.join(splits)}")
+    lists = [value for value in document.values() if _holds_objects(value)]
+    if lists and _are_turns(lists):
+        return [document]
+    if len(lists) == 1 and not any(isinstance(value, str) for value in document.values()):
+        return list(lists[0])
     return _rows_of_columns(document)
 
 
@@ -138,6 +147,15 @@ def _holds_lists(value: Any) -> bool:
 
 def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict | list) for item in value)
+
+
+def _holds_objects(value: Any) -> bool:
+    return bool(value) and isinstance(value, list) and all(isinstance(v, dict) for v in value)
+
+
+def _are_turns(lists: Iterable[list[Any]]) -> bool:
+    """Return whether lists are of one row's messages, such as of its prompt and completion."""
+    return all("role" in item or "from" in item for items in lists for item in items)
 
 
 def _rows_of_columns(document: dict[str, Any]) -> Iterable[Any]:

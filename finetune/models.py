@@ -113,6 +113,24 @@ def load_tokenizer(model: ModelConfig, source: Source) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def find_tokenizer_problems(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> list[str]:
+    """Return whether the tokenizer has ids that the base has no embedding for.
+
+    A base may have more embeddings than there are ids, rounded up for speed.
+    """
+    embeddings = config.get_text_config().to_dict().get("vocab_size")
+    highest = max([tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder])
+    if not embeddings or highest < embeddings:
+        return []
+    return [
+        f"model.path={path}: its tokenizer has ids up to {highest}, and the base has embeddings "
+        f"for {embeddings} (vocab_size in its config.json); take the tokenizer that the base was "
+        "trained with, or save the base again after resize_token_embeddings"
+    ]
+
+
 def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model without weights, to look at its modules and count its parameters."""
     with torch.device("meta"):

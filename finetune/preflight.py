@@ -78,7 +78,7 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
 
 def find_row_problems(config: Config, session: Session) -> list[str]:
     """Return what keeps rows from becoming the tokens of a model, whatever a run needs besides."""
-    checks = _find_source_problems, _find_data_problems
+    checks = _find_source_problems, _find_tokenizer_problems, _find_data_problems
     return list(dict.fromkeys(p for check in checks for p in _found(check, config, session)))
 
 
@@ -200,6 +200,16 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
     return problems + _find_length_problems(config, model_config)
 
 
+def _find_tokenizer_problems(config: Config, session: Session) -> list[str]:
+    source = models.find_model(config.model)
+    tokenizer, model_config = session.tokenizer(config.model, source), None
+    with suppress(OSError, ValueError):  # a model without a config is told by its own check
+        model_config = models.load_config(config.model, source)
+    if model_config is None:
+        return []
+    return models.find_tokenizer_problems(config.model.path, tokenizer, model_config)
+
+
 def _find_data_problems(config: Config, session: Session) -> list[str]:
     source = None
     with suppress(OSError, ValueError):  # a missing model is told by its own check
@@ -244,6 +254,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     _find_optimizer_problems: ("optimizer",),
     _find_device_problems: ("training", "model"),
     _find_model_problems: ("model", "peft", "lora", "training", "evaluation"),
+    _find_tokenizer_problems: ("model",),
     _find_data_problems: ("data", "training"),
     _find_task_problems: ("evaluation",),
 }

@@ -190,6 +190,8 @@ def _refuse_beside_text(message: Any) -> None:
 
 def _text(message: Any) -> Any:
     content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return str(content)
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]
         if len(parts) == len(content) and all(isinstance(part, str) for part in parts):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 from finetune.config import AUTO_FORMAT
@@ -22,6 +24,7 @@ from finetune.row_messages import (
     messages_of_fields,
     parse_json_text,
 )
+from finetune.turns import Unusable
 
 ROWS_LOOKED_AT = 200  # the first ones, which say the shape
 # A question's and an answer's columns, the first that a row has; each shape with its title.
@@ -30,7 +33,10 @@ PAIRS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "dolly": ("Dolly", (("instruction", "response"),)),
     "prompt_completion": (
         "prompt and completion",
-        (("prompt", "completion"), ("prompt", "response"), ("instruction", "completion")),
+        (
+            ("prompt", "completion"), ("prompt", "response"), ("instruction", "completion"),
+            ("input", "output"), ("inputs", "targets"),
+        ),
     ),
     "question_answer": (
         "question and answer",
@@ -49,6 +55,7 @@ CONVERSATION_TITLES = {
 }
 TEXT, MESSAGES = ("text",), ("messages",)  # what the templates `text` and `chat` require
 ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
+CHAT_ONLY = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,24 @@ class Reading:
     fields: Callable[[Row], dict[str, Any]]  # raises Unusable
     shape: str = ""
     provided: frozenset[str] = frozenset()  # fields that the shape gives without such a column
-    unused: tuple[str, ...] = ()  # columns of the rows that no field takes
-    absent: tuple[str, ...] = ()  # columns that data.columns names for optional fields
+    used: frozenset[str] = frozenset()  # columns that fields take
+    expected: tuple[str, ...] = ()  # columns that data.columns names for optional fields
+    names: tuple[str, ...] = ()  # of the columns of the rows read so far
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns of the rows that no field takes."""
+        return tuple(name or "(without a name)" for name in self.names if name not in self.used)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Columns of optional fields that no row has."""
+        return tuple(name for name in self.expected if name not in self.names and self.names)
+
+    def with_names(self, row: Row) -> Reading:
+        """Return the reading of rows that have the columns of another row too."""
+        names = dict.fromkeys((*self.names, *map(str, row)))
+        return replace(self, names=tuple(names))
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,15 @@ class _Maker:
     used: tuple[str, ...]
     make: Callable[[Row], dict[str, Any]]
     provided: frozenset[str] = frozenset()
+    needed: frozenset[str] = frozenset()  # columns without which a row is of another shape
+    kind: str = ""  # of the shape, also where it has no title
+
+
+def find_unknown_fields(template: Template, columns: Mapping[str, str]) -> list[str]:
+    """Return the keys of `data.columns` that neither the template nor any shape has a field for."""
+    pairs = (name for _, pairs in PAIRS.values() for pair in pairs for name in pair)
+    known = {*template.required, *template.optional, *ALPACA_FIELDS, *pairs, *INPUTS, *SYSTEMS}
+    return [name for name in columns if name not in {*known, *CONVERSATIONS, *TEXT, *CHAT_ONLY}]
 
 
 def find_reading(
@@ -116,17 +148,31 @@ def find_reading(
         )
     maker = maker or _own_columns(wanted)
     used = {*maker.used, *(renamed[name] for name in maker.used if name in renamed)}
-    absent = [
-        columns[name] for name in template.optional
-        if name in columns and columns[name] not in names and not maker.title and names
-    ]  # fmt: skip
+    optional = [] if maker.title else [name for name in template.optional if name in columns]
+
+    def fields(row: Row) -> dict[str, Any]:
+        named = wanted.rename(row)
+        if not maker.needed <= named.keys():
+            _refuse_other_shape(named, maker, wanted)
+        return maker.make(named)
+
     return Reading(
-        lambda row: maker.make(wanted.rename(row)),
+        fields,
         maker.title,
         maker.provided,
-        tuple(name or "(without a name)" for name in names if name not in used),
-        tuple(absent),
+        frozenset(used),
+        tuple(columns[name] for name in optional),
+        tuple(names),
     )
+
+
+def _refuse_other_shape(row: Row, maker: _Maker, wanted: Wanted) -> None:
+    """Raise Unusable where a row has the columns of another shape, or none that is read."""
+    other = _find_maker([row], replace(wanted, shape=None))
+    if other is not None and other.kind != maker.kind:
+        raise Unusable(f"it is of another shape than the rows used: {other.kind}")
+    if maker.needed.isdisjoint(row):
+        raise Unusable(f"it has no column {', '.join(sorted(maker.needed))}")
 
 
 def _column_names(rows: Iterable[Row]) -> list[str]:
@@ -166,39 +212,67 @@ def _find_pair(known: set[str], shape: str | None) -> tuple[str, str, str] | Non
 
 def _own_columns(wanted: Wanted) -> _Maker:
     """Take the template's fields from the columns of their names."""
-    names = (*wanted.template.required, *wanted.template.optional)
-    return _Maker("", names, lambda row: {name: _value(name, row.get(name)) for name in names})
+    template = wanted.template
+    names = (*template.required, *template.optional)
+    return _Maker(
+        "",
+        names,
+        lambda row: {name: _value(name, row.get(name)) for name in names},
+        # A field of a user's template may be empty, and its column not be there.
+        needed=frozenset(() if template.file_text else template.required),
+        kind="text" if template.required == TEXT else "",
+    )
 
 
 def _value(name: str, value: Any) -> Any:
     """Return a field's value; a number that is to be learned is text, as in a csv file."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name == "output" and is_number and not (isinstance(value, float) and math.isnan(value)):
-        return str(value)
+    if name == "output":
+        return _as_text(value)
     return parse_json_text(value) if name == "tools" else value
+
+
+def _as_text(value: Any) -> Any:
+    """Return a number as text; what is not one, or no finite one, as it is."""
+    if value is None or isinstance(value, str):
+        return value
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return str(value) if is_number and not math.isnan(value) else value
 
 
 def _pair_maker(title: str, asked: str, answer: str, known: set[str], wanted: Wanted) -> _Maker:
     """Make fields of a question with its answer, and of what is given beside them."""
-    taken = {"instruction": asked, "output": answer}
+    kind = title
+    taken: dict[str, tuple[str, ...]] = {"instruction": (asked,), "output": (answer,)}
     for field, names in {"input": INPUTS, "system": SYSTEMS, "history": ("history",)}.items():
-        column = next((name for name in names if name in known and name not in taken.values()), "")
-        taken |= {field: column} if column else {}
+        free = tuple(name for name in names if name not in (asked, answer))
+        # Later rows may have what the first ones lack.
+        taken[field] = tuple(name for name in free if name in known)[:1] or free
     if title == "Alpaca" and _is_alpaca(wanted.template):
-        title = "Alpaca, context as input" if taken.get("input") == "context" else ""
+        has_context = taken["input"] == ("context",) and "context" in known
+        title = "Alpaca, context as input" if has_context else ""
 
     def make(row: Row) -> dict[str, Any]:
-        fields = {
-            name: _value(name, row.get(taken[name])) if name in taken else None
-            for name in ALPACA_FIELDS
-        }
-        if isinstance(fields["instruction"], list) or isinstance(fields["output"], list):
+        fields = {field: _first(row, names) for field, names in taken.items()}
+        if _is_turns(fields["instruction"]) or _is_turns(fields["output"]):
             messages = _join(fields["instruction"], fields["output"], asked, answer)
             return _filled(row, wanted, lambda: fields_of_messages(messages), lambda: messages)
+        fields |= {name: _as_text(fields[name]) for name in ("input", "output")}
         fields["history"] = build_pairs(fields["history"])
         return _filled(row, wanted, lambda: fields, lambda: messages_of_fields(fields))
 
-    return _Maker(title, _used(wanted, taken.values()), make, _provided(wanted))
+    used = _used(wanted, chain.from_iterable(taken.values()))
+    return _Maker(title, used, make, _provided(wanted), frozenset({asked, answer}), kind)
+
+
+def _first(row: Row, names: Iterable[str]) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    return None
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def _join(prompt: Any, completion: Any, asked: str, answer: str) -> list[Any]:
@@ -211,15 +285,17 @@ def _join(prompt: Any, completion: Any, asked: str, answer: str) -> list[Any]:
 
 
 def _conversation_maker(column: str, title: str, known: set[str], wanted: Wanted) -> _Maker:
-    system = next((name for name in SYSTEMS if name in known), None)
+    system = tuple(name for name in SYSTEMS if name in known)[:1] or SYSTEMS
 
     def make(row: Row) -> dict[str, Any]:
-        messages = build_messages(row.get(column), column, row.get(system) if system else None)
+        messages = build_messages(row.get(column), column, _first(row, system))
         return _filled(row, wanted, lambda: fields_of_messages(messages), lambda: messages)
 
+    kind = title
     if (column, title) == ("messages", "OpenAI messages") and wanted.template.required == MESSAGES:
         title = ""
-    return _Maker(title, _used(wanted, (column, *filter(None, [system]))), make, _provided(wanted))
+    used = _used(wanted, (column, *system))
+    return _Maker(title, used, make, _provided(wanted), frozenset({column}), kind)
 
 
 def _used(wanted: Wanted, columns: Iterable[str]) -> tuple[str, ...]:

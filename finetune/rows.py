@@ -78,7 +78,9 @@ class RowStream(Sequence[Row]):
             is_empty = False
             yield row
         if is_empty:
-            raise ValueError(f"{self.source} holds no rows")
+            split = self.source.settings.split or ""
+            part = f" in data.split={split}" if "[" in split else ""
+            raise ValueError(f"{self.source} holds no rows{part}")
 
     def _rows(self) -> Iterator[Row]:
         if self.source.revision is not None:

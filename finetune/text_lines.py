@@ -140,7 +140,7 @@ def _describe(error: UnicodeDecodeError, number: int, encoding: str) -> str:
     other = LATIN if encoding == DEFAULT_ENCODING else "NAME"
     return (
         f"line {number} is not {name} (byte 0x{byte:02X} at its position {error.start + 1}); "
-        f"save the file as UTF-8, or name its encoding: data.encoding={other}"
+        f"save the file as UTF-8, or name its encoding, such as data.encoding={other}"
     )
 
 

@@ -29,7 +29,7 @@ from finetune.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 FOLDER = "tokens"
 # Raised when the same rows become other tokens: runs trained on others are not found again.
 TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
-TABLES = 1  # raised when the tables' columns, or what rows they have, change
+TABLES = 2  # raised when the tables' columns, or what rows they have, change
 VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
 # Settings that choose among rows, and leave each row as it is.
 CHOOSING = {"path", "mix", "revision", "num_examples", "validation_fraction", "validation_path"}
@@ -40,7 +40,7 @@ CHECKED = pyarrow.schema(
     [
         ("fault", pyarrow.string()),
         ("size", pyarrow.int64()),
-        ("about", pyarrow.string()),  # JSON, of all rows, in the first one
+        ("about", pyarrow.string()),  # JSON, of all rows up to here, where it has changed
     ]
 )
 TOKENISED = pyarrow.schema(
@@ -117,7 +117,7 @@ class TokenSource:
     @property
     def about(self) -> dict[str, Any]:
         """Return what a rendering says of all rows."""
-        found: dict[str, Any] = json.loads(self.checked["about"][0].as_py())
+        found: dict[str, Any] = json.loads(self.checked["about"].drop_null()[-1].as_py())
         return found
 
     @cached_property
@@ -174,13 +174,13 @@ class TokenSource:
         faults = Faults()
         about: str | None = None
         for part in _parts(self._every_row(faults), BATCH_ROWS):
-            first = [faults.about()] if about is None else [None]
-            about = first[0] or about
+            said, about = about, faults.about()
+            last = [None if about == said else about]
             reasons, sizes = zip(*part, strict=True)
             columns = [
                 pyarrow.array(reasons, pyarrow.string()),
                 pyarrow.array(sizes, pyarrow.int64()),
-                pyarrow.array([*first, *[None] * (len(part) - 1)], pyarrow.string()),
+                pyarrow.array([*[None] * (len(part) - 1), *last], pyarrow.string()),
             ]
             yield pyarrow.record_batch(columns, schema=CHECKED)
 

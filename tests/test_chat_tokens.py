@@ -119,19 +119,29 @@ def test_tokens_are_those_of_the_template_in_force(
     assert set(ends) <= specials
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "llama3_2", "lfm2_2_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3", "qwen2_5", "qwen3_instruct_2507", "qwen3_5_nothink", "gptoss", "glm4moe",
+        "nemotron_3_nano", "llama3_1", "llama3_2", "lfm2_2_5",
+    ],
+)  # fmt: skip
 def test_tools_and_calls_are_used_as_the_stock_template_uses_them(
     tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     """Arguments that are JSON text are not quoted once more; what is not used is named."""
     with_template(tokenizer, name)
     expected: Any = tokenizer.apply_chat_template(
-        calling({"metres": 2}), tools=[TOOL], chat_template=in_force(tokenizer), return_dict=True
-    )
+        calling({"metres": 2}), tools=[TOOL], chat_template=in_force(tokenizer), return_dict=True,
+        return_assistant_tokens_mask=name in TRAINING,
+    )  # fmt: skip
     for arguments in ({"metres": 2}, '{"metres": 2}'):
         encoded = encode(calling(arguments), tokenizer, tools=[TOOL])
         assert encoded.tokens == expected["input_ids"]
-        assert re.search('metres(=|": )2', learned(encoded, tokenizer))
+        if name in TRAINING:
+            kept = find_learned(encoded, tokenizer, prompt=False, empty_think=True)
+            assert kept == [bool(mark) for mark in expected["assistant_masks"]]
+        assert re.search(r"metres(=|\W+|</arg_key>\W+arg_value>)2", learned(encoded, tokenizer))
     assert "the chat template does not use tool_calls" not in encoded.notes
 
 

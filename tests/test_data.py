@@ -91,6 +91,26 @@ def test_half_a_character_leaves_out_its_row(tokenizer: PreTrainedTokenizerBase)
     assert longest_batch([(source(data), rows)], data, TrainingConfig(), tokenizer) > 0
 
 
+def test_what_later_rows_have_is_counted_too(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The first 200 rows say the shape; a row of another one is left out, and named."""
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(250)]
+    talk = [{"role": "user", "content": "Ask."}, {"role": "assistant", "content": "Say."}]
+    late: list[dict[str, Any]] = [{"messages": talk}, {**rows[0], "input": "loudly", "id": 3}]
+    data = DataConfig(path=str(write_rows(tmp_path / "rows.jsonl", [*rows, *late])))
+    assert find_problems(data, tokenizer) == []
+    for _ in range(2):  # from the file, and from the cache
+        examples = build_examples(
+            read_sources(find_sources(data)), data, TrainingConfig(), tokenizer
+        )
+        counts = examples.counts
+        assert counts.drawn == 251
+        assert counts.first == {"it is of another shape than the rows used: OpenAI messages": 251}
+        assert (counts.unused, counts.absent) == (["messages", "id"], [])
+    assert "loudly" in str(tokenizer.decode(examples.train[250]["input_ids"]))
+
+
 @pytest.mark.parametrize(
     ("template", "row", "reason"),
     [

@@ -40,6 +40,14 @@ def test_a_folder_is_its_data_files(folder: Path) -> None:
     assert read(folder) == rows_of(1, 2, 3)
 
 
+def test_a_readme_without_a_head_is_no_card(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub's library does not say that it lacks one."""
+    assert read(folder) == rows_of(1, 2, 3)
+    assert "card" not in capsys.readouterr().err + caplog.text
+
+
 def test_the_splits_of_a_folder_are_those_of_its_names(folder: Path) -> None:
     """As datasets has it: rows to test on are not trained on by accident."""
     (folder / "LICENSE.txt").unlink()

@@ -40,6 +40,8 @@ TEXTS: dict[str, str] = {
     "pretty_rows.jsonl": "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "side_by_side.json": "".join(map(json.dumps, ROWS)),
     "data_key.json": json.dumps({"version": "1.0", "data": ROWS}),
+    "other_key.json": json.dumps({"version": 1, "questions": ROWS}),
+    "lines.jsonlines": LINES,
     "splits.json": json.dumps({"test": ROWS[:1], "train": ROWS}, indent=1),
     "columns.json": json.dumps(COLUMNS),
     "index.json": json.dumps({str(i): row for i, row in enumerate(ROWS)}),
@@ -130,11 +132,30 @@ def test_lists_and_strings_are_rows(tmp_path: Path) -> None:
     assert list(iterate_file(tmp_path / "d.json")) == [{"messages": turns}]
 
 
+def test_a_split_that_a_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """Another one's rows are not taken for it."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}), encoding="utf-8")
+    assert list(iterate_file(path, split="test")) == ROWS[:1]
+    with pytest.raises(ValueError, match=r"data\.split is validation, and the file holds train"):
+        list(iterate_file(path, split="validation"))
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_the_messages_of_the_only_row_are_no_rows(tmp_path: Path, answers: int) -> None:
+    """A file of one row, whose columns are lists of messages."""
+    messages = [{"role": "assistant", "content": "b"}] * answers
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": messages}
+    for one in (row, {"dialogue": messages, "id": 1}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(one), encoding="utf-8")
+        assert list(iterate_file(tmp_path / "a.jsonl")) == [one]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n\n{"a": "\xe9"}\n', r"line 3 is not UTF-8 \(byte 0xE9"),
-        ("a.csv", b"a\nb\n\xe9\n", "line 3 is not UTF-8.*data.encoding=cp1252"),
+        ("a.csv", b"a\nb\n\xe9\n", "line 3 is not UTF-8.*such as data.encoding=cp1252"),
         ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3 is malformed: its quoted field does not end"),
         ("a.csv", b'a,b\n"1\n2",3\n\n4\n', "line 5 is malformed: it has 1 fields, line 1 has 2"),
         ("a.csv", b"a,b,a\n1,2,3\n", "line 1 names the column 'a' twice"),

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from finetune import adapters, models
-from finetune.config import LoraConfig, ModelConfig
-from finetune.models import find_model, load_base, load_config, load_tokenizer
+from finetune import adapters, models, preflight
+from finetune.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
+from finetune.models import (
+    find_model,
+    find_tokenizer_problems,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
+from finetune.preflight import find_row_problems
+from finetune.session import Session
+from tests.conftest import write_rows
 
 TINY = ModelConfig(path="random://tiny")
 CPU = torch.device("cpu")
@@ -119,3 +130,52 @@ def test_the_real_model_is_converted_and_speaks() -> None:
     assert "Paris" in tokenizer.decode(
         cast(Any, model).generate(ids, max_new_tokens=5, do_sample=False)[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "added", "problem"),
+    [
+        (None, 0, None),
+        (None, 1, "ids up to 259, and the base has embeddings for 259"),
+        (300, 2, None),  # rounded up
+        (258, 0, "ids up to 258, and the base has embeddings for 258"),
+    ],
+)
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(
+    tmp_path: Path, embeddings: int | None, added: int, problem: str | None
+) -> None:
+    """Before anything is loaded: for training, evaluation and the preview alike."""
+    folder = tmp_path / "model"
+    source = find_model(ModelConfig(path="random://tiny"))
+    shutil.copytree(source.location, folder)
+    tokenizer = load_tokenizer(ModelConfig(path="random://tiny"), source)
+    tokenizer.add_tokens([f"<more{number}>" for number in range(added)])
+    tokenizer.save_pretrained(folder)
+    if embeddings is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**config, "vocab_size": embeddings})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Ask.", "output": "Say."}] * 4)
+    config = Config(
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(path=str(rows)),
+        evaluation=EvaluationConfig(tasks=[]),
+        output_dir=str(tmp_path),
+    )
+    for problems in (preflight.prepare(config).problems, find_row_problems(config, Session())):
+        assert len(problems) == (problem is not None)
+        assert not problem or problem in problems[0]
+
+
+def test_a_base_with_resized_embeddings_is_taken(tmp_path: Path) -> None:
+    """Saving it again writes the number of its embeddings into its config."""
+    given = ModelConfig(path="random://tiny")
+    source = find_model(given)
+    tokenizer = load_tokenizer(given, source)
+    tokenizer.add_tokens(["<more>"])
+    base = load_base(given, source, torch.device("cpu"))
+    assert find_tokenizer_problems("x", tokenizer, base.config)
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path)
+    saved = ModelConfig(path=str(tmp_path))
+    assert find_tokenizer_problems("x", tokenizer, load_config(saved, find_model(saved))) == []

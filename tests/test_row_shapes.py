@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from finetune.prompts import load_template
-from finetune.row_shapes import Reading, find_reading
+from finetune.row_shapes import Reading, find_reading, find_unknown_fields
 from finetune.turns import Unusable
 
 TALK = [{"role": "user", "content": "Ask."}, {"role": "assistant", "content": "Say."}]
@@ -26,6 +27,8 @@ SHORT: dict[str, tuple[str, dict[str, Any]]] = {
     "response": ("prompt and completion", {"prompt": "Ask.", "response": "Say."}),
     "messages": ("prompt and completion", {"prompt": TALK[:1], "completion": TALK[1:]}),
     "question": ("question and answer", {"question": "Ask.", "answer": "Say."}),
+    "output": ("prompt and completion", {"input": "Ask.", "output": "Say."}),
+    "targets": ("prompt and completion", {"inputs": "Ask.", "targets": "Say."}),
     "sharegpt": ("ShareGPT", {"conversations": SHAREGPT}),
     "openai": ("OpenAI messages", {"conversations": TALK}),
     "text": ("OpenAI messages as JSON text", {"messages": json.dumps(TALK)}),
@@ -102,12 +105,16 @@ def test_the_context_of_a_question_is_its_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "text"), [(3, "3"), (2.5, "2.5"), (True, True), (None, None), ("x", "x")]
-)
+    ("output", "text"),
+    [
+        (3, "3"), (2.5, "2.5"), (Decimal("1.50"), "1.50"), (True, True), (None, None), ("x", "x"),
+    ],
+)  # fmt: skip
 def test_a_number_to_learn_is_text(output: Any, text: Any) -> None:
     """As the same number is in a csv file; a truth value or nothing is not made up into text."""
     row = {"instruction": "Add.", "output": output}
     assert reading_of(row, "alpaca").fields(row)["output"] == text
+    assert reading_of(row, "alpaca").fields({**row, "input": 4})["input"] == "4"
     fields = reading_of({"q": 1, "r": output}, "chat", instruction="q", output="r")
     assert fields.shape == "Alpaca"
 
@@ -149,6 +156,77 @@ def test_a_plain_prompt_refuses_what_it_would_lose(messages: list[Any], reason: 
     row = {"messages": messages}
     with pytest.raises(Unusable, match=reason):
         reading_of(row, "alpaca").fields(row)
+
+
+OTHER_SHAPES: list[tuple[str, dict[str, Any], str]] = [
+    ("alpaca", {"messages": TALK}, "another shape .*: OpenAI messages"),
+    ("alpaca", {"conversations": SHAREGPT}, "another shape .*: ShareGPT"),
+    ("alpaca", {"question": "Ask.", "answer": "Say."}, "another shape .*: question and answer"),
+    ("alpaca", {"instruction": "Ask.", "response": "Say."}, "another shape .*: Dolly"),
+    ("alpaca", {"text": "Say."}, "it has no column instruction, output"),
+    ("openai", ONE, "another shape .*: Alpaca"),
+    ("openai", {"text": "Say."}, "it has no column conversations"),
+]
+
+
+@pytest.mark.parametrize(("shape", "row", "reason"), OTHER_SHAPES)
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_a_row_of_another_shape_is_left_out_by_its_name(
+    template: str, shape: str, row: dict[str, Any], reason: str
+) -> None:
+    """The first rows decide on the shape; a later one is counted under what it is."""
+    reading = reading_of(SHORT[shape][1], template)
+    with pytest.raises(Unusable, match=reason):
+        reading.fields(row)
+
+
+@pytest.mark.parametrize(
+    ("first", "row", "field", "text"),
+    [
+        (ONE, {**ONE, "input": "By Ann."}, "input", "By Ann."),
+        (ONE, {**ONE, "context": "By Ann."}, "input", "By Ann."),
+        (ONE, {**ONE, "system_prompt": "Be brief."}, "system", "Be brief."),
+        (ONE, {**ONE, "history": [["Ask.", "Say."]]}, "history", "Say."),
+        (
+            {"conversations": SHAREGPT}, {"conversations": SHAREGPT, "system": "Be brief."},
+            "system", "Be brief.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_later_row_may_say_more_than_the_first_ones(
+    first: dict[str, Any], row: dict[str, Any], field: str, text: str
+) -> None:
+    """A column that the first rows lack is used all the same, and not named as unused."""
+    plain, chat = reading_of(first, "alpaca"), reading_of(first, "chat")
+    assert text in str(plain.fields(row)[field])
+    assert text in str(chat.fields(row)["messages"])
+    assert plain.with_names(row).unused == chat.with_names(row).unused == ()
+
+
+def test_columns_of_later_rows_are_counted_too() -> None:
+    """As not used, and no longer as lacking."""
+    reading = reading_of(ONE, "alpaca", input="background")
+    assert (reading.unused, reading.absent) == ((), ("background",))
+    later = reading.with_names({**ONE, "background": "By Ann.", "id": 1})
+    assert (later.unused, later.absent) == (("id",), ())
+
+
+@pytest.mark.parametrize("answer", [["a", "b"], [1], {"text": "a"}])
+def test_an_answer_that_is_a_list_is_no_text(answer: Any) -> None:
+    """The reason is the output's, not one of conversations."""
+    row = {"question": "Ask.", "answer": answer}
+    fields = reading_of(row, "alpaca").fields(row)
+    with pytest.raises(Unusable, match="output is not text"):
+        load_template("alpaca").render(fields)
+    with pytest.raises(Unusable, match="output is not text"):
+        reading_of(row, "chat").fields(row)
+
+
+def test_a_field_that_nothing_reads_is_found() -> None:
+    """A slip of the pen in data.columns; fields of shapes and of a file's template are known."""
+    columns = {"instruction": "q", "conversations": "c", "context": "d", "outptu": "x"}
+    for name in ("alpaca", "chat", "text"):
+        assert find_unknown_fields(load_template(name), columns) == ["outptu"]
 
 
 def test_columns_that_nobody_uses_or_has_are_named() -> None:
