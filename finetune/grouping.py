@@ -13,13 +13,9 @@ from itertools import pairwise
 from finetune import distributed
 from finetune.config import OWN, Config, marked
 from finetune.methods import METHODS, changes_base
+from finetune.optimizers import OPTIMIZERS
 
 MOST_TOGETHER = 8
-# Those that know nothing of a model but the parameters that they are given.
-OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "sgd",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def find_obstacle(config: Config) -> str | None:
         return "an int8 base rounds by all tokens that share a step"
     if config.model.quantization == "gptq":
         return "a GPTQ base computes by kernels of its own, which may go by the tokens of a step"
-    if config.optimizer.name not in OPTIMIZERS:
+    if not OPTIMIZERS[config.optimizer.name].can_share_step:
         return f"optimizer.name={config.optimizer.name} asks for the whole model"
     return None
 

@@ -30,6 +30,7 @@ from finetune.files import digest, slug
 from finetune.fused_kernels import FLASH
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.methods import METHODS
+from finetune.optimizers import OPTIMIZERS
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.rows import find_source
 from finetune.session import Session
@@ -187,8 +188,11 @@ def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, 
 def find_versions(config: Config, packages: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of packages, and of what the base, as loaded, and the optimizer use."""
     names = list(packages)
-    if config.model.quantization in BITSANDBYTES or "8bit" in config.optimizer.name:
+    package = OPTIMIZERS[config.optimizer.name].package
+    if config.model.quantization in BITSANDBYTES:
         names.append("bitsandbytes")
+    if package is not None and package.name not in names:
+        names.append(package.name)
     if config.model.quantization == "gptq":
         names += GPTQ_PACKAGES
     if config.model.attn_implementation in FLASH:

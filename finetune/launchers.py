@@ -7,6 +7,7 @@ import os
 from finetune import distributed
 from finetune.config import Config
 from finetune.methods import METHODS
+from finetune.optimizers import OPTIMIZERS
 
 # What a launcher may ask of accelerate beside several processes, the value that asks for nothing,
 # and the remedy. Accelerate would follow it unseen by a run's identity.
@@ -19,8 +20,6 @@ ASKED = {
     "FSDP_IGNORED_MODULES": ("", "leave --fsdp_ignored_modules away"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set training.gradient_checkpointing=true instead"),
 }
-# Others read a weight's memory, or mix a part of it with whole tensors (Adafactor).
-FSDP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def find_problems(config: Config, *, has_launcher: bool = False) -> list[str]:
@@ -53,12 +52,13 @@ def _find_fsdp_problems(config: Config) -> list[str]:
     problems = []
     if (found := os.environ.get("FSDP_VERSION", "1")) != "2":
         problems.append(f"the launcher sets FSDP_VERSION={found}; use --fsdp_version 2")
-    if not METHODS[config.peft.method].trains_base:
+    method, optimizer = METHODS.get(config.peft.method), OPTIMIZERS.get(config.optimizer.name)
+    if method is not None and not method.trains_base:
         problems.append(
-            f"peft.method is {config.peft.method}, but FSDP is for peft=full only; leave "
+            f"peft.method is {method.name}, but FSDP is for peft=full only; leave "
             "--use_fsdp away: each GPU then holds the whole model"
         )
-    if config.optimizer.name not in FSDP_OPTIMIZERS:
-        names = " or ".join(FSDP_OPTIMIZERS)
-        problems.append(f"optimizer.name is {config.optimizer.name}; under FSDP use {names}")
+    if optimizer is not None and not optimizer.can_shard:
+        names = " or ".join(name for name, row in OPTIMIZERS.items() if row.can_shard)
+        problems.append(f"optimizer.name is {optimizer.name}; under FSDP use {names}")
     return problems

@@ -19,6 +19,7 @@ from finetune.config import (
 )
 from finetune.label_loss import CHUNK
 from finetune.methods import INITIALISATIONS, METHODS
+from finetune.optimizers import OPTIMIZERS
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape
 
@@ -31,8 +32,6 @@ ALLOCATOR = {"cpu": 1.3, "cuda": 1.0}
 # Bytes a weight: two in a byte, and the constants of each block of 64 (QLoRA, arXiv:2305.14314).
 FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 EIGHT_BIT = 1.0
-# Of the optimizer's state, by what stands in its name; the first that fits.
-STATE_BYTES = {"paged": 0.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "": 8.0}
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,10 @@ def estimate(
     """
     training = config.training
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
-    trains_base, name = METHODS[config.peft.method].trains_base, config.optimizer.name
+    trains_base = METHODS[config.peft.method].trains_base
+    optimizer = OPTIMIZERS[config.optimizer.name]
     parts = distributed.num_processes() if distributed.is_sharded() and place.kind == "cuda" else 1
     trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
-    if place.kind == "cpu":
-        name = name.removeprefix("paged_")  # only a GPU can move pages to the host
-    state = next(each for part, each in STATE_BYTES.items() if part in name)
     # In its own dtype the base is whole, once; in parts of fp32 it is trained.
     size = max(4 / parts, place.size) if trains_base else place.size
     logit = shape.vocabulary * (8 + place.size)  # as computed, in fp32, its slope; for one token
@@ -110,7 +107,7 @@ def estimate(
         weights=_weight_bytes(config.model, shape, size),
         adapter=0.0 if trains_base else 4.0 * trained,
         gradients=4.0 * trained,
-        optimizer=trained * state,
+        optimizer=trained * optimizer.resident_bytes(place.kind),
         activations=0.0 if training.is_skipped else _activation_bytes(config, shape, tokens, place),
         logits=float(head + 2 * tokens * shape.hidden * place.size),
         evaluation=float(scored) if config.evaluation.tasks else 0.0,
@@ -216,11 +213,12 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
             lambda one: replace(one, training=replace(one.training, gradient_checkpointing=True)),
             1.0,
         )
-    if "8bit" not in config.optimizer.name and not distributed.is_sharded():
-        name = "adamw_8bit"
+    small = OPTIMIZERS["adamw_8bit"]
+    holds_more = OPTIMIZERS[config.optimizer.name].state_bytes > small.state_bytes
+    if holds_more and not distributed.is_sharded():
         yield (
-            f"optimizer.name={name}",
-            lambda one: replace(one, optimizer=replace(one.optimizer, name=name)),
+            f"optimizer.name={small.name}",
+            lambda one: replace(one, optimizer=replace(one.optimizer, name=small.name)),
             1.0,
         )
     needs_floats = method.trains_base or not INITIALISATIONS[config.lora.init].fits_quantised

@@ -1,61 +1,144 @@
-"""Which optimizers there are, and what each needs."""
+"""Optimizers: one frozen row a name of transformers', and all that is asked of one.
+
+Nothing here imports torch or transformers before a check asks what this machine has. The Trainer
+builds an optimizer by its name (`Trainer.get_optimizer_cls_and_kwargs`), also for our own loop.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
-
-import torch
-from transformers.training_args import OptimizerNames
 
 from finetune.config import OptimizerConfig, nearest
 
-# Optimizers beyond torch's own, by a part of the name (the longest that fits): the module that
-# brings them, and the package to install for it.
-OPTIMIZER_PACKAGES = {
-    "8bit": ("bitsandbytes", "bitsandbytes"),
-    "paged_": ("bitsandbytes", "bitsandbytes"),
-    "_bnb": ("bitsandbytes", "bitsandbytes"),
-    "lion_": ("bitsandbytes", "bitsandbytes"),
-    "ademamix": ("bitsandbytes", "bitsandbytes"),
-    "adamw_torch_8bit": ("torchao", "torchao"),
-    "adamw_torch_4bit": ("torchao", "torchao"),
-    "lomo": ("lomo_optim", "lomo-optim"),
-    "grokadamw": ("grokadamw", "grokadamw"),
-    "schedule_free": ("schedulefree", "schedulefree"),
-    "stable_adamw": ("optimi", "torch-optimi"),
-}
-# Names of transformers that cannot run here, by a part of the name, with the reason.
-UNSUPPORTED = {
-    "galore_": "projects layers that optim_target_modules names, for which there is no setting",
-    "apollo_": "projects layers that optim_target_modules names, for which there is no setting",
-    "anyprecision": "needs torchdistx, which is neither on PyPI nor maintained",
-    "torch_xla": "is for TPUs, and training.device is cuda or cpu",
-    "npu": "is for Ascend NPUs, and training.device is cuda or cpu",
-}
-CUDA_ONLY = ("adalomo",)  # its package allocates on the GPU
 REMEDY = "use optimizer.name=adamw_torch"
+PROJECTED = "projects layers that optim_target_modules names, for which there is no setting"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What brings an optimizer: its module, and its name on PyPI."""
+
+    module: str
+    name: str
+
+
+BITSANDBYTES = Package("bitsandbytes", "bitsandbytes")
+TORCHAO = Package("torchao", "torchao")
+LOMO = Package("lomo_optim", "lomo-optim")
+SCHEDULE_FREE = Package("schedulefree", "schedulefree")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A row: what an optimizer holds, what it needs, and where it can be used.
+
+    Sharded (FSDP) are those that neither read a weight's memory nor mix a part of it with whole
+    tensors; grouped those that know nothing of a model but the parameters that they are given.
+    """
+
+    name: str
+    state_bytes: float  # for each parameter, beside its gradient
+    package: Package | None = None  # None: torch's or transformers' own
+    is_paged: bool = False  # a GPU moves its state to the host's memory
+    can_share_step: bool = False  # one for each of several adapters trained in one step
+    can_shard: bool = False  # works under FSDP
+    needs_cuda: bool = False
+    problem: str | None = None  # why it cannot run with the settings that there are
+
+    def resident_bytes(self, device: str) -> float:
+        """Return the state's bytes for each parameter in the memory of a device, cpu or cuda."""
+        return 0.0 if self.is_paged and device == "cuda" else self.state_bytes
+
+
+def _bitsandbytes(
+    name: str, state_bytes: float, *, is_paged: bool = False, can_share_step: bool = False
+) -> Optimizer:
+    return Optimizer(
+        name, state_bytes, BITSANDBYTES, is_paged=is_paged, can_share_step=can_share_step
+    )
+
+
+def _unsupported(name: str, problem: str) -> Optimizer:
+    return Optimizer(name, 8.0, problem=problem)
+
+
+OPTIMIZERS = {
+    row.name: row
+    for row in (
+        Optimizer("adamw_torch", 8.0, can_share_step=True, can_shard=True),
+        Optimizer("adamw_torch_fused", 8.0, can_share_step=True, can_shard=True),
+        Optimizer("sgd", 0.0, can_share_step=True, can_shard=True),
+        Optimizer("adafactor", 0.1),  # rows and columns of a matrix
+        Optimizer("adagrad", 4.0),
+        Optimizer("rmsprop", 4.0),
+        _bitsandbytes("adamw_8bit", 2.0, can_share_step=True),
+        _bitsandbytes("adamw_bnb_8bit", 2.0, can_share_step=True),
+        _bitsandbytes("paged_adamw_8bit", 2.0, is_paged=True, can_share_step=True),
+        _bitsandbytes("paged_adamw_32bit", 8.0, is_paged=True, can_share_step=True),
+        _bitsandbytes("ademamix", 12.0),
+        _bitsandbytes("ademamix_8bit", 3.0),
+        _bitsandbytes("paged_ademamix_32bit", 12.0, is_paged=True),
+        _bitsandbytes("paged_ademamix_8bit", 3.0, is_paged=True),
+        _bitsandbytes("lion_32bit", 4.0),
+        _bitsandbytes("lion_8bit", 1.0),
+        _bitsandbytes("paged_lion_32bit", 4.0, is_paged=True),
+        _bitsandbytes("paged_lion_8bit", 1.0, is_paged=True),
+        _bitsandbytes("rmsprop_bnb", 4.0),
+        _bitsandbytes("rmsprop_bnb_32bit", 4.0),
+        _bitsandbytes("rmsprop_bnb_8bit", 1.0),
+        Optimizer("adamw_torch_8bit", 2.0, TORCHAO),
+        Optimizer("adamw_torch_4bit", 1.0, TORCHAO),
+        Optimizer("lomo", 0.0, LOMO),
+        Optimizer("adalomo", 0.1, LOMO, needs_cuda=True),  # its package allocates on the GPU
+        Optimizer("grokadamw", 12.0, Package("grokadamw", "grokadamw")),
+        Optimizer("schedule_free_radam", 8.0, SCHEDULE_FREE),
+        Optimizer("schedule_free_adamw", 8.0, SCHEDULE_FREE),
+        Optimizer("schedule_free_sgd", 4.0, SCHEDULE_FREE),
+        Optimizer("stable_adamw", 8.0, Package("optimi", "torch-optimi")),
+        *(
+            _unsupported(name, PROJECTED)
+            for name in (
+                "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
+                "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+                "apollo_adamw", "apollo_adamw_layerwise",
+            )
+        ),
+        _unsupported(
+            "adamw_anyprecision", "needs torchdistx, which is neither on PyPI nor maintained"
+        ),
+        _unsupported("adamw_torch_xla", "is for TPUs, and training.device is cuda or cpu"),
+        _unsupported(
+            "adamw_torch_npu_fused", "is for Ascend NPUs, and training.device is cuda or cpu"
+        ),
+    )
+}  # fmt: skip
 
 
 def find_optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
     """Return why the optimizer cannot be had here, with the remedy."""
-    name, known = optimizer.name, supported_names()
-    if name not in {item.value for item in OptimizerNames}:
-        return [f"optimizer.name is {name!r}; {nearest(name, known)}"]
-    if name not in known:
-        (why,) = {reason for part, reason in UNSUPPORTED.items() if part in name}
-        return [f"optimizer.name={name} {why}; {REMEDY}"]
-    parts = [part for part in OPTIMIZER_PACKAGES if part in name]
-    module, package = OPTIMIZER_PACKAGES[max(parts, key=len)] if parts else ("", "")
-    if module and find_spec(module) is None:
+    row = OPTIMIZERS.get(optimizer.name)
+    if row is None:
+        return [f"optimizer.name is {optimizer.name!r}; {nearest(optimizer.name, supported())}"]
+    if row.problem is not None:
+        return [f"optimizer.name={row.name} {row.problem}; {REMEDY}"]
+    if row.package is not None and find_spec(row.package.module) is None:
+        package = row.package.name
         return [
-            f"optimizer.name={name} needs the package {package}; pip install {package}, or {REMEDY}"
+            f"optimizer.name={row.name} needs the package {package}; pip install {package}, or "
+            f"{REMEDY}"
         ]
-    if name in CUDA_ONLY and not torch.cuda.is_available():
-        return [f"optimizer.name={name} needs a CUDA device; {REMEDY}"]
+    if row.needs_cuda and not _has_cuda():
+        return [f"optimizer.name={row.name} needs a CUDA device; {REMEDY}"]
     return []
 
 
-def supported_names() -> list[str]:
-    """Return the names of transformers' optimizers that can run with the settings there are."""
-    names = [str(item.value) for item in OptimizerNames]
-    return [name for name in names if not any(part in name for part in UNSUPPORTED)]
+def supported() -> list[str]:
+    """Return the names of the optimizers that can run with the settings there are."""
+    return [name for name, row in OPTIMIZERS.items() if row.problem is None]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
