@@ -169,7 +169,7 @@ class ScoreStore:
 
     def read(self, task: str, identity: str) -> TaskScore | None:
         """Return the score, or None where there is none or its file is damaged."""
-        path = self._path(task, identity)
+        path = self.path(task, identity)
         try:
             stored = read_json(path, dict)
             if stored is None:
@@ -195,7 +195,7 @@ class ScoreStore:
         fields = asdict(score)
         text = json.dumps({"sha256": digest(fields), "score": fields})
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(score.task, identity)
+        path = self.path(score.task, identity)
         if path.exists():
             set_aside(path, "it holds no such score")
         write_atomic(path, text)
@@ -203,7 +203,8 @@ class ScoreStore:
     def locked(self, task: str, identity: str) -> FileLock:
         """Return a lock under which one process computes what the others then read."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self._path(task, identity)}.lock")
+        return FileLock(f"{self.path(task, identity)}.lock")
 
-    def _path(self, task: str, identity: str) -> Path:
+    def path(self, task: str, identity: str) -> Path:
+        """Return the file of a score."""
         return self.folder / f"{task}-{identity[:16]}.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.config import Refused
 
 ROOM_BYTES = 2**16  # that a folder must have room for
-CACHE_PARTS = ("models", "evaluations", "speeds", "tokens")
+CACHE_PARTS = ("models", "evaluations", "speeds", "tokens", "finished")
 
 
 def cache_dir() -> Path:

@@ -28,7 +28,7 @@ from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
-from finetune.identity import find_precision
+from finetune.identity import find_changes, find_precision
 from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
 from finetune.methods import METHODS, build_settings
@@ -81,6 +81,9 @@ def run(jobs: Sequence[Job], session: Session | None = None) -> list[State]:
             with _guarded([run]):
                 run.check_inputs()
         _run_stages([run for run in at_work if run.state is None], session)
+        for run in runs:
+            if run.state == "finished":
+                _record_finished(run, session)
         if any(run.state != "finished" for run in runs):
             session.release()
         return [run.state or "failed" for run in runs]
@@ -101,6 +104,18 @@ def _run_stages(runs: Sequence[ActiveRun], session: Session) -> None:
     except KeyboardInterrupt as stop:
         for run in runs:
             run.end("interrupted", signals.describe(stop))
+
+
+def _record_finished(run: ActiveRun, session: Session) -> None:
+    """Let the same command know next time, without torch, that this run answers its job."""
+    try:
+        scorers = build_scorers(run.config, run.inputs, run.folder)
+        scores = [file for one in scorers for file in one.files(_tasks(run, session))]
+        seen = session.finished_runs.look(run.config, run.inputs, scores)
+        if seen is not None and not find_changes(run.config, run.inputs):
+            session.finished_runs.write(run.config, run.inputs, seen)
+    except (OSError, ValueError) as error:  # an input is gone: the worker plans it next time
+        log.debug("%s is not recorded: %s", run.folder.name, error)
 
 
 @contextmanager

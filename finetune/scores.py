@@ -11,6 +11,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -100,6 +101,10 @@ class Scorer:
             task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
         }
         return {key: score for key, score in found.items() if score is not None}
+
+    def files(self, tasks: list[LoadedTask]) -> list[Path]:
+        """Return the files of the stored scores."""
+        return [self.store.path(task.name, self.identity(task)) for task in self.asked(tasks)]
 
     def score(
         self,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import data, models, multi_adapter, prompts, samples
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
+from finetune.finished_runs import FinishedRuns
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.shape import Shape, describe_shape
 from finetune.tasks import LoadedTask, load_task
@@ -57,6 +58,7 @@ class Session:
         self._row_problems: Kept[list[str]] = Kept(64)
         self._obstacles: Kept[str | None] = Kept(1)
         self._answers: Kept[list[str]] = Kept(1)
+        self.finished_runs = FinishedRuns()
 
     def base(self, config: Config, inputs: Inputs) -> PreTrainedModel:
         """Return the base that runs share, frozen and without an adapter, or load a fresh one."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from finetune import devices, distributed, signals
 from finetune.escaping import keep_logs_plain
 from finetune.events import State
+from finetune.finished_runs import FinishedRuns
 from finetune.home import complete_environment
 from finetune.jobs import CheckedJob, Job
 from finetune.streams import keep_streams
@@ -37,9 +38,13 @@ class WorkerDied(RuntimeError):
 
 
 class Worker:
-    """A worker process that is started when first needed, and again when it died."""
+    """A worker process that is started when first needed, and again when it died.
+
+    Jobs that recorded runs answer do not need it.
+    """
 
     def __init__(self, *, is_quiet: bool = False) -> None:
+        self._finished_runs = FinishedRuns()
         self._is_quiet = is_quiet  # since a table on the same terminal shows what it does
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
@@ -58,10 +63,15 @@ class Worker:
 
     def prepare(self, job: Job) -> CheckedJob:
         """Check a job and name its run."""
+        inputs = self._finished_runs.find(job.config)
+        if inputs is not None:
+            return CheckedJob(inputs, [], finished=True, forecasts=[])
         return cast(CheckedJob, self._ask("prepare", job))
 
     def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
         """Run jobs together to their end, or until their time is up."""
+        if len(jobs) == 1 and self._finished_runs.find(jobs[0].config) is not None:
+            return ["finished"]
         return cast(list[State], self._ask("run", list(jobs), timeout_seconds))
 
     def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
