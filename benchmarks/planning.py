@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.config import ModelConfig
 from finetune.models import find_model, load_tokenizer
-from finetune.results import RunRecord, SweepRecord
+from finetune.sweep_record import RunRecord, SweepRecord
 
 SIZES: dict[str, Any] = {  # about 0.25 billion parameters in fp32: 1 GB
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 15,

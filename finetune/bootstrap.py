@@ -12,10 +12,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from lm_eval.api import metrics
+
+from finetune.substitution import substituted
 
 CHUNK = 1000  # resamples of one seed, as in lm-eval
 MOST_DRAWS = 2_000_000  # that stand in memory at a time
@@ -28,7 +29,7 @@ Vectorised = Callable[[np.ndarray], np.ndarray]
 @contextmanager
 def in_process() -> Iterator[None]:
     """Let lm-eval take its bootstrapped standard errors from here."""
-    with patch.object(metrics, "bootstrap_stderr", bootstrap_stderr):
+    with substituted(metrics, "bootstrap_stderr", bootstrap_stderr):
         yield
 
 

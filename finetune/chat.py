@@ -57,7 +57,7 @@ def main() -> None:
     if not 0 <= given.seed <= LARGEST_SEED:
         parser.error(f"--seed is {given.seed}; it must be from 0 to {LARGEST_SEED}")
     # Only now, so that help and mistakes come at once.
-    from finetune.worker import quieten_libraries
+    from finetune.logs import quieten_libraries
 
     quieten_libraries()
     from transformers import set_seed

@@ -26,6 +26,7 @@ from finetune.config_files import (
     read_defaults,
     read_values,
 )
+from finetune.escaping import first_line
 from finetune.grammar import find_override
 
 GRID = "hydra.sweeper.params"
@@ -86,11 +87,6 @@ def config_dir_of(hydra: DictConfig | HydraConf) -> str | None:
     """Return the folder of `--config-dir` from Hydra's own settings."""
     sources = hydra.runtime.config_sources
     return next((str(one.path) for one in sources if one.provider == "command-line"), None)
-
-
-def first_line(error: BaseException | str) -> str:
-    """Return what an error of Hydra or OmegaConf says, without its trailing key dump."""
-    return next((line for line in str(error).strip().split("\n") if line), type(error).__name__)
 
 
 def chosen_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[Path, str]]:

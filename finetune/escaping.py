@@ -1,4 +1,4 @@
-"""Escape text from outside (values, reasons, samples) for a terminal, a page or a spreadsheet."""
+"""Show text from outside (values, errors, samples) on a terminal, a page or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluate
 MARKDOWN = re.compile(r"[`*|~$]|\](?=[(\[:])|\\(?=[!-/:-@\[-`{-~]|$)|(?<![^\W_])_|_(?![^\W_])")
 # What opens a block at the start of a line; a signed number does not.
 MARKDOWN_START = re.compile(r"^(\s*)([#>]|[-+](?=\s|$)|-(?=--)|=(?==)|\d+(?=[.)]\s))")
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's text; OmegaConf's has a dump of the key below it."""
+    return next((line for line in str(error).strip().split("\n") if line), type(error).__name__)
 
 
 def for_terminal(text: str) -> str:

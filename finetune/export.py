@@ -91,7 +91,7 @@ def export(
     if repo is not None:
         refuse_push(repo)
     # Only now, so that help and mistakes come at once.
-    from finetune.worker import quieten_libraries
+    from finetune.logs import quieten_libraries
 
     quieten_libraries()
     from finetune.merging import find_merge_problem

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from hydra.errors import HydraException
 from rich.table import Table
 
-from finetune.composition import first_line
 from finetune.config import Refused
+from finetune.escaping import first_line
 from finetune.memory_estimate import GIB, Estimate, Place, estimate, find_problem
 from finetune.overrides import compose_job
 from finetune.quantization import as_loaded

@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import find_word_problem
 from finetune.composition import COMPOSING_ERRORS, explain, find_missing_values
-from finetune.composition import first_line as first_line  # of the errors told here
 from finetune.config import (
     Config,
     Refused,
@@ -31,6 +30,7 @@ from finetune.config import (
     register,
 )
 from finetune.config_files import describe_kind
+from finetune.escaping import first_line
 from finetune.foreign_configs import find_foreign_problems
 from finetune.grammar import NO_EXPERIMENT, grid_arguments, key_of, parse, rewrite, without_null
 from finetune.hydra_overrides import (

@@ -19,8 +19,8 @@ from finetune.events import State
 from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.grouping import Group, Limit, find_groups
 from finetune.jobs import Job
-from finetune.results import RunRecord, SweepRecord
 from finetune.run_folder import RunFolder
+from finetune.sweep_record import RunRecord, SweepRecord
 from finetune.tables import add_row, build_table
 from finetune.worker import AnyWorker, WorkerDied
 

@@ -27,13 +27,13 @@ from finetune import (
 )
 from finetune.chat_templates import read_chat_template
 from finetune.config import Config
+from finetune.escaping import first_line
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs, find_precision
 from finetune.inputs import Inputs
 from finetune.jobs import CheckedJob
 from finetune.methods import INITIALISATIONS, METHODS
 from finetune.multi_adapter import find_precision_obstacle
-from finetune.overrides import first_line
 from finetune.ranges import find_problems
 from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done

@@ -46,13 +46,13 @@ def _count(text: str) -> int:
 
 
 def _show(given: argparse.Namespace) -> None:
-    from finetune.worker import quieten_libraries
+    from finetune.logs import quieten_libraries
 
     quieten_libraries()
     from hydra.errors import HydraException
     from rich.console import Console
 
-    from finetune.composition import first_line
+    from finetune.escaping import first_line
     from finetune.row_preview import load_preview, print_preview, write_json
 
     try:

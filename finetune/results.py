@@ -6,88 +6,29 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.table import Table
-
 from finetune.comparison import Comparison
 from finetune.escaping import for_csv
-from finetune.files import Damaged, read_json, read_yaml, write_atomic
+from finetune.files import Damaged, read_json, write_atomic
 from finetune.metric_names import STDERR, MetricName
-from finetune.metrics import Metric, show_score
+from finetune.metrics import Metric
 from finetune.mixtures import find_machine_mixtures, find_mixtures
 from finetune.run_comparison import compare_runs
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.score_files import ModelScore, TaskScores
-from finetune.tables import add_row, build_table
+from finetune.sweep_record import SweepRecord
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
 MEAN_LOSS = "train/mean_loss"
 VALIDATION = "validation/loss"
-RECORD = "sweep.yaml"
 
 Row = dict[str, Any]  # one row of results.csv
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run of a sweep: its folder, and its place in the grid."""
-
-    folder: str  # absolute, or relative to the sweep's folder
-    swept: dict[str, str]
-
-
-@dataclass(frozen=True)
-class SweepRecord:
-    """What `sweep.yaml` says: all that is needed to report a sweep again."""
-
-    name: str
-    command: list[str]
-    swept: list[str]
-    tasks: list[str]
-    runs: list[RunRecord]
-
-    def write(self, folder: Path) -> None:
-        write_atomic(folder / RECORD, yaml.safe_dump(asdict(self), sort_keys=False))
-
-    @classmethod
-    def load(cls, folder: Path) -> SweepRecord:
-        """Read the record of a sweep's folder.
-
-        Raises:
-            ValueError: there is none, or it is no record of a sweep.
-        """
-        try:
-            stored = read_yaml(folder / RECORD, dict)
-            if stored is None:
-                raise ValueError(f"{folder} is no sweep's folder: it has no {RECORD}")
-            runs = [RunRecord(**run) for run in stored.pop("runs")]
-            record = cls(**stored, runs=runs)
-            if not record.is_sound():
-                raise Damaged("it holds no record of a sweep")
-        except (Damaged, TypeError, KeyError) as error:
-            fault = error if isinstance(error, Damaged) else "it holds no record of a sweep"
-            raise ValueError(
-                f"{folder / RECORD} is damaged: {fault}; the sweep's command writes it anew"
-            ) from None
-        return record
-
-    def is_sound(self) -> bool:
-        """Return whether every field has its type; what was read may be anything."""
-        texts = [self.name, *(run.folder for run in self.runs)]
-        lists = [self.command, self.swept, self.tasks]
-        if not all(isinstance(one, list) for one in lists):
-            return False
-        texts += [one for names in lists for one in names]
-        return all(isinstance(one, str) for one in texts) and all(
-            isinstance(run.swept, dict) and set(run.swept) == set(self.swept) for run in self.runs
-        )
 
 
 @dataclass
@@ -360,36 +301,3 @@ def write_csv(results: Results) -> None:
     writer.writeheader()
     writer.writerows({name: for_csv(value) for name, value in row.items()} for row in results.rows)
     write_atomic(results.folder / "results.csv", text.getvalue())
-
-
-def render_table(results: Results) -> Table:
-    """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
-    rows, swept = results.rows, results.record.swept or ["run"]
-    metrics = list(results.metrics)
-    losses = [MEAN_LOSS, *([VALIDATION] if results.validated_rows() else [])]
-    numbers = ["\n".join(name.rsplit("/", 1)) for name in (*metrics, *losses, "train/time")]
-    table = build_table(*swept, "status", *numbers, right=numbers)
-    for row in rows:
-        cells = [str(row.get(key, "")) for key in swept]
-        cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
-        cells += [_number(row[name], ".3f") for name in losses]
-        cells.append(_number(row["train_seconds"], ".0f", " s"))
-        add_row(table, *cells)
-    return table
-
-
-def _score_cell(row: Row, metric: str) -> str:
-    name = MetricName.parse(metric)
-    tuned, base = row.get(metric), row.get(name.base)
-    if tuned is None:
-        return ""
-    if base is None:
-        return show_score(tuned)
-    proven = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
-    difference = tuned - base
-    shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
-    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{proven}"
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"

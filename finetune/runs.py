@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from finetune.comparison import compare
+from finetune.config import Config
 from finetune.escaping import for_terminal
 from finetune.metric_names import MetricName
 from finetune.metrics import show_score
@@ -30,7 +31,9 @@ def main() -> None:
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.runs", description=__doc__)
     parser.add_argument("compare", nargs="*", type=Path, help="two runs' folders to compare")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs lie")
+    parser.add_argument(
+        "--outputs", type=Path, default=Path(Config.output_dir), help="where runs lie"
+    )
     given = parser.parse_args()
     if given.compare:
         if len(given.compare) != 2:

@@ -1,14 +1,17 @@
-"""The report's table of one metric: base and tuned scores, their difference, interval and p."""
+"""Tables of scores: a sweep's on the terminal, and the report's of one metric."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rich.table import Table
+
 from finetune.comparison import Comparison, Difference
 from finetune.metric_names import MetricName
 from finetune.metrics import show_score
-from finetune.results import Results, Row
+from finetune.results import MEAN_LOSS, VALIDATION, Results, Row
+from finetune.tables import add_row, build_table
 from finetune.verdict import show_detectable, show_difference
 
 NO_DIFFERENCE = "no detectable difference"
@@ -148,3 +151,36 @@ def describe_methods(results: Results) -> list[str]:
             "(by Holm where the runs' swaps cannot be joined)."
         )
     return lines
+
+
+def render_table(results: Results) -> Table:
+    """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
+    rows, swept = results.rows, results.record.swept or ["run"]
+    metrics = list(results.metrics)
+    losses = [MEAN_LOSS, *([VALIDATION] if results.validated_rows() else [])]
+    numbers = ["\n".join(name.rsplit("/", 1)) for name in (*metrics, *losses, "train/time")]
+    table = build_table(*swept, "status", *numbers, right=numbers)
+    for row in rows:
+        cells = [str(row.get(key, "")) for key in swept]
+        cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
+        cells += [_number(row[name], ".3f") for name in losses]
+        cells.append(_number(row["train_seconds"], ".0f", " s"))
+        add_row(table, *cells)
+    return table
+
+
+def _score_cell(row: Row, metric: str) -> str:
+    name = MetricName.parse(metric)
+    tuned, base = row.get(metric), row.get(name.base)
+    if tuned is None:
+        return ""
+    if base is None:
+        return show_score(tuned)
+    proven = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
+    difference = tuned - base
+    shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
+    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{proven}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"

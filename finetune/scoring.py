@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from unittest.mock import patch
 
 import psutil
 import torch
@@ -39,6 +38,7 @@ from finetune.models import (
 )
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.quantization import is_castable
+from finetune.substitution import substituted
 
 log = logging.getLogger("finetune")
 
@@ -352,7 +352,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 @contextmanager
 def _tied_as_loaded(base: PreTrainedModel) -> Iterator[None]:
     """Keep lm-eval from tying weights again, which fails where an adapter wraps the tied head."""
-    with patch.object(base, "tie_weights", lambda *_, **__: None):
+    with substituted(base, "tie_weights", lambda *_, **__: None):
         yield
 
 

@@ -23,8 +23,8 @@ from urllib.parse import quote, urlsplit
 
 from finetune import distributed
 from finetune.config import Refused, TrackingConfig
+from finetune.escaping import first_line
 from finetune.mlflow_store import deleted_experiment, open_client
-from finetune.overrides import first_line
 from finetune.store_address import (
     MASK,
     SQLITE,

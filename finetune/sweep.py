@@ -22,13 +22,13 @@ from omegaconf import DictConfig
 
 from finetune import devices, distributed, launchers, signals
 from finetune.config import Config, Refused
-from finetune.escaping import for_terminal
+from finetune.escaping import first_line, for_terminal
 from finetune.events import EventLog, State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.jobs import Job
 from finetune.live import is_terminal, live_table
-from finetune.overrides import first_line
+from finetune.logs import quieten_libraries
 from finetune.planning import (
     Point,
     Sweep,
@@ -39,19 +39,15 @@ from finetune.planning import (
     sweep_name,
 )
 from finetune.report_pages import write_report
-from finetune.results import (
-    Results,
-    read_results,
-    render_table,
-    write_csv,
-)
+from finetune.results import Results, read_results, write_csv
 from finetune.run_folder import RunFolder, Status
+from finetune.score_tables import render_table
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
 from finetune.tables import print_table
 from finetune.tracking import Tracker, build_tracker
 from finetune.verdict import verdict
-from finetune.worker import AnyWorker, WorkerDied, build_worker, quieten_libraries
+from finetune.worker import AnyWorker, WorkerDied, build_worker
 
 log = logging.getLogger("finetune")
 

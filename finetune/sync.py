@@ -9,12 +9,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetune.config import Config
+from finetune.escaping import first_line
 from finetune.files import Damaged
-from finetune.overrides import first_line
+from finetune.mirror import Mirror
 from finetune.results import read_results
 from finetune.store_address import URI_VARIABLE, needs_typing, sync_command, without_secrets
 from finetune.streams import keep_streams
-from finetune.tracking import Mirror, send
+from finetune.tracking import send
 
 
 def main() -> None:
@@ -22,7 +24,7 @@ def main() -> None:
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.sync", description=__doc__)
     parser.add_argument(
-        "sweeps", nargs="*", type=Path, help="folders of sweeps (default: multirun_reports/*)"
+        "sweeps", nargs="*", type=Path, help=f"folders of sweeps (default: {Config.report_dir}/*)"
     )
     parser.add_argument(
         "--uri",
@@ -32,7 +34,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.uri:
         os.environ[URI_VARIABLE] = given.uri
-    folders = given.sweeps or sorted(Path("multirun_reports").glob("*"))
+    folders = given.sweeps or sorted(Path(Config.report_dir).glob("*"))
     tracked = [folder for folder in folders if (folder / "mlflow.json").is_file()]
     untracked = [folder for folder in folders if folder not in tracked and folder.is_dir()]
     missing = [folder for folder in folders if not folder.is_dir()]

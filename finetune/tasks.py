@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import lm_eval
 import lm_eval.api.task
@@ -36,6 +35,7 @@ from finetune.files import digest
 from finetune.gold_answers import check_golds
 from finetune.prefix_tree import count_tokens
 from finetune.rows import Row, read_file
+from finetune.substitution import substituted, updated
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
 TASK_FILES = (".yaml", ".yml")
@@ -186,7 +186,7 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
     local = _local_entries(name, manager.task_index, evaluation)
     if not local:
         hub.is_reached()  # else datasets would try again and again
-    with patch.dict(manager.task_index, local):
+    with updated(manager.task_index, local):
         try:
             loaded = dict(manager.load([name]))
         except IndexError:  # of lm-eval's look at the first row
@@ -263,8 +263,8 @@ def quick_and_quiet() -> Iterator[None]:
     """Let lm-eval compile each template once instead of once a question, and show no bar for it."""
     templates, bar = lm_eval.utils.env.from_string, lm_eval.api.task.tqdm
     with (
-        patch.object(lm_eval.utils.env, "from_string", lru_cache(maxsize=256)(templates)),
-        patch.object(lm_eval.api.task, "tqdm", partial(bar, disable=True)),
+        substituted(lm_eval.utils.env, "from_string", lru_cache(maxsize=256)(templates)),
+        substituted(lm_eval.api.task, "tqdm", partial(bar, disable=True)),
     ):
         yield
 

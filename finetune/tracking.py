@@ -7,27 +7,25 @@ nothing, since MLflow keeps one row for equal key, value, time and step.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config import TrackingConfig
+from finetune.escaping import first_line
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
 from finetune.events import State, parse_events
-from finetune.files import Damaged, open_file, read_json, set_aside, write_atomic
+from finetune.files import Damaged, open_file, set_aside
+from finetune.mirror import Child, Mirror
 from finetune.mlflow_store import find_experiment, open_store
-from finetune.overrides import first_line
 from finetune.run_folder import RunFolder
 from finetune.showcase import build_view, register_champion, save_view
 from finetune.store_address import (
     find_address,
     is_server,
-    masked,
     sync_command,
     ui_command,
     without_secrets,
@@ -93,88 +91,6 @@ class NullTracker:
         lowest_first: bool = False,
     ) -> str | None:
         return None
-
-
-@dataclass
-class Child:
-    """How far one run of the sweep has been sent."""
-
-    path: str
-    run_id: str | None = None
-    offset: int = 0  # bytes of its event log that MLflow has
-    ended: int | None = None  # when it last ended, in milliseconds since the epoch
-
-
-@dataclass
-class Mirror:
-    """What `mlflow.json` of a sweep says: where its runs are tracked and how far."""
-
-    uri: str  # absolute, what is secret in it masked
-    experiment: str
-    name: str
-    swept: list[str]
-    experiment_id: str | None = None
-    run_id: str | None = None
-    state: State = "running"
-    champion: str | None = None  # the best run, once the sweep has ended
-    metrics: list[str] = field(default_factory=list)  # that its view draws
-    lowest_first: bool = False  # whether the first of them is better where it is lower
-    view: str | None = None  # the view's address below the UI's root
-    children: dict[str, Child] = field(default_factory=dict)
-    started: int | None = None  # when the sweep was first conducted, in milliseconds
-
-    def __post_init__(self) -> None:
-        self.uri = masked(self.uri)
-        self._changing = threading.RLock()  # the sweep adds runs while a thread sends them
-        self.verified: set[str] = set()  # runs that this process has seen in the store
-
-    @classmethod
-    def load(cls, path: Path) -> Mirror:
-        """Read what is tracked where.
-
-        Raises:
-            Damaged: the file does not hold what was written there.
-        """
-        stored = read_json(path, dict) or {}
-        try:
-            children = {name: Child(**child) for name, child in stored.pop("children").items()}
-            mirror = cls(**stored, children=children)
-        except (TypeError, KeyError, AttributeError):
-            raise Damaged("it holds no record of what is tracked") from None
-        if not mirror.is_sound():
-            raise Damaged("it holds other values than those of what is tracked")
-        return mirror
-
-    def is_sound(self) -> bool:
-        """Return whether every field has its type; what was read may be anything."""
-        children = self.children.values()
-        texts = [self.uri, self.experiment, self.name, *(child.path for child in children)]
-        ids = [self.experiment_id, self.run_id, self.champion, self.view]
-        ids += [child.run_id for child in children]
-        return (
-            isinstance(self.swept, list)
-            and isinstance(self.metrics, list)
-            and self.state in END_STATES
-            and isinstance(self.started, int | None)
-            and all(isinstance(one, str) for one in (*texts, *self.swept, *self.metrics))
-            and all(one is None or isinstance(one, str) for one in ids)
-            and all(isinstance(child.ended, int | None) for child in children)
-            and all(isinstance(child.offset, int) and child.offset >= 0 for child in children)
-        )
-
-    def save(self, path: Path) -> None:
-        with self._changing:
-            write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
-
-    def add(self, run: RunFolder, path: Path) -> None:
-        """Mirror a run too; saved at once, so that sync knows of it should MLflow be down."""
-        with self._changing:
-            self.children.setdefault(run.name, Child(str(run.path))).path = str(run.path)
-            self.save(path)
-
-    def names(self) -> list[str]:
-        with self._changing:
-            return list(self.children)
 
 
 def build_tracker(

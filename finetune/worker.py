@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from multiprocessing import resource_tracker
@@ -18,11 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune import devices, distributed, signals
-from finetune.escaping import keep_logs_plain
 from finetune.events import State
 from finetune.finished_runs import FinishedRuns
-from finetune.home import complete_environment
 from finetune.jobs import CheckedJob, Job
+from finetune.logs import quieten_libraries
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:
@@ -305,26 +302,3 @@ def _end_with_the_sweep() -> None:
     assert sweep is not None
     sweep.join()
     os._exit(1)
-
-
-def quieten_libraries(*, is_quiet: bool = False) -> None:
-    """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
-    complete_environment()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    screen = logging.StreamHandler()
-    screen.setLevel(logging.ERROR if is_quiet else logging.INFO)
-    if is_quiet:
-        os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
-    logging.getLogger("finetune").setLevel(logging.DEBUG)
-    keep_logs_plain()
-    warnings.simplefilter("ignore")
-    logging.raiseExceptions = False  # a log on a full disk: its lines are lost, no traceback comes
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    disable_datasets_bar()

@@ -12,14 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finetune"
 ORDER = [
     "streams", "signals",
-    "escaping", "tables", "pages", "resolvers", "metrics", "metric_names", "resampling", "devices",
+    "escaping", "tables", "pages", "substitution",
+    "resolvers", "metrics", "metric_names", "resampling", "devices",
     "compatibility",
     "config", "grammar", "commands", "command_line", "config_files", "composition",
     "inputs", "store_address", "methods", "optimizers", "ranges",
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "launchers", "grouping", "jobs",
-    "home", "files", "arrow_cache", "events", "score_files", "run_files", "run_folder",
-    "finished_runs", "live",
+    "home", "logs", "files", "arrow_cache", "events", "score_files", "run_files", "run_folder",
+    "sweep_record", "finished_runs", "live",
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters", "adalora",
     "attention",
     "saved_adapter", "turns", "text_sections", "plain_tokens", "chat_messages", "chat_tokens",
@@ -32,7 +33,7 @@ ORDER = [
     "validation", "steps", "row_order", "sharding", "label_trainer", "training",
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "gold_answers", "tasks", "bootstrap", "aggregation", "evaluation", "forecast",
-    "samples", "showcase", "mlflow_store", "store_check", "event_sending", "tracking",
+    "samples", "showcase", "mlflow_store", "store_check", "event_sending", "mirror", "tracking",
     "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape",
     "memory_estimate", "memory",
     "verdict", "score_tables",
@@ -85,6 +86,46 @@ def test_the_sweep_imports_no_torch() -> None:
     """The process that outlives all workers stays small."""
     code = "import sys, finetune.sweep; assert not {'torch', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What a report stands on: a run's files and what is below them.
+READING = {
+    "escaping", "streams", "tables", "pages", "metrics", "metric_names", "resampling",
+    "resolvers", "config", "home", "files", "events", "score_files", "run_files", "run_folder",
+    "sweep_record",
+}  # fmt: skip
+REPORTING = {
+    "comparison", "outcomes", "mixtures", "run_comparison", "results", "verdict", "score_tables",
+    "figures", "report_pages",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REPORTING))
+def test_reporting_reads_files_only(name: str) -> None:
+    """It is made of what runs left, and of nothing that makes runs."""
+    assert imported_modules(PACKAGE / f"{name}.py") <= READING | REPORTING
+
+
+@pytest.mark.parametrize("name", sorted(READING))
+def test_what_reads_files_stands_on_itself(name: str) -> None:
+    """So nothing that reporting imports brings other parts along."""
+    assert imported_modules(PACKAGE / f"{name}.py") <= READING
+
+
+def test_the_reading_commands_import_neither_models_nor_evaluation() -> None:
+    """The commands that list, report and send runs start at once."""
+    code = (
+        "import sys, finetune.report, finetune.runs, finetune.sync, finetune.figures\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'peft', 'datasets', 'mlflow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_test_double_is_used_outside_tests() -> None:
+    """Attributes of libraries are substituted by a module that says so."""
+    users = [p.name for p in PACKAGE.rglob("*.py") if "unittest" in p.read_text(encoding="utf-8")]
+    assert users == []
 
 
 def test_no_module_is_long() -> None:

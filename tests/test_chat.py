@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import adapters, chat, conversation, run_files, worker
+from finetune import adapters, chat, conversation, logs, run_files
 from finetune.config import DataConfig, LoraConfig, Refused
 from finetune.conversation import Conversation, Sampling
 from finetune.prompts import load_template
@@ -208,7 +208,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, lines: str = "
     """Run the command in this process, lines coming through a pipe; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["chat", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    monkeypatch.setattr(worker, "quieten_libraries", lambda: None)
+    monkeypatch.setattr(logs, "quieten_libraries", lambda: None)
     try:
         chat.main()
     except SystemExit as end:

@@ -18,10 +18,11 @@ from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
 from finetune.foreign_runs import find_link_problems
 from finetune.live import read_progress
+from finetune.mirror import Mirror
 from finetune.report_pages import write_report
 from finetune.results import read_results, write_csv
 from finetune.run_folder import RunFolder, Status
-from finetune.tracking import Mirror, MlflowTracker, build_tracker
+from finetune.tracking import MlflowTracker, build_tracker
 from tests.test_report import EQUAL, TASK, sweep
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {

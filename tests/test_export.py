@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from finetune import adapters, export, models, worker
+from finetune import adapters, export, logs, models
 from finetune.config import LoraConfig, ModelConfig, PeftConfig
 from finetune.inputs import Source
 from finetune.merging import find_prompts, log_likelihoods
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     """Run the command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-    monkeypatch.setattr(worker, "quieten_libraries", disable_progress_bar)
+    monkeypatch.setattr(logs, "quieten_libraries", disable_progress_bar)
     try:
         export.main()
     except SystemExit as end:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from finetune.report_pages import write_report
-from finetune.results import RunRecord, SweepRecord, read_results, render_table
+from finetune.results import read_results
+from finetune.score_tables import render_table
+from finetune.sweep_record import RunRecord, SweepRecord
 from finetune.verdict import verdict
 
 TASK = "arc_easy"

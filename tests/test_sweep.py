@@ -23,9 +23,10 @@ from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.models import load_base
-from finetune.results import Results, SweepRecord
+from finetune.results import Results
 from finetune.run_folder import RunFolder, Status
 from finetune.session import Session
+from finetune.sweep_record import SweepRecord
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 

@@ -19,10 +19,11 @@ from filelock import FileLock
 from finetune import sync
 from finetune.config import Config, DataConfig, TrackingConfig
 from finetune.events import EventLog
+from finetune.mirror import Mirror
 from finetune.mlflow_store import open_store
 from finetune.ranges import find_problems
 from finetune.run_folder import RunFolder
-from finetune.tracking import Mirror, NullTracker, Tracker, build_tracker, send
+from finetune.tracking import NullTracker, Tracker, build_tracker, send
 from tests.conftest import TINY, Command
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
@@ -151,7 +152,7 @@ def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
         file.write(line[:20])
     path = tmp_path / "mlflow.json"
     mirror = Mirror(uri, "e", "s", [])
-    from finetune.tracking import Child
+    from finetune.mirror import Child
 
     mirror.children["run"] = Child(str(run.path))
     send(mirror, path)

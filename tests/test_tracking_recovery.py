@@ -12,10 +12,11 @@ import pytest
 
 from finetune import sync
 from finetune.config import TrackingConfig
+from finetune.mirror import Mirror
 from finetune.mlflow_store import open_store
-from finetune.results import RunRecord, SweepRecord
 from finetune.run_folder import RunFolder, Status
-from finetune.tracking import Mirror, build_tracker, send
+from finetune.sweep_record import RunRecord, SweepRecord
+from finetune.tracking import build_tracker, send
 from tests.test_tracking import history, recorded_run, tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own

@@ -1,0 +1,33 @@
+"""What of the logs reaches a screen: our own lines, and the libraries' errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from finetune.escaping import keep_logs_plain
+from finetune.home import complete_environment
+
+
+def quieten_libraries(*, is_quiet: bool = False) -> None:
+    """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
+    complete_environment()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.ERROR if is_quiet else logging.INFO)
+    if is_quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
+    logging.getLogger("finetune").setLevel(logging.DEBUG)
+    keep_logs_plain()
+    warnings.simplefilter("ignore")
+    logging.raiseExceptions = False  # a log on a full disk: its lines are lost, no traceback comes
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_datasets_bar()
