@@ -8,6 +8,7 @@ or EOS that both the text and the tokenizer write is kept once, where TRL keeps 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
@@ -24,6 +25,14 @@ DOUBLED = "a BOS or EOS that the tokenizer adds as well is kept once"
 NEXT = "A"  # begins a response, to see which of a prompt's last tokens a response leaves
 
 
+class _Ends(NamedTuple):
+    """A tokenizer's special tokens, looked up once for many rows."""
+
+    bos: int | None
+    eos: int
+    eos_text: str
+
+
 def encode_pair(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode a prompt, which may be empty, and its response; raises what `encode_pairs` does."""
     return encode_pairs([(prompt, response)], tokenizer)[0]
@@ -37,12 +46,13 @@ def encode_pairs(
     Raises:
         Unusable: one of them holds what cannot be tokenised.
     """
-    ended = [prompt + _end(response, tokenizer) for prompt, response in pairs]
+    ends = _Ends(tokenizer.bos_token_id, tokenizer.eos_token_id, str(tokenizer.eos_token))
+    ended = [p + (r if r.endswith(ends.eos_text) else r + ends.eos_text) for p, r in pairs]
     tokens = _tokenise([*(prompt for prompt, _ in pairs), *ended], tokenizer)
     prompts, texts = tokens[: len(pairs)], tokens[len(pairs) :]
     return [
-        _encoded(pair, asked if pair[0] else [], tokens, tokenizer)
-        for pair, asked, tokens in zip(pairs, prompts, texts, strict=True)
+        _encoded(pair, asked if pair[0] else [], text, ends, tokenizer)
+        for pair, asked, text in zip(pairs, prompts, texts, strict=True)
     ]
 
 
@@ -54,7 +64,8 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     tokens, followed = _tokenise([text, text + NEXT], tokenizer)
     if text[-1:].isspace():
         tokens = tokens[: common_prefix_length(tokens, followed)]
-    while tokens[-1:] == [tokenizer.eos_token_id] and not _is_ended(text, tokenizer):
+    is_ended = text.endswith(str(tokenizer.eos_token))
+    while tokens[-1:] == [tokenizer.eos_token_id] and not is_ended:
         tokens.pop()
     return tokens[_num_doubled(tokens, tokenizer.bos_token_id) :]
 
@@ -62,14 +73,6 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def find_plain_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return why responses of the tokenizer could not be ended."""
     return [NO_EOS] if tokenizer.eos_token_id is None else []
-
-
-def _is_ended(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    return text.endswith(str(tokenizer.eos_token))
-
-
-def _end(response: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return response if _is_ended(response, tokenizer) else f"{response}{tokenizer.eos_token}"
 
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -83,26 +86,35 @@ def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _encoded(
     pair: tuple[str, str],
-    prompt: Sequence[int],
+    prompt: list[int],
     tokens: list[int],
+    ends: _Ends,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    masked = common_prefix_length(list(prompt), tokens)
-    if eos not in tokens[masked:]:  # its text is not read as the token: split_special_tokens
+    masked = _num_common(prompt, tokens)
+    if ends.eos not in tokens[masked:]:  # its text is not read as the token: split_special_tokens
         (tokens,) = _tokenise(["".join(pair)], tokenizer)
-        tokens = [*tokens, eos]
-        masked = common_prefix_length(list(prompt), tokens)
-    first = _num_doubled(tokens, bos)
-    last = len(tokens) - _num_doubled(tokens[:first:-1], eos)
-    is_response = [place >= masked for place in range(first, last)]
-    by_row = first > 0 or (last < len(tokens) and _is_ended(pair[1], tokenizer))
+        tokens = [*tokens, ends.eos]
+        masked = _num_common(prompt, tokens)
+    first, last = _num_doubled(tokens, ends.bos), len(tokens)
+    if tokens[-2:] == [ends.eos, ends.eos]:
+        last -= _num_doubled(tokens[:first:-1], ends.eos)
+    num_masked = min(max(masked, first), last) - first
+    is_response = [False] * num_masked + [True] * (last - first - num_masked)
+    by_row = first > 0 or (last < len(tokens) and pair[1].endswith(ends.eos_text))
     return Encoded(tokens[first:last], is_response, (DOUBLED,) * by_row)
 
 
-def _num_doubled(tokens: Sequence[int], special: int | None) -> int:
+def _num_common(prompt: list[int], tokens: list[int]) -> int:
+    """Return the length of the prefix that both have in common."""
+    if tokens[: len(prompt)] == prompt:  # of nearly all rows, and ten times as fast
+        return len(prompt)
+    return int(common_prefix_length(prompt, tokens))
+
+
+def _num_doubled(tokens: list[int], special: int | None) -> int:
     """Return how many of the first tokens are a special one that follows once more."""
     count = 0
-    while special is not None and list(tokens[count : count + 2]) == [special, special]:
+    while special is not None and tokens[count : count + 2] == [special, special]:
         count += 1
     return count

@@ -99,6 +99,6 @@ def _label(
     labels = _mask(encoded.tokens, is_learned)
     labels[0] = IGNORED  # it has no predecessor to be predicted from
     within = labels[: training.max_length]
-    if within.count(IGNORED) == len(within):
+    if within[-1] == IGNORED and within.count(IGNORED) == len(within):
         raise Unusable("it has no token to learn")
     return Example(input_ids=encoded.tokens, labels=labels)

@@ -9,6 +9,8 @@ from finetune.token_rows import IGNORED, Example
 def fit_length(example: Example, data: DataConfig, training: TrainingConfig) -> list[Example]:
     """Return the row cut to `training.max_length`, or all of a long text in pieces."""
     length = training.max_length
+    if len(example["input_ids"]) <= length and example["labels"][0] == IGNORED:
+        return [example]
     pieces = piece_spans(len(example["input_ids"]), length)
     if data.prompt_template != "text" or data.long_text == "cut":
         pieces = [slice(length)]

@@ -6,6 +6,7 @@ tokenised. How a row is rendered and encoded is `data`'s matter, and comes in as
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,7 +34,8 @@ TABLES = 2  # raised when the tables' columns, or what rows they have, change
 VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
 # Settings that choose among rows, and leave each row as it is.
 CHOOSING = {"path", "mix", "revision", "num_examples", "validation_fraction", "validation_path"}
-TOGETHER = 1024  # rows that are tokenised together
+TOGETHER = 1024  # rows that are tokenised together, or fewer of so many characters:
+TOGETHER_CHARACTERS = 2**22  # a part is held in memory with its tokens
 FEW = 0.5  # a smaller share of the usable rows is tokenised without the others
 
 CHECKED = pyarrow.schema(
@@ -166,9 +168,12 @@ class TokenSource:
     def _table(
         self, part: dict[str, Any], schema: pyarrow.Schema, make: Callable[[], Batches]
     ) -> pyarrow.Table:
+        def batches() -> Batches:
+            return _without_collection(make())
+
         if self.key is None:
-            return pyarrow.Table.from_batches(make(), schema)
-        return ArrowCache(cache_dir() / FOLDER).table({**self.key, **part}, schema, make)
+            return pyarrow.Table.from_batches(batches(), schema)
+        return ArrowCache(cache_dir() / FOLDER).table({**self.key, **part}, schema, batches)
 
     def _check(self) -> Batches:
         faults = Faults()
@@ -195,13 +200,13 @@ class TokenSource:
         rendered = self.render(Faults())
         if wanted is not None:
             rendered = ((number, turns) for number, turns in rendered if number in wanted)
-        encoded = chain.from_iterable(map(self._encoded, _parts(rendered, TOGETHER)))
-        yield from map(_as_batch, _parts(encoded, BATCH_ROWS))
+        for part in _sized_parts(rendered):
+            yield _as_batch(self._encoded(part))
 
-    def _encoded(self, rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, RowTokens]]:
+    def _encoded(self, rows: Sequence[tuple[int, Any]]) -> list[tuple[int, RowTokens]]:
         assert self.tokenizer is not None, "rows are tokenised with one"
         found = self.encode([turns for _, turns in rows], self.tokenizer)
-        yield from zip((number for number, _ in rows), found, strict=True)
+        return list(zip((number for number, _ in rows), found, strict=True))
 
     def _find_longest(self, count: int) -> list[int]:
         sizes = self.checked["size"].to_numpy()[self.usable - 1]
@@ -246,6 +251,39 @@ def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     waiting = iter(items)
     while part := list(islice(waiting, size)):
         yield part
+
+
+def _sized_parts(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Yield parts of the rows, of so many rows or characters that one is held with its tokens."""
+    part: list[tuple[int, Any]] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += _size(row[1])
+        if len(part) == TOGETHER or size >= TOGETHER_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _without_collection(batches: Batches) -> Batches:
+    """Yield batches, each made without garbage collection.
+
+    Collections go through all that is imported, again and again for every few rows, whose lists
+    and dicts are in no cycles.
+    """
+    while True:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            batch = next(batches, None)
+        finally:
+            if was_enabled:
+                gc.enable()
+        if batch is None:
+            return
+        yield batch
 
 
 def _size(turns: Sequence[Any]) -> int:

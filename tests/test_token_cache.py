@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import row_encoding
+from finetune import row_encoding, token_cache
 from finetune.config import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
 from finetune.inputs import DataSource
@@ -159,3 +161,43 @@ def test_the_trainer_gets_the_same_rows_as_a_list(
     assert example_lengths(train).tolist() == [len(row["input_ids"]) for row in rows]
     with pytest.raises(IndexError):
         train[len(rows)]
+
+
+def test_long_rows_are_tokenised_a_few_at_a_time(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bounded by their characters, since a part is held in memory with its tokens."""
+    rows = [{"instruction": "Say.", "input": "", "output": "word " * 100} for _ in range(10)]
+    monkeypatch.setattr(token_cache, "TOGETHER_CHARACTERS", 1200)
+    built = build(write_rows(tmp_path / "rows.jsonl", [*rows]), tokenizer)
+    assert encoded == [2, 2, 2, 2, 2]
+    assert built == in_memory(tokenizer, [*rows])
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_collected_between_batches_alone(is_enabled: bool) -> None:
+    """And the collector is left as it was, also where making a batch fails."""
+
+    def make() -> Iterator[Any]:
+        for number in range(2):
+            states.append(gc.isenabled())
+            yield number
+        raise ValueError("a malformed line")
+
+    states: list[bool] = []
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        batches = token_cache._without_collection(make())
+        for _ in range(2):
+            next(batches)
+            assert gc.isenabled() == is_enabled
+        with pytest.raises(ValueError, match="malformed"):
+            next(batches)
+        assert gc.isenabled() == is_enabled
+        assert states == [False, False]
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
