@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.stock import as_it_comes, build_stock
-from finetune import adapters, methods, steps, training
+from finetune import adapters, methods, process_memory, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import (
     DataConfig,
@@ -162,7 +162,7 @@ def train_ours(
 def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured:
     """Train as the case says, and measure it."""
     losses: list[float] = []
-    steps.reset_peak_memory(base.device)
+    process_memory.reset_peak_memory(base.device)
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
     if not case.is_stock:  # what a sweep asks once of a base and its rows
@@ -176,7 +176,7 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     tokens = sum(len(row["input_ids"]) for row in chosen) * case.together * case.times
-    peak = steps.peak_memory_gib(base.device)
+    peak = process_memory.peak_memory_gib(base.device)
     return Measured(seconds, time.process_time() - cpu, tokens, peak, losses)
 
 

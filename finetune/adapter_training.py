@@ -1,7 +1,6 @@
 """The training of one LoRA adapter: its optimizer, schedule, place in its rows, checkpoints.
 
-Steps and rows are counted and ordered as the Trainer does it. The passes over the base are
-`multi_adapter`'s, which may share them among several.
+The passes over the base are `multi_adapter`'s, which may share them among several.
 """
 
 from __future__ import annotations
@@ -14,28 +13,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, get_scheduler
-from trl.trainer.sft_config import SFTConfig
 
 from finetune import adapters
 from finetune.adapters import LoraWeights
-from finetune.checkpoints import find_newest, write_checkpoint
 from finetune.config import LoraConfig
 from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.files import write_atomic
-from finetune.steps import (
-    find_kept,
-    log_resume,
-    peak_memory_gib,
-    record_size,
-    record_step,
-    record_validation,
-    rows_a_step,
+from finetune.row_order import (
+    num_steps,
+    order_of_epoch,
+    rows_of_step,
     steps_an_epoch,
     steps_between_validations,
 )
+from finetune.steps import (
+    Totals,
+    TrainResult,
+    build_result,
+    find_kept,
+    find_resume,
+    record_size,
+    record_step,
+    record_validation,
+    save_step,
+)
 from finetune.token_rows import IGNORED, Example, example_lengths
-from finetune.training import Arguments, TrainResult
+from finetune.training import Arguments
 from finetune.validation import Validations
 
 STATE = "state.json"
@@ -193,23 +197,14 @@ class AdapterTraining:
 
     def keep_best(self) -> None:
         """Take back the weights of the lowest validation loss, with early stopping."""
-        folder = Path(str(self.arguments.output_dir))
-        kept = find_kept(folder, self.validations, self.step, self.num_steps)
+        kept = find_kept(self.arguments, self.validations, self.step, self.num_steps)
         if kept is not None:
             adapters.load_weights(self.weights, kept)
 
     def result(self, device: torch.device) -> TrainResult:
-        return TrainResult(
-            steps=self.step,
-            mean_loss=self.total_loss / self.step,
-            validation_loss=self.validations.kept_loss,
-            train_seconds=self.seconds,
-            tokens_per_second=self.num_tokens / self.seconds,
-            peak_memory_gib=peak_memory_gib(device),
-            num_trainable_parameters=sum(p.numel() for p in self.parameters),
-            layout="end to end",
-            best_step=self.validations.best_step,
-        )
+        totals = Totals(self.step, self.total_loss / self.step, self.num_tokens, self.seconds)
+        num_trainable = sum(p.numel() for p in self.parameters)
+        return build_result(totals, self.validations, device, num_trainable=num_trainable)
 
     def save_checkpoint(self) -> None:
         """Write all that a resume needs, whole or not at all."""
@@ -225,16 +220,14 @@ class AdapterTraining:
             }
             write_atomic(folder / STATE, json.dumps(kept) + "\n")
 
-        folder, keep = Path(str(self.arguments.output_dir)), self.arguments.save_total_limit or 1
         best = self.validations.best_step
-        write_checkpoint(folder, self.step, self.seconds, fill, keep=keep, best=best)
+        save_step(self.arguments, self.step, self.seconds, fill, best=best)
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        checkpoint = find_newest(Path(str(self.arguments.output_dir)))
+        checkpoint = find_resume(self.arguments)
         if checkpoint is None:
             return
-        log_resume(checkpoint)
         adapters.load_weights(self.weights, checkpoint.path)
         device = self.parameters[0].device
         for name, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
@@ -244,28 +237,6 @@ class AdapterTraining:
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.total_loss, self.num_tokens = kept["total_loss"], kept["num_tokens"]
         self.validations.losses = dict(kept["validations"])
-
-
-def num_steps(num_rows: int, arguments: SFTConfig) -> int:
-    """Return the optimizer steps of a training, counted as the Trainer counts them."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * steps_an_epoch(num_rows, arguments))
-
-
-def order_of_epoch(epoch: int, num_rows: int, arguments: SFTConfig) -> torch.Tensor:
-    """Return the places of all rows in the order of an epoch, [row]."""
-    draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
-    return torch.randperm(num_rows, generator=draw)
-
-
-def rows_of_step(step: int, num_rows: int, arguments: SFTConfig) -> list[list[int]]:
-    """Return the rows of a step's micro-batches: an epoch's order is the Trainer's own."""
-    epoch, place = divmod(step, steps_an_epoch(num_rows, arguments))
-    size = rows_a_step(arguments)
-    mine = order_of_epoch(epoch, num_rows, arguments)[place * size : (place + 1) * size].tolist()
-    batch = arguments.per_device_train_batch_size
-    return [mine[start : start + batch] for start in range(0, len(mine), batch)]
 
 
 def _tokens(batch: list[Example]) -> int:

@@ -27,7 +27,6 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import distributed
 from finetune.adalora import RankSchedule, load_rank_state, orthogonality, rank_state, ranks
 from finetune.adapters import base_of, num_prepended
-from finetune.checkpoints import write_checkpoint
 from finetune.label_loss import LabelLoss
 from finetune.row_order import EvenOrder
 from finetune.sequence_attention import SequenceAttention
@@ -38,6 +37,7 @@ from finetune.sharding import (
     whole_optimizer_state,
     whole_tensors,
 )
+from finetune.steps import save_step
 from finetune.token_rows import IGNORED
 
 TRAINED, RANKS = "trained.safetensors", "ranks.pt"
@@ -134,10 +134,8 @@ class LabelTrainer(SFTTrainer):
                 (folder / name).write_bytes(state)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-        folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        keep = self.args.save_total_limit or 1
-        best = self.state.best_global_step
-        write_checkpoint(folder, step, self.seconds(), fill, keep=keep, best=best)
+        step, best = self.state.global_step, self.state.best_global_step
+        save_step(self.args, step, self.seconds(), fill, best=best)
 
     def _random_state(self) -> tuple[str, bytes]:
         """Return the file that the Trainer keeps this process's random state in, and its name."""

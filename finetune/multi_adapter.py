@@ -22,10 +22,12 @@ from finetune.compatibility import CHECKPOINTING, disable_checkpointing, enable_
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.models import is_out_of_memory
+from finetune.process_memory import reset_peak_memory, return_freed_memory
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
-from finetune.steps import StopSignals, reset_peak_memory, return_freed_memory
+from finetune.signals import StopSignals
+from finetune.steps import TrainResult, advance, open_bar
 from finetune.token_rows import IGNORED, Example, row_lengths
-from finetune.training import Precision, TrainResult
+from finetune.training import Precision
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 
@@ -212,7 +214,7 @@ def train_together(
     with (
         shared.opened(list(live.values()), checkpointing=checkpointing),
         signals.watched(),
-        _progress(list(live.values())) as bar,
+        _open_bar(list(live.values())) as bar,
     ):
         interrupted: KeyboardInterrupt | None = None
         while live:
@@ -259,10 +261,8 @@ def _advance(
             if is_out_of_memory(error):
                 raise  # all of them are too many
             ended.append((number, error))  # its own: the others go on
-    newest = [f"{one.last_loss:.3f}" for one in live.values() if one.last_loss is not None]
-    if newest:
-        bar.set_postfix_str(f"loss {' '.join(newest)}", refresh=False)
-    bar.update(num_steps)
+    newest = [one.last_loss for one in live.values() if one.last_loss is not None]
+    advance(bar, num_steps, newest)
     return ended
 
 
@@ -271,9 +271,6 @@ def _take_between_steps(live: dict[int, AdapterTraining]) -> dict[int, AdapterTr
     return {number: live.pop(number) for number, one in list(live.items()) if one.is_between_steps}
 
 
-@contextmanager
-def _progress(trainings: Sequence[AdapterTraining]) -> Iterator[tqdm[Any]]:
+def _open_bar(trainings: Sequence[AdapterTraining]) -> tqdm[Any]:
     done, total = (sum(getattr(s, name) for s in trainings) for name in ("step", "num_steps"))
-    name = "train" if len(trainings) == 1 else f"train {len(trainings)} adapters"
-    with tqdm(desc=name, initial=done, total=total, unit="step") as bar:
-        yield bar
+    return open_bar(len(trainings), done, total)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, distributed, models, multi_adapter, signals, training
 from finetune.active_run import ActiveRun, open_runs
-from finetune.adapter_training import AdapterSpec, num_steps
+from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config import Config
 from finetune.data import Examples
@@ -33,6 +33,7 @@ from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
 from finetune.methods import METHODS, build_settings
 from finetune.row_counts import RowCounts
+from finetune.row_order import num_steps
 from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.run_files import WEIGHTS
 from finetune.run_folder import RunFolder
@@ -45,10 +46,9 @@ from finetune.scores import (
     write_scores,
 )
 from finetune.session import Session
-from finetune.steps import Diverged
+from finetune.steps import Diverged, TrainResult
 from finetune.tasks import LoadedTask
 from finetune.token_display import describe_first
-from finetune.training import TrainResult
 
 log = logging.getLogger("finetune")
 

@@ -1,7 +1,8 @@
-"""The rows of a training that several processes share: those of one process, in its order.
+"""The order of rows: an epoch's, a step's, and one process's where several share a training.
 
-accelerate deals the batches out in turn. Left alone it would fill up an epoch's last batches with
-rows that were had already, and forget the epoch where a resume skips batches (1.15).
+Steps are counted and rows ordered as the Trainer does it. Among several processes accelerate deals
+the batches out in turn. Left alone it would fill up an epoch's last batches with rows that were had
+already, and forget the epoch where a resume skips batches (1.15).
 """
 
 from __future__ import annotations
@@ -12,9 +13,53 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finetune.token_rows import IGNORED, Example
+
+
+def rows_a_step(arguments: TrainingArguments) -> int:
+    batches: int = arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.per_device_train_batch_size * batches
+
+
+def steps_an_epoch(num_rows: int, arguments: TrainingArguments) -> int:
+    return math.ceil(num_rows / rows_a_step(arguments))
+
+
+def steps_between_validations(num_rows: int, arguments: TrainingArguments) -> int:
+    """Return them as `training.validate_every` says, or those of an epoch."""
+    if arguments.eval_strategy == IntervalStrategy.STEPS and arguments.eval_steps is not None:
+        return int(arguments.eval_steps)
+    return steps_an_epoch(num_rows, arguments)
+
+
+def num_steps(num_rows: int, arguments: TrainingArguments) -> int:
+    """Return the optimizer steps of a training, counted as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_an_epoch(num_rows, arguments))
+
+
+def order_of_epoch(epoch: int, num_rows: int, arguments: TrainingArguments) -> torch.Tensor:
+    """Return the places of all rows in the order of an epoch, [row], as accelerate draws it."""
+    draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
+    return torch.randperm(num_rows, generator=draw)
+
+
+def rows_of_step(step: int, num_rows: int, arguments: TrainingArguments) -> list[list[int]]:
+    """Return the rows of a step's micro-batches."""
+    epoch, place = divmod(step, steps_an_epoch(num_rows, arguments))
+    size = rows_a_step(arguments)
+    mine = order_of_epoch(epoch, num_rows, arguments)[place * size : (place + 1) * size].tolist()
+    batch = arguments.per_device_train_batch_size
+    return [mine[start : start + batch] for start in range(0, len(mine), batch)]
 
 
 def with_filler(rows: Sequence[Example]) -> list[Example]:
@@ -42,7 +87,7 @@ class EvenOrder(Sampler[int], TrainerCallback):
         self._num_rows = num_rows  # the filler's place is behind them
         together: int = arguments.per_device_train_batch_size * arguments.world_size
         self._length = math.ceil(num_rows / together) * together
-        self._seed = arguments.data_seed or 0
+        self._arguments = arguments
         self._epoch = 0
 
     def on_epoch_begin(
@@ -54,6 +99,5 @@ class EvenOrder(Sampler[int], TrainerCallback):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from torch.randperm(self._num_rows, generator=draw).tolist()
+        yield from order_of_epoch(self._epoch, self._num_rows, self._arguments).tolist()
         yield from [self._num_rows] * (self._length - self._num_rows)

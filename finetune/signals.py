@@ -57,6 +57,36 @@ class StopHandler:
         raise stop
 
 
+class StopSignals:
+    """Let the first request to stop end a training after its step, the second one at once."""
+
+    def __init__(self) -> None:
+        self.request: KeyboardInterrupt | None = None
+        self._handlers: dict[int, StopHandler] = {}
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.request is not None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the process' stop signals until the end; those that it ignores stay ignored."""
+        other = StopHandler()  # where another launcher's process has none of ours
+        for number in STOP_SIGNALS:
+            handler = signal.getsignal(number)
+            self._handlers[number] = handler if isinstance(handler, StopHandler) else other
+        with _handled_by(self._stop):
+            yield
+
+    def _stop(self, number: int, frame: object) -> None:
+        try:
+            self._handlers[number](number, frame)
+        except KeyboardInterrupt as request:
+            if self.request is not None:
+                raise
+            self.request = request
+
+
 @contextmanager
 def stops_raised() -> Iterator[None]:
     """Raise `Stopped` at every stop signal; one that is ignored (nohup) stays ignored."""

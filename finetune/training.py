@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,46 +27,31 @@ from finetune.adapters import (
     base_of,
     num_trainable,
 )
-from finetune.checkpoints import find_newest
+from finetune.callbacks import StepWatch
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
 from finetune.models import TORCH_DTYPES, has_bf16
-from finetune.row_order import EvenOrder, filled_up, with_filler
+from finetune.process_memory import reset_peak_memory, return_freed_memory
+from finetune.row_order import EvenOrder, filled_up, steps_between_validations, with_filler
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole
+from finetune.signals import StopSignals
 from finetune.steps import (
-    StepWatch,
-    StopSignals,
+    END_TO_END,
+    Totals,
+    TrainResult,
+    build_result,
     find_kept,
-    log_resume,
-    peak_memory_gib,
-    reset_peak_memory,
-    return_freed_memory,
-    steps_between_validations,
+    find_resume,
 )
 from finetune.token_rows import as_dataset, example_lengths
 from finetune.validation import Validations
 
 log = logging.getLogger("finetune")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training came to; times are seconds."""
-
-    steps: int
-    mean_loss: float  # over all steps
-    validation_loss: float | None  # of the adapter that is kept
-    train_seconds: float
-    tokens_per_second: float  # real tokens, each as often as it was trained on
-    peak_memory_gib: float  # of the process on a CPU, of the allocator on a GPU
-    num_trainable_parameters: int
-    layout: str  # of a batch's sequences: end to end, or padded and why
-    best_step: int | None = None  # whose adapter is kept; None: the last one's
 
 
 @dataclass
@@ -125,9 +109,8 @@ def train(
         KeyboardInterrupt: a stop was asked for; the step was ended and a checkpoint written.
         ValueError: rows are joined, and this model cannot keep them apart.
     """
-    folder = Path(str(arguments.output_dir))
     reset_peak_memory(arguments.device)
-    checkpoint = distributed.from_main(lambda: find_newest(folder))
+    checkpoint = find_resume(arguments)
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_rows, num_tokens = len(examples.train), int(example_lengths(examples.train).sum())
     watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
@@ -140,7 +123,6 @@ def train(
     with _base_restored(model), signals.watched():
         trainer = _build_trainer(model, tokenizer, examples, arguments, watch)
         if checkpoint is not None:
-            log_resume(checkpoint)
             trainer.seconds_before = checkpoint.seconds
         with trainer.laid_out():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -148,23 +130,16 @@ def train(
     if signals.request is not None:
         raise signals.request
     steps, planned = trainer.state.global_step, trainer.state.max_steps
-    if (kept := find_kept(folder, validations, steps, planned)) is not None:
+    if (kept := find_kept(arguments, validations, steps, planned)) is not None:
         trainer._load_from_checkpoint(str(kept))
     if distributed.is_sharded():
         make_whole(base_of(model))
-    tokens = watch.num_tokens * trainer.state.epoch
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainResult(
-        steps=steps,
-        mean_loss=fmean(losses),  # the Trainer's own mean forgets the steps before a resume
-        validation_loss=validations.kept_loss,
-        train_seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        peak_memory_gib=peak_memory_gib(arguments.device),
-        num_trainable_parameters=num_trainable(model),
-        layout="end to end" if problem is None else f"padded, since {problem}",
-        best_step=validations.best_step,
-    )
+    mean = fmean(losses)  # the Trainer's own forgets the steps before a resume
+    totals = Totals(steps, mean, watch.num_tokens * (trainer.state.epoch or 0.0), seconds)
+    layout = END_TO_END if problem is None else f"padded, since {problem}"
+    num = num_trainable(model)
+    return build_result(totals, validations, arguments.device, num_trainable=num, layout=layout)
 
 
 def _build_trainer(

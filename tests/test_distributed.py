@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import distributed, grouping, identity, launchers, models, worker
-from finetune.adapter_training import rows_of_step
+from finetune.callbacks import is_stop_agreed
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.events import NullEventLog
 from finetune.inputs import Inputs, Source
-from finetune.row_order import EvenOrder, filled_up, with_filler
-from finetune.steps import Diverged, StopSignals
+from finetune.row_order import EvenOrder, filled_up, rows_of_step, with_filler
+from finetune.signals import StopSignals
+from finetune.steps import Diverged
 from finetune.token_rows import Example
 from tests.conftest import TINY, Command, last_of_each
 
@@ -206,7 +207,7 @@ def test_one_process_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.from_all("this") == ["this"]
     inputs = Inputs("cpu", Source("", ""), [], ModelConfig(), "", Path())
     with distributed.leading(), distributed.training_together(Config(), inputs, Diverged):
-        assert not StopSignals().is_stop_agreed()
+        assert not is_stop_agreed(StopSignals())
     with (
         pytest.raises(OSError, match="disk"),
         distributed.training_together(Config(), inputs, Diverged),

@@ -32,6 +32,7 @@ from finetune.models import find_model, load_base, load_config, load_meta_model,
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.session import Session
+from finetune.steps import TrainResult
 from tests.test_grouping import job
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions
@@ -96,7 +97,7 @@ def test_flash_attention_trains_end_to_end(tmp_path: Path, varlen_calls: list[in
     """Sequences are found by their positions, not by us; losses are sdpa's."""
     setting = Setting(training={"max_steps": 4})
     (_, outcome) = train(tmp_path / "flash", [setting], load(FLASH))[0]
-    assert isinstance(outcome, training.TrainResult)
+    assert isinstance(outcome, TrainResult)
     assert outcome.layout == "end to end"
     assert max(varlen_calls) > 2
     train(tmp_path / "sdpa", [setting], load(TINY))
@@ -273,7 +274,7 @@ def on_cuda(folder: Path, model: ModelConfig, *, by_liger: bool = False) -> tupl
     precision = training.Precision(GPU, models.compute_dtype(model, GPU))
     with liger_kernels(base, wanted=by_liger):
         (_, outcome) = train(folder, [Setting(training={"max_steps": 4})], base, precision)[0]
-    assert isinstance(outcome, training.TrainResult)
+    assert isinstance(outcome, TrainResult)
     return losses(folder / "0"), outcome.layout
 
 

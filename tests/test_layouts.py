@@ -21,6 +21,7 @@ from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
+from finetune.steps import TrainResult
 from tests.test_scoring import ARCHITECTURES, build
 from tests.trainings import CPU, TINY, random_examples
 
@@ -93,7 +94,7 @@ def test_every_architecture_trains_as_stock_does(
         adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(TINY, find_model(TINY))
         result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
-    assert isinstance(result, training.TrainResult)
+    assert isinstance(result, TrainResult)
     one.events.close()
     events = read_events(tmp_path / "ours" / "events.jsonl")
     found = [event["value"] for event in events if event.get("key") == "train/loss"]

@@ -26,7 +26,6 @@ from finetune import (
     training,
 )
 from finetune import trained as trained_module
-from finetune.adapter_training import num_steps
 from finetune.config import (
     Config,
     LoraConfig,
@@ -44,6 +43,7 @@ from finetune.methods import METHODS, Method, build_settings, target_sizes
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.ranges import find_problems
 from finetune.row_counts import RowCounts
+from finetune.row_order import num_steps
 from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
 from tests.trainings import CPU, TINY, random_examples

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from finetune import adapters, methods, training
-from finetune.adapter_training import AdapterSpec, AdapterTraining, rows_of_step
+from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
 from finetune.compatibility import is_checkpointing
 from finetune.config import ModelConfig
 from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import Outcome, SharedBase, train_together
+from finetune.row_order import rows_of_step
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
-from finetune.steps import Diverged
-from finetune.training import TrainResult
+from finetune.steps import Diverged, TrainResult
 from tests.trainings import (
     CPU,
     TINY,

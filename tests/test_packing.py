@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune import adapters, methods, preflight, training
-from finetune.adapter_training import AdapterSpec, rows_of_step
+from finetune.adapter_training import AdapterSpec
 from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
@@ -20,6 +20,7 @@ from finetune.memory_estimate import GIB, Place
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
+from finetune.row_order import rows_of_step
 from finetune.run_folder import RunFolder
 from finetune.token_rows import IGNORED, Example, pack, row_lengths
 from tests.conftest import write_rows

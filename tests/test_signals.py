@@ -18,8 +18,8 @@ from finetune.config import Config
 from finetune.events import read_events
 from finetune.inputs import Inputs
 from finetune.run_folder import RunFolder, Status
-from finetune.signals import Stopped
-from finetune.steps import Diverged, StopSignals
+from finetune.signals import Stopped, StopSignals
+from finetune.steps import Diverged
 from finetune.worker import Worker
 
 ENDS = {

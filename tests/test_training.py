@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import adapters, methods, optimizers, training
+from finetune.callbacks import StepWatch
 from finetune.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
@@ -23,12 +24,13 @@ from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
-from finetune.steps import Diverged, StepWatch, StopSignals
+from finetune.signals import StopSignals
+from finetune.steps import Diverged, TrainResult
 from finetune.validation import Validations
 from tests.trainings import CPU, TINY, random_examples
 
 
-def train(folder: Path, **changes: Any) -> tuple[Any, training.TrainResult, list[float]]:
+def train(folder: Path, **changes: Any) -> tuple[Any, TrainResult, list[float]]:
     """Train the tiny model; return it, the result and the loss of each step."""
     settings = TrainingConfig(
         batch_size=4, gradient_accumulation_steps=2, **changes.pop("training", {})

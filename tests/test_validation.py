@@ -23,8 +23,7 @@ from finetune.multi_adapter import train_together
 from finetune.ranges import find_problems
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
-from finetune.steps import Diverged
-from finetune.training import TrainResult
+from finetune.steps import Diverged, TrainResult
 from finetune.validation import Validations
 from tests.test_grouping import job
 from tests.test_scoring import build

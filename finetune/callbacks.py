@@ -1,0 +1,93 @@
+"""The callback by which the Trainer does what our own loop does around its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune import distributed
+from finetune.events import EventLog
+from finetune.signals import StopSignals
+from finetune.steps import advance, open_bar, record_size, record_step, record_validation
+from finetune.validation import Validations
+
+
+class StepWatch(TrainerCallback):
+    """Record every step, show the progress, and stop a training that has diverged."""
+
+    def __init__(
+        self,
+        events: EventLog,
+        signals: StopSignals,
+        validations: Validations,
+        *,
+        num_rows: int,
+        num_tokens: int,
+    ) -> None:
+        self.num_tokens = num_tokens  # of one epoch
+        self._num_rows = num_rows
+        self._validations = validations
+        self._signals = signals
+        self._events = events
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        done, total = state.global_step, state.max_steps
+        for entry in state.log_history:  # of a training that is resumed
+            if "eval_loss" in entry:
+                self._validations.losses[int(entry["step"])] = entry["eval_loss"]
+        record_size(self._events, args, total, num_rows=self._num_rows, num_tokens=self.num_tokens)
+        self._bar = open_bar(1, done, total)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if is_stop_agreed(self._signals):
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        logs: dict[str, float] = given["logs"]
+        if "loss" not in logs:
+            return
+        if _lowers_loss_scale(given["optimizer"]):
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
+        record_step(self._events, logs, state.global_step, state.max_steps)
+        assert self._bar is not None
+        advance(self._bar, state.global_step - self._bar.n, [logs["loss"]])
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        found, step = self._validations, state.global_step
+        record_validation(self._events, found, given["metrics"]["eval_loss"], step)
+        state.best_global_step = found.best_step
+        if found.stops:  # a checkpoint of now would be gone on from
+            control.should_training_stop, control.should_save = True, False
+        elif found.best_step == step:
+            control.should_save = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self._bar is not None
+        self._bar.close()
+
+
+def _lowers_loss_scale(optimizer: Any) -> bool:
+    """Return whether fp16 gradients overflowed: the step was skipped, a lower scale comes next."""
+    scaler = getattr(optimizer, "scaler", None)  # accelerate's; None outside fp16
+    return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() >= 1
+
+
+def is_stop_agreed(signals: StopSignals) -> bool:
+    """Return whether to stop, in all processes after the same step."""
+    if any(distributed.from_all(signals.stop_requested)):
+        signals.request = signals.request or KeyboardInterrupt()
+        return True
+    return False
