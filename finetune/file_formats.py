@@ -20,6 +20,7 @@ DELIMITERS = ",;\t|"
 LARGEST_FIELD = 2**31 - 1  # csv's own bound is 131,072 characters
 TSV = (".tsv", ".tab")
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lz4")
+LONG_LINE = 1 << 20  # bytes; a longer line of JSON is read in pieces
 PARAGRAPH_SEARCH = 1_000_000  # characters in which a text's first blank line is looked for
 
 
@@ -47,7 +48,7 @@ def iterate_file(
 
 
 def _read_json(path: Path, encoding: str, split: str) -> Iterator[Row]:
-    return read_json_rows(read_lines(path, encoding), split)
+    return read_json_rows(read_lines(path, encoding, longest=LONG_LINE), split)
 
 
 def _read_csv(path: Path, encoding: str, split: str) -> Iterator[Row]:

@@ -1,14 +1,16 @@
 """Rows of JSON files by their content: JSON Lines, a list, pretty-printed or wrapped rows, columns.
 
-JSON Lines are read line by line. Any other text is one document, or several, and held in memory.
+JSON Lines are read line by line, a list of rows item by item. Another text is held in memory.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
+
+from finetune.json_stream import JsonStream
 
 Row = Mapping[str, Any]
 
@@ -26,23 +28,58 @@ def read_json_rows(lines: Iterable[str], split: str) -> Iterator[Row]:
     """Yield the rows of a JSON file, whatever its layout.
 
     Args:
-        lines: of the file, with their ends.
+        lines: of the file, with their ends; a long one may come in pieces.
         split: the key that is read where a file holds several splits.
 
     Raises:
         ValueError: it is not JSON, or not rows; the message says the line or the row.
     """
-    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    head = next(numbered, None)
-    if head is None:
+    pieces = _number(lines)
+    first = next(pieces, None)
+    if first is None:
         return
+    if first[1].lstrip().startswith("[") and not first[1].endswith("\n"):
+        yield from _read_documents(chain([first], pieces), split)  # a list in one line
+        return
+    numbered = _join(chain([first], pieces))
+    head = next(numbered)
     second = next(numbered, None)
     if second is None or not _is_value(head[1]):
         rest = [] if second is None else [second]
-        yield from _read_documents(list(chain([head], rest, numbered)), split)
+        try:
+            yield from _read_documents(chain([head], rest, numbered), split)
+        except ValueError:
+            if second is not None and _is_value(second[1].strip()):
+                _parse(head[1].strip(), head[0])  # JSON Lines whose first line is at fault
+            raise
         return
     for number, line in chain([head, second], numbered):
         yield as_row(_parse(line.strip(), number), f"line {number}")
+
+
+def _number(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield pieces of lines that are not blank, with the number of their line."""
+    number, begins = 1, True
+    for piece in pieces:
+        ends = piece.endswith("\n")
+        if piece.strip() or not begins:
+            yield number, piece
+        number, begins = number + ends, ends
+
+
+def _join(pieces: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield lines of their pieces."""
+    begun: list[str] = []
+    for number, piece in pieces:
+        if begun or not piece.endswith("\n"):
+            begun.append(piece)
+        if not begun:
+            yield number, piece
+        elif piece.endswith("\n"):
+            yield number, "".join(begun)
+            begun = []
+    if begun:
+        yield number, "".join(begun)
 
 
 def _is_value(line: str) -> bool:
@@ -53,43 +90,32 @@ def _is_value(line: str) -> bool:
         return False
 
 
-def _read_documents(numbered: list[tuple[int, str]], split: str) -> Iterator[Row]:
+def _read_documents(numbered: Iterable[tuple[int, str]], split: str) -> Iterator[Row]:
     """Yield the rows of a text that is one JSON value, or several one after the other."""
-    first = numbered[0][0]
-    text = _join(numbered)
-    try:
-        values = list(_decode_values(text, first))
-    except ValueError:
-        if len(numbered) > 1 and _is_value(numbered[1][1].strip()):
-            _parse(numbered[0][1].strip(), first)  # JSON Lines whose first line is at fault
-        raise
-    if len(values) == 1:
-        values = list(_rows_of(values[0], split))
+    text = JsonStream(numbered)
+    if text.peek() == "[":
+        items = text.items()
+        head = list(islice(items, 1))
+        if head and _is_row(head[0]):
+            yield from _as_rows(chain(head, items))
+            if text.peek():
+                raise text.not_json("more follows the list of rows")
+            return
+        first = [*head, *items]
+    else:
+        first = text.value()
+    several = bool(text.peek())
+    yield from _as_rows(chain([first], text.values()) if several else _rows_of(first, split))
+
+
+def _as_rows(values: Iterable[Any]) -> Iterator[Row]:
     for number, value in enumerate(values, start=1):
         yield as_row(value, f"row {number}")
 
 
-def _join(numbered: list[tuple[int, str]]) -> str:
-    """Return the text with its blank lines, so that lines keep their numbers."""
-    parts, expected = [], numbered[0][0]
-    for number, line in numbered:
-        parts += ["\n" * (number - expected), line]
-        expected = number + 1
-    return "".join(parts)
-
-
-def _decode_values(text: str, first: int) -> Iterator[Any]:
-    decoder, place = json.JSONDecoder(), 0
-    while True:
-        while place < len(text) and text[place].isspace():
-            place += 1
-        if place == len(text):
-            return
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(error, first) from None
-        yield value
+def _is_row(item: Any) -> bool:
+    """Return whether the first item of a list is surely a row, and no part of a conversation."""
+    return isinstance(item, dict) and not ("role" in item or "from" in item)
 
 
 def _parse(text: str, line: int) -> Any:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
@@ -68,35 +69,60 @@ def open_decompressed(path: Path) -> Iterator[IO[bytes]]:
                 yield cast(IO[bytes], BufferedReader(cast(Any, stream)))
 
 
-def read_lines(path: Path, encoding: str = DEFAULT_ENCODING) -> Iterator[str]:
+def read_lines(path: Path, encoding: str = DEFAULT_ENCODING, *, longest: int = -1) -> Iterator[str]:
     r"""Yield the lines of a text file with their ends; they end at \n.
+
+    Args:
+        path: of the file.
+        encoding: of its text.
+        longest: bytes of a line from which on it comes in pieces; -1 yields all lines whole.
 
     Raises:
         ValueError: a line is not in the encoding, or the file is cut off.
     """
     with open_decompressed(path) as file:
         try:
-            yield from _decode(file, encoding)
+            yield from _decode(file, encoding, longest)
         except (EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"it is a damaged compressed file: {error}") from None
         except OSError as error:  # pyarrow's, of a damaged stream, too
             raise ValueError(f"it cannot be read to its end: {error}") from None
 
 
-def _decode(file: IO[bytes], encoding: str) -> Iterator[str]:
-    first = file.readline()
+def _decode(file: IO[bytes], encoding: str, longest: int) -> Iterator[str]:
+    first = file.readline(longest)
     codec = _find_codec(first, encoding)
     if codec.startswith(("utf-16", "utf-32")):
         yield from _decode_wide(_chained(first, file), codec)
         return
     number, line = 1, first
     while line:
+        describe = partial(_describe, number=number, encoding=encoding)
         try:
-            text = line.decode(codec)
+            if len(line) == longest and not line.endswith(b"\n"):
+                yield from _decode_pieces(line, file, codec, describe)
+            else:
+                yield line.decode(codec)
         except UnicodeDecodeError as error:
-            raise ValueError(_describe(error, number, encoding)) from None
-        yield text
-        number, line, codec = number + 1, file.readline(), codec.removesuffix("-sig")
+            raise ValueError(describe(error)) from None
+        number, line, codec = number + 1, file.readline(longest), codec.removesuffix("-sig")
+
+
+def _decode_pieces(
+    piece: bytes, file: IO[bytes], codec: str, describe: Callable[..., str]
+) -> Iterator[str]:
+    """Yield a long line in pieces; a character across a border is in the later one."""
+    decoder, longest = codecs.getincrementaldecoder(codec)(), len(piece)
+    start = 0  # of the piece in its line
+    try:
+        while len(piece) == longest and not piece.endswith(b"\n"):
+            yield decoder.decode(piece)
+            start += len(piece)
+            piece = file.readline(longest)
+        yield decoder.decode(piece, final=True)
+    except UnicodeDecodeError as error:
+        before = start - (len(error.object) - len(piece))  # which the decoder had kept
+        raise ValueError(describe(error, before=before)) from None
 
 
 def _find_codec(start: bytes, encoding: str) -> str:
@@ -134,12 +160,12 @@ def _decode_wide(blocks: Iterator[bytes], codec: str) -> Iterator[str]:
         yield begun
 
 
-def _describe(error: UnicodeDecodeError, number: int, encoding: str) -> str:
-    byte = error.object[error.start]
+def _describe(error: UnicodeDecodeError, number: int, encoding: str, *, before: int = 0) -> str:
+    byte, position = error.object[error.start], before + error.start + 1
     name = "UTF-8" if encoding == DEFAULT_ENCODING else encoding
     other = LATIN if encoding == DEFAULT_ENCODING else "NAME"
     return (
-        f"line {number} is not {name} (byte 0x{byte:02X} at its position {error.start + 1}); "
+        f"line {number} is not {name} (byte 0x{byte:02X} at its position {position}); "
         f"save the file as UTF-8, or name its encoding, such as data.encoding={other}"
     )
 

@@ -25,7 +25,7 @@ ORDER = [
     "attention",
     "saved_adapter", "turns", "text_sections", "plain_tokens", "chat_messages", "chat_tokens",
     "prompts",
-    "text_lines", "json_rows", "file_formats", "data_paths", "rows",
+    "text_lines", "json_stream", "json_rows", "file_formats", "data_paths", "rows",
     "row_messages", "row_shapes", "token_rows", "text_pieces",
     "token_cache", "row_encoding", "row_draw", "row_counts",
     "data", "row_prompts", "token_display",

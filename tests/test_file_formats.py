@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from finetune.file_formats import iterate_file
+from finetune.file_formats import LONG_LINE, iterate_file
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "é, ö; ü", "output": f"It is\n{i}."} for i in range(3)
@@ -190,3 +191,48 @@ def test_json_lines_are_not_held(tmp_path: Path) -> None:
     """The first rows come before a fault further down is met."""
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n' * 3 + "x\n", encoding="utf-8")
     assert len(list(islice(iterate_file(tmp_path / "a.jsonl"), 3))) == 3
+
+
+@pytest.mark.parametrize("layout", ["list", "one line", "rows", "data.jsonl"])
+def test_a_large_text_is_held_in_parts(tmp_path: Path, layout: str) -> None:
+    """The rows of a list, in lines or in one line, come before a fault further down is met."""
+    rows = [{"instruction": f"Say é {n}.", "output": "日本 " * 999} for n in range(3000)]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = {
+        "list": "[\n" + ",\n".join(texts) + ",\n x]",
+        "one line": "[" + ", ".join(texts) + ", x]",
+        "rows": "\n".join(json.dumps(row, indent=1, ensure_ascii=False) for row in rows) + "\nx",
+        "data.jsonl": "\n".join(texts) + "\nx",
+    }[layout]
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    tracemalloc.start()
+    read = iterate_file(path)
+    assert all(row == one for row, one in zip(islice(read, 2999), rows, strict=False))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size * 3 / 4
+    last = text.rfind("\n") + 1
+    place = f"line {text[:last].count(chr(10)) + 1}, column {text.rfind('x') - last + 1}"
+    with pytest.raises(ValueError, match=f"{place} is not JSON"):
+        list(read)
+
+
+def test_a_long_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
+    """Also beyond the piece that a line is read in; its bad byte has its position."""
+    row = {"text": "é" * (LONG_LINE // 2 + 7)}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b"\n\n" + line + b"\n")
+    assert list(iterate_file(path)) == [row, row]
+    path.write_bytes(line + b"\n" + line[:-2] + b'\xe9"}\n')
+    with pytest.raises(ValueError, match=rf"line 2 is not UTF-8 .* position {len(line) - 1}\)"):
+        list(iterate_file(path))
+
+
+@pytest.mark.parametrize("last", ['[{"a": 1}]\n[{"a": 2}]', '[{"a": 1}] {"a": 2}'])
+def test_what_follows_a_list_of_rows_is_named(tmp_path: Path, last: str) -> None:
+    """It is neither dropped nor taken for a row."""
+    (tmp_path / "a.json").write_text(last.replace("[{", "[\n{"), encoding="utf-8")
+    with pytest.raises(ValueError, match="is not JSON: more follows the list of rows"):
+        list(iterate_file(tmp_path / "a.json"))
