@@ -1,1 +1,67 @@
-"""Fine-tune language models with LoRA, sweep any setting, evaluate honestly."""
+"""Fine-tune language models with LoRA, sweep any setting, evaluate honestly.
+
+`import finetune` is quick: a name is loaded when it is first used, torch only where weights are.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.api import (
+        Config,
+        Refused,
+        Results,
+        Run,
+        base_path,
+        check,
+        compose,
+        load,
+        open_run,
+        prompt,
+        read_results,
+        run,
+        sweep,
+    )
+
+__all__ = [
+    "Config",
+    "Refused",
+    "Results",
+    "Run",
+    "base_path",
+    "check",
+    "compose",
+    "load",
+    "open_run",
+    "prompt",
+    "read_results",
+    "run",
+    "sweep",
+]
+
+
+class _Package(ModuleType):
+    """This package, whose public names stay when a module of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An import of the module finetune.sweep would else hide the function finetune.sweep.
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from finetune import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune import distributed, signals
 from finetune.command_line import is_multirun, read_command_line
 from finetune.commands import find_command, run_command, version_line
-from finetune.composition import COMPOSING_ERRORS, config_dir_of, explain
+from finetune.composition import COMPOSING_ERRORS, config_dir_of, explain, find_grid_problems
 from finetune.config import Refused, conf_dir, register
 from finetune.escaping import for_terminal, keep_logs_plain
 from finetune.home import complete_environment
@@ -93,7 +93,7 @@ def run(composed: DictConfig) -> None:
     from finetune.sweep import run_sweep
 
     try:
-        refuse_any(find_grid_problems())
+        refuse_any(find_grid_problems(HydraConfig.get()))
         job = build_job(composed, swept=[])
         code = run_sweep([job], job.overrides)
     except Refused as refused:  # here, since Hydra would put a line of its own before it
@@ -102,15 +102,6 @@ def run(composed: DictConfig) -> None:
         hydra = HydraConfig.get()
         refuse(explain(error, list(hydra.overrides.task), config_dir_of(hydra)))
     raise SystemExit(code)
-
-
-def find_grid_problems() -> list[str]:
-    """Return why a grid of a config file is not run: it needs --multirun, as a typed one does."""
-    grid = HydraConfig.get().sweeper.get("params")
-    if not grid:
-        return []
-    settings = ", ".join(map(str, grid))
-    return [f"hydra.sweeper.params is a sweep of {settings}; add --multirun, or leave its file out"]
 
 
 def refuse_any(problems: list[str]) -> None:

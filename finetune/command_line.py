@@ -33,7 +33,7 @@ def read_command_line(
     args = parser.parse_intermixed_args(arguments)
     if args.shell_completion:
         return args, parser
-    problems = [*_find_flag_problems(args), *_find_settings_typed_twice(args.overrides)]
+    problems = [*_find_flag_problems(args), *find_settings_typed_twice(args.overrides)]
     if problems:
         raise Refused(problems)
     if args.hydra_help:  # Hydra would apply what is typed to its own config, which has none of it
@@ -81,7 +81,7 @@ def _find_flag_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _find_settings_typed_twice(arguments: Sequence[str]) -> Iterator[str]:
+def find_settings_typed_twice(arguments: Sequence[str]) -> Iterator[str]:
     """Yield the settings of which Hydra would take the last value and drop the others silently."""
     typed: dict[str, list[str]] = {}
     for argument in arguments:

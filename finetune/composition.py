@@ -30,6 +30,7 @@ from finetune.escaping import first_line
 from finetune.grammar import find_override
 
 GRID = "hydra.sweeper.params"
+AS_A_SWEEP = "add --multirun"
 MISSING_VALUE = "???"
 COMPOSED = re.compile(r"In '(?P<file>[^']+)': (?P<kind>\w+) raised while composing config:")
 KEY = re.compile(r"^\s+full_key: (\S+)", re.MULTILINE)
@@ -87,6 +88,15 @@ def config_dir_of(hydra: DictConfig | HydraConf) -> str | None:
     """Return the folder of `--config-dir` from Hydra's own settings."""
     sources = hydra.runtime.config_sources
     return next((str(one.path) for one in sources if one.provider == "command-line"), None)
+
+
+def find_grid_problems(hydra: DictConfig | HydraConf) -> list[str]:
+    """Return why a grid of a config file is not run as one job: a typed grid is not either."""
+    grid = hydra.sweeper.get("params")
+    if not grid:
+        return []
+    settings = ", ".join(map(str, grid))
+    return [f"{GRID} is a sweep of {settings}; {AS_A_SWEEP}, or leave its file out"]
 
 
 def chosen_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[Path, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from finetune import models
 from finetune.chat_tokens import encode_chat
 from finetune.config import Refused
+from finetune.merging import find_merge_problem, load_own, merge
 from finetune.prompts import Template, load_template
 from finetune.trained import Trained, find_difference, write_adapter
 from finetune.turns import Turn, Unusable
@@ -65,6 +66,15 @@ class Voice:
             raise Unusable(f"type FIELD: VALUE, a line for each of {', '.join(self.fields)}")
         given[name.strip()] = _value(text.strip())
         return given if given.keys() >= set(self.fields) else None
+
+    def turns(self, fields: Fields, before: Sequence[Turn] = ()) -> list[Turn]:
+        """Return what is asked with all fields; a chat's after what was said before."""
+        if self.template.has_turns:
+            return [*before, Turn("user", fields["messages"])]
+        if self.prompt == "text":
+            return [Turn("user", fields["text"])]
+        absent = dict.fromkeys(self.template.optional)
+        return self.template.render({**absent, **fields, "output": "-"})[:-1]
 
 
 def _value(text: str) -> Any:
@@ -133,7 +143,7 @@ class Conversation:
         if fields is None:
             return None
         self.given = {}
-        asked = self._turns(fields)
+        asked = self.voice.turns(fields, self.turns)
         tokens = self.voice.template.ask([*asked, Turn("assistant", "")], self.tokenizer).tokens
         spoken = Spoken(self.tokenizer, write)
         try:
@@ -142,15 +152,6 @@ class Conversation:
             if self.voice.template.has_turns and spoken.text.strip():
                 self.turns = [*asked, Turn("assistant", spoken.text)]
         return spoken.text
-
-    def _turns(self, fields: Fields) -> list[Turn]:
-        template = self.voice.template
-        if template.has_turns:
-            return [*self.turns, Turn("user", fields["messages"])]
-        if self.voice.prompt == "text":
-            return [Turn("user", fields["text"])]
-        rendered = template.render({**dict.fromkeys(template.optional), **fields, "output": "-"})
-        return rendered[:-1]
 
     def _generate(self, tokens: list[int], sampling: Sampling, spoken: Spoken) -> None:
         room = sampling.max_new_tokens
@@ -169,19 +170,20 @@ class Conversation:
                 ),
                 max_new_tokens=room,
                 do_sample=bool(drawn),
-                eos_token_id=self._ends(),
+                eos_token_id=find_ends(self.model, self.tokenizer, self.voice.template),
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=spoken,
                 **drawn,
             )
 
-    def _ends(self) -> list[int]:
-        """Return the tokens that end an answer: the model's own, and the one that was learned."""
-        own: Any = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        if self.voice.template.has_turns:
-            ends.add(_end_of_turn(self.tokenizer))
-        return sorted(ends - {None})
+
+def find_ends(model: Any, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and the one that was learned."""
+    own: Any = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if template.has_turns:
+        ends.add(_end_of_turn(tokenizer))
+    return sorted(ends - {None})
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -230,6 +232,52 @@ def load(runs: Sequence[Trained]) -> Conversation:
     return Conversation(model.eval(), runs[0].load_tokenizer(), voices)
 
 
+def load_to_generate(
+    run: Trained, *, is_merged: bool
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load what a run trained, in eval mode, to generate until the ends of its answers.
+
+    Raises:
+        Refused: it cannot be loaded so.
+    """
+    template = _load_template(run)
+    if is_merged and not run.is_full:
+        if problem := find_merge_problem(run):
+            raise Refused([problem.replace("--merge", "merged=True")])
+        model: PreTrainedModel | PeftModel = merge(run, load_own(run))
+    elif run.changes_the_base and run.model.quantization != "none":
+        model = load_own(run)  # which no adapter for the base as published can say
+    else:
+        model = load([run]).model
+    tokenizer = run.load_tokenizer()
+    settings = model.generation_config
+    settings.eos_token_id = find_ends(model, tokenizer, template)
+    settings.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def render_prompt(run: Trained, given: str | Mapping[str, Any]) -> str:
+    """Return a run's prompt as the text whose tokens are those of training.
+
+    Raises:
+        Refused: its template asks for other fields.
+    """
+    (voice,), tokenizer = _build_voices([run]), run.load_tokenizer()
+    fields = {voice.fields[0]: given} if isinstance(given, str) else dict(given)
+    needed = ", ".join(voice.fields)
+    if set(voice.fields) - fields.keys():
+        raise Refused([f"{run.name}: its prompt has the fields {needed}; give a mapping of them"])
+    try:
+        asked = [*voice.turns(fields), Turn("assistant", "")]
+        found = voice.template.ask(asked, tokenizer)
+    except Unusable as fault:
+        raise Refused([f"{run.name}: the prompt cannot be made: {fault}"]) from None
+    # The tokenizer may add the first token anew, and a last space belongs to the response.
+    texts = [found.text, found.text.removeprefix(str(tokenizer.bos_token)), found.text.rstrip()]
+    same = (text for text in texts if tokenizer(text, verbose=False)["input_ids"] == found.tokens)
+    return next(same, found.text)
+
+
 def _check_together(runs: Sequence[Trained]) -> None:
     first = runs[0]
     for other in runs[1:]:
@@ -252,14 +300,17 @@ def _build_voices(runs: Sequence[Trained]) -> list[Voice]:
     voices = []
     for number, run in enumerate(runs):
         name = run.name if counts[run.name] == 1 else str(run.folder.path)
-        prompt = run.config.data.prompt_template
-        try:
-            template = load_template(prompt)
-        except (FileNotFoundError, ValueError) as error:
-            raise Refused([f"{run.name}: {error}"]) from None
         # PEFT's names take no dots.
-        voices.append(Voice(name, f"run{number}", run.config.peft.method, prompt, template))
+        method, prompt = run.config.peft.method, run.config.data.prompt_template
+        voices.append(Voice(name, f"run{number}", method, prompt, _load_template(run)))
     return voices
+
+
+def _load_template(run: Trained) -> Template:
+    try:
+        return load_template(run.config.data.prompt_template)
+    except (FileNotFoundError, ValueError) as error:
+        raise Refused([f"{run.name}: {error}"]) from None
 
 
 def _adapter_folder(run: Trained, stack: ExitStack) -> Path:

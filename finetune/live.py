@@ -1,12 +1,13 @@
-"""The table on a terminal while a sweep runs: each run's state, step, loss, speed and time left.
+"""The table on a terminal or in a notebook while a sweep runs: state, step, loss, speed, time left.
 
 It is read from the runs' event logs, as everything is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +20,50 @@ from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table
 
 SPEED_STEPS = 20  # the newest, over which speed is measured
+REFRESH_SECONDS = 1.0  # between two looks, in a notebook
 
 
-def is_terminal() -> bool:
-    """Return whether someone watches."""
-    return Console(stderr=True).is_terminal
+def is_watched() -> bool:
+    """Return whether somebody watches: on a terminal, or in a notebook."""
+    console = Console(stderr=True)
+    return console.is_terminal or console.is_jupyter
 
 
 def live_table(runs: Sequence[tuple[str, RunFolder]]) -> AbstractContextManager[Any]:
-    """Show the runs, by their labels, until the block ends; nothing where there is no terminal."""
-    if not is_terminal():
+    """Show the runs, by their labels, until the block ends; nothing where nobody watches."""
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return _notebook_table(runs)
+    if not console.is_terminal:
         return nullcontext()
     return Live(
         get_renderable=lambda: render_runs(runs),
-        console=Console(stderr=True),
+        console=console,
         refresh_per_second=1,
         transient=True,
     )
+
+
+@contextmanager
+def _notebook_table(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[None]:
+    """Show the runs in a cell's output, each second anew; rich's own needs ipywidgets for it."""
+    from IPython.display import display
+
+    shown = display(render_runs(runs), display_id=True)
+    is_over = threading.Event()
+
+    def refresh() -> None:
+        while not is_over.wait(REFRESH_SECONDS):
+            shown.update(render_runs(runs))
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        shown.update(render_runs(runs))
 
 
 @dataclass(frozen=True)

@@ -69,20 +69,31 @@ def write_merged(run: Trained, folder: Path) -> Check:
     """
     tokenizer = run.load_tokenizer()
     prompts = find_prompts(run, tokenizer)
-    adapted = adapters.load(run.load_base(), run.folder.adapter)
+    adapted = load_own(run)
     before = log_likelihoods(adapted, prompts)
+    merged = merge(run, adapted)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del adapted, merged  # before the next one is loaded
+    plain = replace(run.model, path=str(folder), revision=None, quantization="none")
+    written = models.load_base(plain, models.find_model(plain), run.device)
+    return compare(run, prompts, before, log_likelihoods(written, prompts))
+
+
+def load_own(run: Trained) -> PeftModel:
+    """Load base and adapter as the run was scored, what PiSSA and OLoRA took out left out."""
+    return adapters.load(run.load_base(), run.folder.adapter)
+
+
+def merge(run: Trained, adapted: PeftModel) -> PreTrainedModel:
+    """Merge a run's adapter into the base's weights, those of a quantised base dequantised."""
     adapters.take_off(adapted)
     base = adapters.base_of(adapted)
     if run.model.quantization != "none":
         base = base.dequantize()
         base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # left as it was; IA3 goes by it
     merged = load_as_published(base, run.folder.adapter).merge_and_unload(safe_merge=True)
-    cast(PreTrainedModel, merged).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    del adapted, base, merged  # before the next one is loaded
-    plain = replace(run.model, path=str(folder), revision=None, quantization="none")
-    written = models.load_base(plain, models.find_model(plain), run.device)
-    return compare(run, prompts, before, log_likelihoods(written, prompts))
+    return cast(PreTrainedModel, merged)
 
 
 def check_adapter(run: Trained, folder: Path) -> Check:

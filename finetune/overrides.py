@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import find_word_problem
-from finetune.composition import COMPOSING_ERRORS, explain, find_missing_values
+from finetune.composition import AS_A_SWEEP, COMPOSING_ERRORS, explain, find_missing_values
 from finetune.config import (
     Config,
     Refused,
@@ -80,9 +80,7 @@ def find_override_problems(
             continue
         found = list(_problems_of(override, folders, elsewhere=has_packages))
         if not found and override.is_sweep_override() and not multirun:
-            found = [
-                f"{argument}: several values are a sweep; add --multirun (or [a,b] for a list)"
-            ]
+            found = [f"{argument}: several values are a sweep; {AS_A_SWEEP} (or [a,b] for a list)"]
         problems += found
         if not found:
             sound.append(override)

@@ -18,7 +18,7 @@ from finetune.files import Damaged, read_json, write_atomic
 from finetune.metric_names import STDERR, MetricName
 from finetune.metrics import Metric
 from finetune.mixtures import find_machine_mixtures, find_mixtures
-from finetune.run_comparison import ScoredRuns, compare_runs
+from finetune.run_comparison import compare_runs
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.score_files import ModelScore, TaskScores
 from finetune.sweep_record import SweepRecord
@@ -155,13 +155,12 @@ def read_results(folder: Path) -> Results:
         known = {label: one for label, one in scores.items() if one is not None}
         mixtures = find_mixtures(task, known)
         results.remarks += mixtures.remarks
-        scored = ScoredRuns.read(runs, task)
         for name, metric in _gathered(known.values()).items():
             column = MetricName(task, name)
             results.metrics[str(column)] = metric
             if mixtures.questions_differ:
                 results.refused.add(str(column))
-            _compare(results, scored, column, metric)
+            _compare(results, column, metric)
     results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
 
@@ -259,7 +258,7 @@ def _selection_columns(task: str, chosen: ModelScore) -> Row:
     return columns
 
 
-def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Metric) -> None:
+def _compare(results: Results, name: MetricName, metric: Metric) -> None:
     """Compare all runs that have a base beside them, and put what is proven into their rows."""
     column = str(name)
     scores = {
@@ -267,10 +266,11 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
         for row in results.rows
         if column in row and name.base in row
     }
-    if not scores or not all(isfinite(value) for pair in scores.values() for value in pair):
+    runs = [run for run in results.runs if run.name in scores]
+    if not runs or not all(isfinite(value) for pair in scores.values() for value in pair):
         return
     try:
-        comparison = compare_runs(scored, name, metric, scores)
+        comparison = compare_runs(runs, name.task, name.name, metric, scores)
     except ValueError as error:
         results.remarks.append(f"{column} is not compared: {error}")
         results.refused.add(column)
@@ -291,13 +291,17 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
 
 def write_csv(results: Results) -> None:
     """Write `results.csv`: one line a run, the columns of all runs, in the order they come."""
-    columns = list(dict.fromkeys(name for row in results.rows for name in row))
-    tasks = [name for name in columns if name.rpartition("/")[0] in results.record.tasks]
-    # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
-    first = [name for name in columns if name not in last and name not in tasks]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*first, *tasks, *last], lineterminator="\n")
+    writer = csv.DictWriter(text, list_columns(results.rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: for_csv(value) for name, value in row.items()} for row in results.rows)
     write_atomic(results.folder / "results.csv", text.getvalue())
+
+
+def list_columns(rows: Sequence[Row]) -> list[str]:
+    """Return the columns of all rows: run, settings and status, then scores, then costs and ids."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    # Costs and ids go last, also where a run that failed early brings them first.
+    last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
+    first = [name for name in columns if name not in last and "/" not in name]
+    return [*first, *(name for name in columns if name not in (*first, *last)), *last]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +27,7 @@ from finetune.events import EventLog, State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.jobs import Job
-from finetune.live import is_terminal, live_table
+from finetune.live import is_watched, live_table
 from finetune.logs import quieten_libraries
 from finetune.planning import (
     Point,
@@ -56,8 +56,20 @@ Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, given 
 INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What a sweep came to, and how it ended."""
+
+    results: Results
+    is_written: bool  # whether results.csv has them
+    behind: str | None  # what MLflow is missing, and how to send it
+    look: str  # how to compare the runs in MLflow; empty without it
+    exit_code: int
+    stopped: KeyboardInterrupt | None = None  # who asked it to stop
+
+
 def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
-    """Run every job and report; return the exit code.
+    """Run every job, print plan and results, and return the exit code.
 
     Args:
         jobs: the points of the grid, at least one.
@@ -67,32 +79,58 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     Raises:
         Refused: something in the grid cannot run; nothing was started.
     """
-    has = launch is not None
-    found = [p for job in jobs for p in launchers.find_problems(job.config, has_launcher=has)]
-    found += _folder_problems(jobs[0].config)
-    if (problem := find_cache_problem()) is not None:  # planning itself needs it
-        raise Refused([*found, problem])
-    with build_worker(is_quiet=is_terminal()) as worker:
-        with store_checked(jobs[0].config.tracking):
-            sweep = plan_sweep(jobs, sweep_name(jobs, arguments), worker, found)
-            if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
-                raise Refused([problem])
-            if is_obstructed(sweep.folder):
-                raise Refused([f"{sweep.folder} is no folder; move it away"])
+    with build_worker(is_quiet=is_watched()) as worker:
+        name = sweep_name(jobs, arguments)
+        sweep = check_sweep(jobs, name, worker, has_launcher=launch is not None)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan(sweep))
             for line in render_groups(sweep):
                 print(for_terminal(line))
         if sweep.config.sweep.dry_run:
             return 0
-        with _conducted_alone(sweep.folder):
-            return _conduct(sweep, arguments, worker, launch)
+        ending = conduct(sweep, arguments, worker, launch)
+        _print_ending(sweep.config, ending)
+        return ending.exit_code
+
+
+def check_sweep(
+    jobs: Sequence[Job], name: str, worker: AnyWorker, *, has_launcher: bool = False
+) -> Sweep:
+    """Check the whole grid, and plan it.
+
+    Raises:
+        Refused: something in the grid cannot run.
+    """
+    found = [p for j in jobs for p in launchers.find_problems(j.config, has_launcher=has_launcher)]
+    found += _folder_problems(jobs[0].config)
+    if (problem := find_cache_problem()) is not None:  # planning itself needs it
+        raise Refused([*found, problem])
+    with store_checked(jobs[0].config.tracking):
+        sweep = plan_sweep(jobs, name, worker, found)
+        if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
+            raise Refused([problem])
+        if is_obstructed(sweep.folder):
+            raise Refused([f"{sweep.folder} is no folder; move it away"])
+    return sweep
+
+
+def conduct(
+    sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None = None
+) -> Ending:
+    """Run what is to be run, and report; a request to stop ends it with checkpoints written.
+
+    Raises:
+        Refused: another process conducts it, or its folder cannot be written to.
+        KeyboardInterrupt: a second request to stop.
+    """
+    with _conducted_alone(sweep.folder):
+        return _conduct(sweep, arguments, worker, launch)
 
 
 def _conduct(
     sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None
-) -> int:
-    """Run what is to be run, write the results after each, and report; return the exit code."""
+) -> Ending:
+    """Run what is to be run, write the results after each, and report."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     tracker = _begin(sweep, arguments)
     states: list[State] = []
@@ -116,8 +154,10 @@ def _conduct(
             _end_runs(sweep, worker, stop)
             stopped = stop
             states.append("interrupted")
-    code = _report(sweep, tracker, states)
-    return code if stopped is None else signals.exit_code(stopped)
+    ending = _report(sweep, tracker, states)
+    if stopped is None:
+        return ending
+    return replace(ending, stopped=stopped, exit_code=signals.exit_code(stopped))
 
 
 def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
@@ -329,8 +369,8 @@ def _write_report(sweep: Sweep) -> tuple[Results, bool]:
     return results, True
 
 
-def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
-    """Write and print the results, say where to look next, and return the exit code."""
+def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
+    """Write the results for the last time, and end what MLflow has of the sweep."""
     interrupted = "interrupted" in states
     so_far = read_results(sweep.folder)
     unfinished = any(row["status"] != "finished" for row in so_far.rows)
@@ -343,6 +383,16 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
         lowest_first=so_far.lowest_first,
     )
     results, is_written = _write_report(sweep)
+    code = int(failed or not is_written)
+    if interrupted:  # where nobody stopped the sweep, a scheduler stopped its launched jobs
+        code = signals.STOPPED_BY_MACHINE
+    look = tracker.how_to_look if sweep.config.tracking.enabled else ""
+    return Ending(results, is_written, behind, look, code)
+
+
+def _print_ending(config: Config, ending: Ending) -> None:
+    """Print the results, and say where to look next."""
+    results = ending.results
     print_table(render_table(results))
     for row in results.rows:
         if row["reason"]:
@@ -350,15 +400,12 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> int:
             print(f"{row['run']}: {row['status']}: {reason}", file=sys.stderr)
     if results.best_run() is not None or results.metrics:
         print(f"\n{for_terminal(verdict(results))}")
-    if is_written:
-        print(f"\nreport: {sweep.folder / 'report.html'}    runs: {sweep.config.output_dir}/")
+    if ending.is_written:
+        print(f"\nreport: {results.folder / 'report.html'}    runs: {config.output_dir}/")
     else:
-        again = f"python -m finetune.report {sweep.folder}"
+        again = f"python -m finetune.report {results.folder}"
         print(f"the runs are kept; once there is room, write the report: {again}", file=sys.stderr)
-    if behind:
-        print(behind, file=sys.stderr)
-    elif sweep.config.tracking.enabled:
-        print(f"compare: {tracker.how_to_look}")
-    if interrupted:  # where nobody stopped the sweep, a scheduler stopped its launched jobs
-        return signals.STOPPED_BY_MACHINE
-    return int(failed or not is_written)
+    if ending.behind:
+        print(ending.behind, file=sys.stderr)
+    elif ending.look:
+        print(f"compare: {ending.look}")

@@ -6,13 +6,15 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune import devices, distributed, signals
@@ -130,7 +132,7 @@ class Worker:
             process = context.Process(
                 target=_serve, args=(theirs, heard, self._is_quiet), daemon=True
             )
-            with signals.held_back():
+            with signals.held_back(), _main_left_out():
                 process.start()
                 self._process, self._pipe, self._stops = process, pipe, stops
             theirs.close()
@@ -216,6 +218,20 @@ class LaunchedWorker:
 
 
 AnyWorker = Worker | LaunchedWorker
+
+
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Keep a spawned process from running the main module again, of which it needs nothing.
+
+    It may be a user's script that calls a sweep without `if __name__ == "__main__"`.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def build_worker(*, is_quiet: bool) -> AnyWorker:

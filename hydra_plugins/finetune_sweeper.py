@@ -9,14 +9,11 @@ from functools import partial
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 
 @dataclass
@@ -48,25 +45,13 @@ class FinetuneSweeper(Sweeper):
 
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
-        from finetune.composition import config_dir_of
-        from finetune.grammar import without_null
-        from finetune.overrides import with_grid
-        from finetune.planning import build_job
+        from finetune.grid import build_jobs
         from finetune.sweep import run_alone, run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
-        params: Any = OmegaConf.to_container(self.config.hydra.sweeper.params, resolve=False)
-        arguments = with_grid(params, arguments, config_dir_of(self.config.hydra))
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        last = {override.key_or_group: override for override in overrides}  # of a key typed twice
-        swept = [key for key, override in last.items() if override.is_sweep_override()]
-        jobs = []
-        for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
-            composed = loader.load_sweep_config(self.config, without_null(point))
-            HydraConfig.instance().set_config(composed)
-            jobs.append(build_job(composed, swept=swept))
+        jobs, arguments = build_jobs(loader, self.config, arguments)
         launch = None
         if self.config.hydra.launcher._target_ != BasicLauncherConf._target_:
             launcher = Plugins.instance().instantiate_launcher(

@@ -35,13 +35,14 @@ ORDER = [
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "gold_answers", "tasks", "bootstrap", "aggregation", "evaluation", "forecast",
     "samples", "showcase", "mlflow_store", "store_check", "event_sending", "mirror", "tracking",
-    "comparison", "outcome_tables", "outcomes", "mixtures", "run_comparison", "results", "shape",
+    "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape",
     "memory_estimate", "memory",
     "verdict", "score_tables",
     "figures", "report_pages", "report", "session", "identity_0_1", "identity",
     "scores", "preflight", "row_preview", "active_run", "pipeline", "worker", "planning",
-    "sweep",
-    "trained", "merging", "model_card", "conversation", "chat", "export", "preview", "sync",
+    "grid", "sweep",
+    "trained", "merging", "model_card", "conversation", "handles", "api", "chat", "export",
+    "preview", "sync",
     "runs", "reproduction", "rerun", "__main__",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from finetune import adapters, chat, conversation, logs, run_files
 from finetune.config import DataConfig, LoraConfig, Refused
-from finetune.conversation import Conversation, Sampling
+from finetune.conversation import Conversation, Sampling, find_ends
 from finetune.prompts import load_template
 from finetune.run_folder import RunFolder
 from finetune.trained import Trained, find_trained
@@ -182,7 +182,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(
     """Also where the model's own end of sequence is another token."""
     loaded.use(runs["chat"].name)
     loaded.tokenizer.eos_token = "<pad>"  # noqa: S105  # a token of text
-    assert loaded._ends() == [0, 2]
+    assert find_ends(loaded.model, loaded.tokenizer, loaded.voice.template) == [0, 2]
 
 
 def test_a_stopped_answer_is_remembered_as_far_as_it_went(

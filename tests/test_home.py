@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from filelock import FileLock
 
-from finetune import forecast, home, identity, models, report, sweep, sync
+from finetune import forecast, home, identity, models, report, sync
 from finetune.config import Config, ModelConfig, Refused
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.run_folder import RunFolder
+from finetune.sweep import _conducted_alone, _folder_problems
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
         monkeypatch.setattr(
             tempfile, "TemporaryFile", lambda dir: Full() if dir == folder else real(dir=dir)
         )
-    found = [*sweep._folder_problems(config), home.find_cache_problem()]
+    found = [*_folder_problems(config), home.find_cache_problem()]
     (problem,) = (one for one in found if one is not None)
     assert str(folder) in problem
     assert "cannot be written to" in problem
@@ -201,6 +203,6 @@ def test_commands_say_what_they_cannot_write(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(str(tmp_path) in line and "cannot be written to" in line for line in lines)
-    monkeypatch.setattr("finetune.sweep.FileLock.acquire", no_right)
-    with pytest.raises(Refused, match="cannot be written to"), sweep._conducted_alone(tmp_path):
+    monkeypatch.setattr(FileLock, "acquire", no_right)
+    with pytest.raises(Refused, match="cannot be written to"), _conducted_alone(tmp_path):
         pass

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, cast
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import pipeline, preflight, sweep
+from finetune import pipeline, preflight
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.jobs import Job
@@ -29,6 +30,8 @@ from finetune.session import Session
 from finetune.sweep_record import SweepRecord
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
+
+sweep = import_module("finetune.sweep")  # finetune.sweep is the function
 
 
 def results(folder: Path) -> list[dict[str, str]]:

