@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from finetune.comparison import Outcomes
+from finetune.metric_names import MetricName
+from finetune.outcome_tables import OutcomeTable, read_table
 from finetune.resampling import Resampled
 from finetune.run_folder import RunFolder
 
@@ -29,26 +29,15 @@ class Answers:
 
 def read_answers(run: RunFolder, task: str, metric: str) -> Answers:
     """Return a run's outcomes; none of a model that was not asked, or not in this metric."""
-    answers = Answers({}, {}, {})
-    for key, item in _items(run, task):
-        for side, outcomes in (("base", answers.base), ("tuned", answers.tuned)):
-            if metric in item.get(side, {}):
-                outcomes[key] = item[side][metric]
-        if "task" in item:
-            answers.members[key] = item["task"]
-    return answers
-
-
-def _items(run: RunFolder, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the questions' entries, each by a name of its own."""
     if run.read_scores(task) is None:
-        return
-    seen: Counter[str] = Counter()
-    for item in run.read_items(task):
-        key = f"{item['hash']}:{item['prompt']}" + (f":{item['task']}" if "task" in item else "")
-        seen[key] += 1
-        # A task may ask the same question twice.
-        yield key + "'" * (seen[key] - 1), item
+        return Answers({}, {}, {})
+    return find_answers(read_table(run, task), metric)
+
+
+def find_answers(table: OutcomeTable, metric: str) -> Answers:
+    """Return the outcomes in one metric."""
+    base, tuned = (table.outcomes(side, metric) for side in ("base", "tuned"))
+    return Answers(base, tuned, table.members)
 
 
 def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
@@ -64,11 +53,11 @@ def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, An
 
 
 def read_resamples(
-    run: RunFolder, task: str, metric: str, scores: tuple[float, float]
+    run: RunFolder, name: MetricName, scores: tuple[float, float], changed: int
 ) -> Resampled | None:
     """Return the resamples that were stored at scoring of a metric that only lm-eval computes."""
-    stored = (run.read_json(f"resamples/{task}.json") or {}).get(metric)
+    stored = (run.read_json(f"resamples/{name.task}.json") or {}).get(name.name)
     if not stored:
         return None
-    drawn = (np.asarray(stored[name], dtype=np.float64) for name in ("bootstrap", "swapped"))
-    return Resampled(*scores, read_answers(run, task, metric).changed, *drawn)
+    drawn = (np.asarray(stored[key], dtype=np.float64) for key in ("bootstrap", "swapped"))
+    return Resampled(*scores, changed, *drawn)

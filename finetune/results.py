@@ -18,7 +18,7 @@ from finetune.files import Damaged, read_json, write_atomic
 from finetune.metric_names import STDERR, MetricName
 from finetune.metrics import Metric
 from finetune.mixtures import find_machine_mixtures, find_mixtures
-from finetune.run_comparison import compare_runs
+from finetune.run_comparison import ScoredRuns, compare_runs
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.score_files import ModelScore, TaskScores
 from finetune.sweep_record import SweepRecord
@@ -155,12 +155,13 @@ def read_results(folder: Path) -> Results:
         known = {label: one for label, one in scores.items() if one is not None}
         mixtures = find_mixtures(task, known)
         results.remarks += mixtures.remarks
+        scored = ScoredRuns.read(runs, task)
         for name, metric in _gathered(known.values()).items():
             column = MetricName(task, name)
             results.metrics[str(column)] = metric
             if mixtures.questions_differ:
                 results.refused.add(str(column))
-            _compare(results, column, metric)
+            _compare(results, scored, column, metric)
     results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
 
@@ -258,7 +259,7 @@ def _selection_columns(task: str, chosen: ModelScore) -> Row:
     return columns
 
 
-def _compare(results: Results, name: MetricName, metric: Metric) -> None:
+def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Metric) -> None:
     """Compare all runs that have a base beside them, and put what is proven into their rows."""
     column = str(name)
     scores = {
@@ -266,11 +267,10 @@ def _compare(results: Results, name: MetricName, metric: Metric) -> None:
         for row in results.rows
         if column in row and name.base in row
     }
-    runs = [run for run in results.runs if run.name in scores]
-    if not runs or not all(isfinite(value) for pair in scores.values() for value in pair):
+    if not scores or not all(isfinite(value) for pair in scores.values() for value in pair):
         return
     try:
-        comparison = compare_runs(runs, name.task, name.name, metric, scores)
+        comparison = compare_runs(scored, name, metric, scores)
     except ValueError as error:
         results.remarks.append(f"{column} is not compared: {error}")
         results.refused.add(column)

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isclose, isfinite
 
 from finetune.comparison import Comparison, compare, compare_stored
+from finetune.metric_names import MetricName
 from finetune.metrics import Metric
-from finetune.outcomes import read_answers, read_resamples
+from finetune.outcome_tables import OutcomeTable, read_tables
+from finetune.outcomes import find_answers, read_resamples
 from finetune.run_folder import RunFolder
 
 Scores = Mapping[str, tuple[float, float]]  # by run, what lm-eval reported of base and tuned
 
 
+@dataclass(frozen=True)
+class ScoredRuns:
+    """Runs that one task scored, and each one's outcomes by its name."""
+
+    runs: Sequence[RunFolder]
+    tables: Mapping[str, OutcomeTable]
+
+    @classmethod
+    def read(cls, runs: Sequence[RunFolder], task: str) -> ScoredRuns:
+        """Read each run's outcomes once, for all metrics; of runs without scores there are none."""
+        scored = [run for run in runs if run.read_scores(task) is not None]
+        return cls(scored, read_tables(scored, task))
+
+
 def compare_runs(
-    runs: Sequence[RunFolder], task: str, name: str, metric: Metric, scores: Scores
+    scored: ScoredRuns, name: MetricName, metric: Metric, scores: Scores
 ) -> Comparison | None:
     """Compare runs with their bases; None where the stored outcomes do not allow it.
+
+    Args:
+        scored: the task's runs.
+        name: of the metric.
+        metric: its definition.
+        scores: of the runs that are compared.
 
     Raises:
         ValueError: the runs were asked different questions.
     """
     compared = _compare_known if metric.is_known else _compare_opaque
-    return compared(runs, task, name, metric, scores)
+    return compared(scored, name, metric, scores)
 
 
 def compare_run(run: RunFolder, task: str, name: str, metric: Metric) -> Comparison | None:
@@ -34,16 +57,21 @@ def compare_run(run: RunFolder, task: str, name: str, metric: Metric) -> Compari
     if base is None or tuned is None or not isfinite(base) or not isfinite(tuned):
         return None
     try:
-        return compare_runs([run], task, name, metric, {run.name: (base, tuned)})
+        scored = ScoredRuns.read([run], task)
+        return compare_runs(scored, MetricName(task, name), metric, {run.name: (base, tuned)})
     except ValueError:  # other questions on each side
         return None
 
 
 def _compare_known(
-    runs: Sequence[RunFolder], task: str, name: str, metric: Metric, scores: Scores
+    scored: ScoredRuns, name: MetricName, metric: Metric, scores: Scores
 ) -> Comparison | None:
     """Compare from the questions' outcomes; None where they do not give lm-eval's numbers."""
-    answers = {run.name: read_answers(run, task, name) for run in runs}
+    answers = {
+        run.name: find_answers(scored.tables[run.name], name.name)
+        for run in scored.runs
+        if run.name in scores
+    }
     answers = {run: one for run, one in answers.items() if one.base and one.tuned}
     if not answers:
         return None
@@ -61,13 +89,16 @@ def _compare_known(
 
 
 def _compare_opaque(
-    runs: Sequence[RunFolder], task: str, name: str, metric: Metric, scores: Scores
+    scored: ScoredRuns, name: MetricName, metric: Metric, scores: Scores
 ) -> Comparison | None:
     """Compare by the resamples that were stored at scoring; None where there are none."""
-    drawn = {run.name: read_resamples(run, task, name, scores[run.name]) for run in runs}
-    known = {run: one for run, one in drawn.items() if one is not None}
-    if not known:
-        return None
-    questions = {run.name: len(read_answers(run, task, name).tuned) for run in runs}
-    counts = {run: (one.changed, questions[run]) for run, one in known.items()}
-    return compare_stored(scores, known, counts, metric)
+    drawn, counts = {}, {}
+    for run in scored.runs:
+        if run.name not in scores:
+            continue
+        answers = find_answers(scored.tables[run.name], name.name)
+        found = read_resamples(run, name, scores[run.name], answers.changed)
+        if found is not None:
+            drawn[run.name] = found
+            counts[run.name] = (found.changed, len(answers.tuned))
+    return compare_stored(scores, drawn, counts, metric) if drawn else None

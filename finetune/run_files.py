@@ -28,6 +28,7 @@ DIGESTS = "digests.json"
 WEIGHTS = ("adapter", "model")  # the folders of what was trained
 # The settings that every run's config.yaml has, by which one that was cut off is known.
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
+ITEMS = ".items.jsonl"  # ends the name of a file of questions' outcomes
 LARGE_FILE = 64 * 2**20  # bytes from which a check that is not thorough goes by size and time
 
 
@@ -157,7 +158,7 @@ def find_misfit(file: Path, name: str) -> str | None:
         require_file(file)
         if name.endswith(".safetensors"):
             return _find_safetensors_misfit(file)
-        if name.endswith(".items.jsonl"):
+        if name.endswith(ITEMS):
             raw = file.read_bytes()
             if not raw.endswith(b"\n"):
                 return "its end is missing"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,18 +231,32 @@ class RunFolder:
         unproven = run_files.find_unproven(self.path, self.weights())
         return unproven | {name: problem for name, problem in found.items() if problem}
 
-    def find_problem(self, name: str, *, thorough: bool = True) -> str | None:
-        """Return what is wrong with one file; None where it is as written, or was never there."""
+    def find_problem(
+        self,
+        name: str,
+        *,
+        thorough: bool = True,
+        entries: Mapping[str, run_files.FileEntry] | None = None,
+    ) -> str | None:
+        """Return what is wrong with one file; None where it is as written, or was never there.
+
+        Args:
+            name: of the file, in the run's folder.
+            thorough: False takes a large file of the recorded size and time for the same.
+            entries: the recorded digests, where they are read already.
+        """
         file = self.path / name
-        try:
-            entry = run_files.read_entries(self.path).get(name)
-        except Damaged:
-            entry = None
+        entry = (self._entries() if entries is None else entries).get(name)
         if entry is not None:
             problem = run_files.find_difference(file, entry, thorough=thorough)
-            if problem is not None:
-                return problem
+            if problem is not None or name.endswith(run_files.ITEMS):
+                return problem  # outcomes as they were written need not be read to be believed
         return run_files.find_misfit(file, name) if os.path.lexists(file) else None
+
+    def _entries(self) -> Mapping[str, run_files.FileEntry]:
+        with suppress(Damaged):
+            return run_files.read_entries(self.path)
+        return {}
 
     def read_overrides(self) -> list[str]:
         """Return what was typed for the run; nothing where that is lost."""
@@ -253,7 +267,10 @@ class RunFolder:
     def find_damage(self, *, of_weights: bool = True) -> dict[str, str]:
         """Return what is wrong with the run's files, by name; its weights may be left out."""
         names = [name for name in self._names() if of_weights or not name.startswith(WEIGHTS)]
-        problems = {name: self.find_problem(name, thorough=False) for name in names}
+        entries = self._entries()
+        problems = {
+            name: self.find_problem(name, thorough=False, entries=entries) for name in names
+        }
         for name, check in (
             ("status.json", self._load_status),
             (run_files.DIGESTS, lambda: run_files.read_entries(self.path)),

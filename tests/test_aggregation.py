@@ -11,8 +11,9 @@ from lm_eval.api import metrics as stock
 
 from finetune.aggregation import RESAMPLES, SLOW_RESAMPLES, draw_resamples, find_definitions
 from finetune.evaluation import Item, TaskScore
+from finetune.metric_names import MetricName
 from finetune.metrics import Metric
-from finetune.outcomes import read_resamples
+from finetune.outcomes import read_answers, read_resamples
 from finetune.resampling import Resampled
 from finetune.run_folder import RunFolder
 from finetune.scores import write_scores
@@ -110,7 +111,8 @@ def test_a_corpus_metric_is_resampled_where_scores_are_written(tmp_path: Any) ->
     stored = run.read_json("resamples/name.json")["score"]
     assert len(stored["bootstrap"]) == SLOW_RESAMPLES
     values = [scores[side]["name"].metrics["score"] for side in ("base", "tuned")]
-    found = read_resamples(run, "name", "score", (values[0], values[1]))
+    changed = read_answers(run, "name", "score").changed
+    found = read_resamples(run, MetricName("name", "score"), (values[0], values[1]), changed)
     assert found is not None
     assert found.changed == 12
     low, high = found.interval

@@ -35,7 +35,7 @@ ORDER = [
     "adapter_training", "grouped_lora", "multi_adapter",
     "scoring", "gold_answers", "tasks", "bootstrap", "aggregation", "evaluation", "forecast",
     "samples", "showcase", "mlflow_store", "store_check", "event_sending", "mirror", "tracking",
-    "comparison", "outcomes", "mixtures", "run_comparison", "results", "shape",
+    "comparison", "outcome_tables", "outcomes", "mixtures", "run_comparison", "results", "shape",
     "memory_estimate", "memory",
     "verdict", "score_tables",
     "figures", "report_pages", "report", "session", "identity_0_1", "identity",
