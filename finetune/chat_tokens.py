@@ -13,23 +13,26 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from finetune import chat_messages
 from finetune.chat_messages import REASONING, SPEECH, Messages
 from finetune.chat_templates import TEMPLATE_ERRORS, ChatTemplate, find_chat_template
 from finetune.config import TEMPLATE_FILE
+from finetune.text_sections import count_common, encode_texts
 from finetune.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 
 REWRITES = "the chat template writes earlier turns anew when others follow"
+NOT_SHOWN = "messages has no answer that the chat template shows"
+NOT_MARKED = "the chat template marks no response"
 JOINED = "the chat template takes no system turn, which was joined to the user's"
 THOUGHTS = re.compile(r"^(.*?)</think>", re.DOTALL)
 EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+TOGETHER_CHARACTERS = 2**22  # of texts that are held in memory with their tokens
 PROBE = {"role": "user", "content": "-"}
 
 Message = dict[str, Any]
@@ -84,25 +87,103 @@ def _refusal(error: Exception, chat: Chat) -> str:
     return f"the chat template {verb}: {' '.join(str(error).split())}"
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation's text, and where in it are the messages whose tokens are asked for."""
+
+    chat: Chat
+    text: str
+    places: Mapping[int, Span]  # of the messages' numbers, in characters
+    unlearned: Sequence[int]
+    unused: Sequence[str]
+    marked: tuple[list[int], list[bool]] | None  # tokens and marks of a template that has marks
+
+    @property
+    def texts(self) -> list[str]:
+        """Return what is to be tokenised: the text, and those that end at the places."""
+        whole = [self.text] if self.marked is None else []
+        return whole + [self.text[:place] for span in self.places.values() for place in span]
+
+
 def encode_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode a conversation by the chat template in force; each assistant turn is a response."""
+    (found,) = encode_chats([turns], tokenizer)
+    if isinstance(found, Unusable):
+        raise found
+    return found
+
+
+def encode_chats(
+    rows: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase
+) -> list[Encoded | Unusable]:
+    """Encode many conversations at a time, or return the fault of each that has one."""
+    found: list[Encoded | Unusable] = []
+    waiting: list[_Rendered | Unusable] = []
+    num_characters = 0
+    for place, turns in enumerate(rows, start=1):
+        try:
+            one = _render(turns, tokenizer)
+            waiting.append(one)
+            num_characters += sum(map(len, one.texts))
+        except Unusable as fault:
+            waiting.append(fault)
+        if num_characters >= TOGETHER_CHARACTERS or place == len(rows):
+            found += _encode(waiting, tokenizer)
+            waiting, num_characters = [], 0
+    return found
+
+
+def _encode(
+    rows: Sequence[_Rendered | Unusable], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Encoded | Unusable]:
+    texts = [text for row in rows if isinstance(row, _Rendered) for text in row.texts]
+    encoded = iter(encode_texts(texts, tokenizer, add_special_tokens=False) if texts else ())
+    for row in rows:
+        if isinstance(row, Unusable):
+            yield row
+            continue
+        try:
+            yield _mark(row, list(islice(encoded, len(row.texts))))
+        except Unusable as fault:
+            yield fault
+
+
+def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
     chat, text = _fit(turns, tokenizer)
-    tokens, marks = _mark_responses(chat, text)
+    marked = chat.marked() if chat.template.marks_responses and tokenizer.is_fast else None
+    if holds_surrogate(text):
+        raise Unusable(SURROGATE)
     unused = list(_find_unused(chat, text))
     silent = [number for number, _ in enumerate(chat.messages) if _is_silent(chat, number, unused)]
-    spans = [
-        _span(chat, text, tokens, number)
-        for number in sorted({*silent, *_find_unlearned(turns, chat)})
-    ]
-    if not _without(marks, spans).count(True):
-        raise Unusable(
-            "messages has no answer that the chat template shows"
-            if any(marks)
-            else "the chat template marks no response"
-        )
-    notes = [f"the chat template does not use {name}" for name in unused]
-    notes = [*chat.template.notes, *chat.notes, *notes]
-    return Encoded(tokens, marks, notes=tuple(notes), unlearned=tuple(spans))
+    unlearned = sorted({*silent, *_find_unlearned(turns, chat)})
+    answers = [] if marked else [n for n, one in enumerate(chat.messages) if _is_answer(one)]
+    places = {
+        number: (_find_start(chat, text, number), _find_end(chat, text, number))
+        for number in dict.fromkeys([*answers, *unlearned])
+    }
+    return _Rendered(chat, text, places, unlearned, unused, marked)
+
+
+def _is_answer(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _mark(row: _Rendered, encoded: Sequence[list[int]]) -> Encoded:
+    """Mark the responses among the tokens, a token across a response's first border with it."""
+    (tokens, marks), prefixes = row.marked or (encoded[0], []), encoded[row.marked is None :]
+    ends = [count_common(prefix, tokens) for prefix in prefixes]
+    spans = {n: (a, max(a, b)) for n, a, b in zip(row.places, ends[::2], ends[1::2], strict=True)}
+    if row.marked is None:
+        marks = [False] * len(tokens)
+        for number, (start, end) in spans.items():
+            if _is_answer(row.chat.messages[number]):
+                marks[start:end] = [True] * (end - start)
+    unlearned = tuple(spans[number] for number in row.unlearned)
+    if not _without(marks, unlearned).count(True):
+        raise Unusable(NOT_SHOWN if any(marks) else NOT_MARKED)
+    unused = [f"the chat template does not use {name}" for name in row.unused]
+    notes = (*row.chat.template.notes, *row.chat.notes, *unused)
+    return Encoded(tokens, marks, notes, unlearned)
 
 
 def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -241,31 +322,8 @@ def _find_unlearned(turns: Sequence[Turn], chat: Chat) -> list[int]:
     return [n - joined for n, turn in enumerate(turns) if not turn.is_learned and n >= joined]
 
 
-def _mark_responses(chat: Chat, text: str) -> tuple[list[int], list[bool]]:
-    if chat.template.marks_responses and chat.tokenizer.is_fast:
-        return chat.marked()
-    tokens = chat.tokens(text)
-    is_response = [False] * len(tokens)
-    for number, message in enumerate(chat.messages):
-        if message["role"] == "assistant":
-            start, end = _span(chat, text, tokens, number)
-            is_response[start:end] = [True] * (end - start)
-    return tokens, is_response
-
-
-def _span(chat: Chat, text: str, tokens: list[int], number: int) -> Span:
-    """Return where a message's tokens are, a token across its first border among them.
-
-    Raises:
-        Unusable: the template writes a turn otherwise once others follow.
-    """
-    ends = (_find_start(chat, text, number), _find_end(chat, text, number))
-    start, end = (common_prefix_length(tokens, chat.tokens(text[:place])) for place in ends)
-    return start, max(start, end)
-
-
 def _find_start(chat: Chat, text: str, number: int) -> int:
-    """Return where in the text a message begins that follows the generation prompt."""
+    """Return where a message begins after its generation prompt; raises Unusable (REWRITES)."""
     if not number:
         opening = replace(chat, messages=[PROBE])
         cue = opening.render(asks=True).removeprefix(opening.render())

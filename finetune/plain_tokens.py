@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
-from finetune.text_sections import encode_texts
+from finetune.text_sections import count_common, encode_texts
 from finetune.turns import SURROGATE, Encoded, Unusable, holds_surrogate
 
 NO_EOS = (
@@ -63,7 +62,7 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     tokens, followed = _tokenise([text, text + NEXT], tokenizer)
     if text[-1:].isspace():
-        tokens = tokens[: common_prefix_length(tokens, followed)]
+        tokens = tokens[: count_common(tokens, followed)]
     is_ended = text.endswith(str(tokenizer.eos_token))
     while tokens[-1:] == [tokenizer.eos_token_id] and not is_ended:
         tokens.pop()
@@ -91,11 +90,11 @@ def _encoded(
     ends: _Ends,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
-    masked = _num_common(prompt, tokens)
+    masked = count_common(prompt, tokens)
     if ends.eos not in tokens[masked:]:  # its text is not read as the token: split_special_tokens
         (tokens,) = _tokenise(["".join(pair)], tokenizer)
         tokens = [*tokens, ends.eos]
-        masked = _num_common(prompt, tokens)
+        masked = count_common(prompt, tokens)
     first, last = _num_doubled(tokens, ends.bos), len(tokens)
     if tokens[-2:] == [ends.eos, ends.eos]:
         last -= _num_doubled(tokens[:first:-1], ends.eos)
@@ -103,13 +102,6 @@ def _encoded(
     is_response = [False] * num_masked + [True] * (last - first - num_masked)
     by_row = first > 0 or (last < len(tokens) and pair[1].endswith(ends.eos_text))
     return Encoded(tokens[first:last], is_response, (DOUBLED,) * by_row)
-
-
-def _num_common(prompt: list[int], tokens: list[int]) -> int:
-    """Return the length of the prefix that both have in common."""
-    if tokens[: len(prompt)] == prompt:  # of nearly all rows, and ten times as fast
-        return len(prompt)
-    return int(common_prefix_length(prompt, tokens))
 
 
 def _num_doubled(tokens: list[int], special: int | None) -> int:

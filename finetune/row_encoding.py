@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.chat_tokens import find_learned
+from finetune.chat_tokens import encode_chat, encode_chats, find_learned
 from finetune.config import DataConfig, TrainingConfig
 from finetune.prompts import Template, encode_plain, encode_plain_rows
 from finetune.text_pieces import fit_length
@@ -51,13 +51,8 @@ def _encode_rows(
     if template.encode is encode_plain:
         return encode_plain_rows(rows, tokenizer)
 
-    def encode(turns: Sequence[Turn]) -> Encoded | Unusable:
-        try:
-            return template.encode(turns, tokenizer)
-        except Unusable as fault:
-            return fault
-
-    return [encode(turns) for turns in rows]
+    assert template.encode is encode_chat, "each way of encoding has one for many rows"
+    return encode_chats(rows, tokenizer)
 
 
 def _row_tokens(

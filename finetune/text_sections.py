@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from trl.data_utils import common_prefix_length
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # After a newline that follows no other space, before a letter, a digit or a sign other than a
@@ -41,23 +42,28 @@ ALTERNATIVES = {
 }  # fmt: skip
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
+) -> list[list[int]]:
     """Return the tokens of each text as a call of the tokenizer does; raises what that raises."""
     plain = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
     if not _has_plain_calls(tokenizer):
-        called: list[list[int]] = tokenizer(list(texts), **plain)["input_ids"]
+        called: list[list[int]] = tokenizer(
+            list(texts), add_special_tokens=add_special_tokens, **plain
+        )["input_ids"]
         return called
     tokenizer([""], **plain)  # which sets truncation, padding and special tokens for what follows
     backend: Tokenizer = tokenizer.backend_tokenizer
     special = find_special(backend) if has_sections(backend) else None
     with _all_cores():
         if special is None:
-            return [found.ids for found in backend.encode_batch(list(texts))]
+            whole = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            return [found.ids for found in whole]
         numbers: dict[str, int] = {}
         cut = [[numbers.setdefault(s, len(numbers)) for s in split(text)] for text in texts]
         encoded = backend.encode_batch(list(numbers), add_special_tokens=False)
     ids = [found.ids for found in encoded]
-    before, after = special
+    before, after = special if add_special_tokens else ([], [])
     return [[*before, *chain.from_iterable([ids[n] for n in one]), *after] for one in cut]
 
 
@@ -134,6 +140,13 @@ def split(text: str) -> list[str]:
     """Return the sections of a text; joined they are the text."""
     ends = [0, *(found.end() for found in BORDER.finditer(text)), len(text)]
     return [text[start:end] for start, end in pairwise(ends)]
+
+
+def count_common(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two texts have in common before they differ."""
+    if second[: len(first)] == first:  # of nearly all prompts, and ten times as fast
+        return len(first)
+    return int(common_prefix_length(first, second))
 
 
 @contextmanager
