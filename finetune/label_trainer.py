@@ -50,11 +50,11 @@ class LabelTrainer(SFTTrainer):
     labels in the whole optimizer step.
     """
 
-    def __init__(self, *args: Any, **given: Any) -> None:
+    def __init__(self, *args: Any, num_rows: int, **given: Any) -> None:
         super().__init__(*args, **given)
+        self._num_rows = num_rows  # to train on, without a filler
         self.seconds_before = 0.0  # that an interrupted training took already
         self._started = time.monotonic()
-        self._order: EvenOrder | None = None  # the Trainer's own where one process has all rows
         trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
         if self.is_fsdp_enabled:  # which puts no more than its part on each GPU
             cast(torch.nn.Module, trainee).to("cpu")
@@ -92,14 +92,11 @@ class LabelTrainer(SFTTrainer):
         """Autocast where accelerate, which does so in the wrapped model, leaves it to FSDP."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
-    def share_rows(self, order: EvenOrder) -> None:
-        """Take this process's part of all rows, and drop out unlike the others."""
-        self._order = order
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        """Return the order that our own loop has; a resume tells it the epoch."""
+        order = EvenOrder(self._num_rows, self.args)
         self.add_callback(order)
-        torch.manual_seed(self.args.seed + distributed.rank())
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        return self._order or super()._get_train_sampler(train_dataset)
+        return order
 
     def seconds(self) -> float:
         """Return the training time so far, over all resumes."""

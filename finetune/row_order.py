@@ -48,7 +48,7 @@ def num_steps(num_rows: int, arguments: TrainingArguments) -> int:
 
 
 def order_of_epoch(epoch: int, num_rows: int, arguments: TrainingArguments) -> torch.Tensor:
-    """Return the places of all rows in the order of an epoch, [row], as accelerate draws it."""
+    """Return the places of all rows in the order of an epoch, [row]; the one accelerate draws."""
     draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
     return torch.randperm(num_rows, generator=draw)
 
@@ -81,12 +81,13 @@ def _filler(rows: Sequence[Example]) -> Example:
 
 
 class EvenOrder(Sampler[int], TrainerCallback):
-    """The places of an epoch's rows, in the Trainer's own order, filled up for all processes."""
+    """The places of an epoch's rows for the Trainer, filled up where processes share them."""
 
     def __init__(self, num_rows: int, arguments: TrainingArguments) -> None:
         self._num_rows = num_rows  # the filler's place is behind them
         together: int = arguments.per_device_train_batch_size * arguments.world_size
-        self._length = math.ceil(num_rows / together) * together
+        is_shared = arguments.world_size > 1
+        self._length = math.ceil(num_rows / together) * together if is_shared else num_rows
         self._arguments = arguments
         self._epoch = 0
 

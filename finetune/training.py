@@ -35,7 +35,7 @@ from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
 from finetune.models import TORCH_DTYPES, has_bf16
 from finetune.process_memory import reset_peak_memory, return_freed_memory
-from finetune.row_order import EvenOrder, filled_up, steps_between_validations, with_filler
+from finetune.row_order import filled_up, steps_between_validations, with_filler
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole
@@ -162,10 +162,11 @@ def _build_trainer(
         eval_dataset=as_dataset(validation) if validation else None,
         processing_class=tokenizer,
         callbacks=[watch],
+        num_rows=len(examples.train),
     )
     trainer.remove_callback(PrinterCallback)
-    if launched:
-        trainer.share_rows(EvenOrder(len(examples.train), arguments))
+    if launched:  # each drops out unlike the others
+        torch.manual_seed(arguments.seed + distributed.rank())
     return trainer
 
 
