@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api import metrics
 
+from finetune.metrics import f1, matthews
 from finetune.substitution import substituted
 
 CHUNK = 1000  # resamples of one seed, as in lm-eval
@@ -76,11 +77,13 @@ def _vectorised(statistic: Statistic, values: Sequence[Any]) -> Vectorised | Non
     labels, codes = np.unique([*golds, *predictions], return_inverse=True)
     pairs = codes[: len(golds)] * len(labels) + codes[len(golds) :]
     if statistic is metrics.matthews_corrcoef:
-        return lambda places: _matthews(_confusion(pairs[places], len(labels)))
+        return lambda places: matthews(_confusion(pairs[places], len(labels)).astype(float))
     if not set(labels.tolist()) <= {0, 1}:
         return None
-    positive = labels.tolist().index(1) if 1 in labels else None
-    return lambda places: _f1(_confusion(pairs[places], len(labels)), positive)
+    if 1 not in labels:
+        return lambda places: np.zeros(len(places))
+    positive = labels.tolist().index(1)
+    return lambda places: f1(_positives(_confusion(pairs[places], len(labels)), positive))
 
 
 def _confusion(pairs: np.ndarray, num_labels: int) -> np.ndarray:
@@ -91,24 +94,8 @@ def _confusion(pairs: np.ndarray, num_labels: int) -> np.ndarray:
     return counts.reshape(len(pairs), num_labels, num_labels)
 
 
-def _matthews(counts: np.ndarray) -> np.ndarray:
-    """Return Matthews' coefficient [resample]; 0 where one side has a single label (sklearn)."""
-    table = counts.astype(float)
-    gold, predicted = table.sum(axis=2), table.sum(axis=1)
-    total, right = table.sum(axis=(1, 2)), np.trace(table, axis1=1, axis2=2)
-    both = right * total - (gold * predicted).sum(axis=1)
-    spread = (total**2 - (gold**2).sum(axis=1)) * (total**2 - (predicted**2).sum(axis=1))
-    result: np.ndarray = np.zeros_like(both)
-    np.divide(both, np.sqrt(spread), out=result, where=spread > 0)
-    return result
-
-
-def _f1(counts: np.ndarray, positive: int | None) -> np.ndarray:
-    """Return F1 of the positive label [resample]; 0 where it neither occurs nor is predicted."""
-    if positive is None:
-        return np.zeros(len(counts))
-    hits = counts[:, positive, positive].astype(float)
-    marked = (counts[:, positive, :].sum(axis=1) + counts[:, :, positive].sum(axis=1)).astype(float)
-    result: np.ndarray = np.zeros_like(hits)
-    np.divide(2 * hits, marked, out=result, where=marked > 0)
-    return result
+def _positives(counts: np.ndarray, positive: int) -> np.ndarray:
+    """Return true, predicted and gold positives of each resample, as AGGREGATES sums them."""
+    hits = counts[:, positive, positive]
+    predicted, gold = counts[:, :, positive].sum(axis=1), counts[:, positive, :].sum(axis=1)
+    return np.stack([hits, predicted, gold], axis=-1).astype(float)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import optimize, stats
 
 from finetune.metrics import AGGREGATES, MEANS, Metric, Strata
-from finetune.resampling import Resampled, max_t, resample
+from finetune.resampling import Resampled, draw_swaps, max_t, resample_all
 
 Outcomes = Mapping[str, Any]  # question's hash -> lm-eval's value: 1 right, 0 wrong, or another
 Matrix = npt.NDArray[np.float64]  # [run, question]
@@ -24,7 +24,7 @@ Matrix = npt.NDArray[np.float64]  # [run, question]
 LEVEL = 0.05  # two-sided
 POWER_QUANTILES = (1.959964, 0.841621)  # of a 5 % test, and of 80 % power
 RESAMPLES = 9999
-SEED = 0  # of the sign flips: the same outcomes give the same p
+BATCH = 500  # sign flips at a time
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def compare(
         differences, detectable = _compare_means(list(pairs), befores, afters, resamples)
     else:
         strata = Strata.build(metric, [(members or {}).get(one) for one in questions])
-        drawn = [resample(metric, *pair, strata) for pair in zip(before, after, strict=True)]
+        drawn = resample_all(metric, list(zip(before, after, strict=True)), strata)
         detectable, differences = None, _compare_resampled(list(pairs), drawn, befores, afters)
     if metric.higher_is_better is False:
         differences = {name: _turned(found) for name, found in differences.items()}
@@ -175,7 +175,9 @@ def _turned(found: Difference) -> Difference:
     return replace(found, gained=found.lost, lost=found.gained)
 
 
-def _aligned(questions: Sequence[str], outcomes: Outcomes, name: str) -> list[Any]:
+def _aligned(questions: list[str], outcomes: Outcomes, name: str) -> list[Any]:
+    if list(outcomes) == questions:
+        return list(outcomes.values())
     other = sorted(set(questions) ^ outcomes.keys())
     if other:
         raise ValueError(
@@ -246,24 +248,12 @@ def adjusted_p(changes: Matrix, resamples: int = RESAMPLES) -> npt.NDArray[np.fl
     scale = np.sqrt((changes**2).sum(axis=1))
     weights = (changes / np.where(scale == 0, 1, scale)[:, None]).T  # [question, run]
     observed = np.abs(weights.sum(axis=0))
-
-    def largest(signed: npt.NDArray[Any], axis: int = -1) -> npt.NDArray[Any]:
-        largest_of: npt.NDArray[Any] = np.abs(np.sign(signed) @ weights).max(axis=-1)
-        return largest_of
-
-    # The questions' numbers, whose signs "samples" flips, each for all runs at once.
-    questions = np.arange(1.0, changes.shape[1] + 1)
-    drawn = stats.permutation_test(
-        (questions,),
-        largest,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=500,
-        alternative="greater",
-        axis=-1,
-        rng=np.random.default_rng(SEED),
-    ).null_distribution
+    drawn = np.concatenate(
+        [
+            np.abs((1 - 2 * swaps) @ weights).max(axis=-1)
+            for swaps in draw_swaps(changes.shape[1], resamples, BATCH)
+        ]
+    )
     # Sums in another order may differ in the last bit; a tie counts against the claim.
     as_large = (drawn[:, None] >= observed[None, :] - 1e-9).sum(axis=0)
     adjusted: npt.NDArray[np.float64] = (as_large + 1) / (len(drawn) + 1)

@@ -107,10 +107,17 @@ def _confusion_terms(values: Values) -> Vector:
     return terms
 
 
-def _matthews(sums: Vector) -> Vector:
-    """Return the correlation of gold and predicted classes (Gorodkin 2004), as scikit-learn."""
+def _matthews_of_terms(sums: Vector) -> Vector:
     size = round(sums.shape[-1] ** 0.5)
-    matrix = sums.reshape(*sums.shape[:-1], size, size)
+    return matthews(sums.reshape(*sums.shape[:-1], size, size))
+
+
+def matthews(matrix: Vector) -> Vector:
+    """Return the correlation of gold and predicted classes (Gorodkin 2004), as scikit-learn.
+
+    Args:
+        matrix: how often each pair occurs, [..., gold, predicted].
+    """
     gold, predicted, total = matrix.sum(-1), matrix.sum(-2), matrix.sum((-1, -2))
     right = np.trace(matrix, axis1=-2, axis2=-1)
     together = right * total - (gold * predicted).sum(-1)
@@ -124,7 +131,8 @@ def _f1_terms(values: Values) -> Vector:
     return np.stack([gold & predicted, predicted, gold], axis=-1).astype(np.float64)
 
 
-def _f1(sums: Vector) -> Vector:
+def f1(sums: Vector) -> Vector:
+    """Return F1 from true, predicted and gold positives [..., 3], as scikit-learn."""
     return _guarded_ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
@@ -145,8 +153,8 @@ AGGREGATES: dict[str, Aggregate] = {
     "weighted_perplexity": Aggregate(_pair_terms, lambda sums: np.exp(-_ratio(sums)), _pair_scores),
     "bits_per_byte": Aggregate(_pair_terms, lambda sums: -_ratio(sums) / np.log(2), _pair_scores),
     # of pairs (gold, predicted)
-    "matthews_corrcoef": Aggregate(_confusion_terms, _matthews, _is_right),
-    "f1": Aggregate(_f1_terms, _f1, _is_right),
+    "matthews_corrcoef": Aggregate(_confusion_terms, _matthews_of_terms, _is_right),
+    "f1": Aggregate(_f1_terms, f1, _is_right),
 }  # fmt: skip
 MEANS = ("mean", "brier_score")
 

@@ -5,13 +5,12 @@ Axes: resample, question, term (of metrics.AGGREGATES).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import numpy as np
-import numpy.typing as npt
-from scipy import stats
 
 from finetune.metrics import AGGREGATES, Metric, Strata, Values, Vector, aggregate
 
@@ -19,6 +18,7 @@ RESAMPLES = 1999
 LEVEL = 0.05
 SEED = 0  # the same answers give the same numbers; equal questions the same swaps
 MOST_DRAWS = 1_000_000  # that stand in memory at a time
+MOST_TERMS = 20_000_000  # of the runs that are resampled together
 
 
 @dataclass(frozen=True)
@@ -87,87 +87,110 @@ def resample(metric: Metric, before: Values, after: Values, strata: Strata) -> R
         after: the tuned model's.
         strata: the questions' tasks; they are drawn within each.
     """
+    return resample_all(metric, [(before, after)], strata)[0]
+
+
+def resample_all(
+    metric: Metric, pairs: Sequence[tuple[Values, Values]], strata: Strata
+) -> list[Resampled]:
+    """Resample a metric of several runs' answers to the same questions, by the same draws."""
+    runs = [_terms(metric, *pair) for pair in pairs]
+    values = [[float(aggregate(metric, side, strata)) for side in sides] for sides in runs]
+    changed = [int((before != after).any(axis=1).sum()) for before, after in runs]
+    nothing = np.zeros(RESAMPLES)
+    found = [
+        Resampled(base, tuned, count, nothing, nothing)
+        for (base, tuned), count in zip(values, changed, strict=True)
+    ]
+    for places in _alike([n for n, count in enumerate(changed) if count], runs):
+        terms = np.stack([runs[n] for n in places], axis=1)  # [side, run, question, term]
+        drawn = _bootstrap(metric, terms, strata), _swap(metric, terms, strata)
+        for n, bootstrap, swapped in zip(places, *drawn, strict=True):
+            found[n] = replace(found[n], bootstrap=bootstrap, swapped=swapped)
+    return found
+
+
+def _alike(places: Sequence[int], runs: Sequence[tuple[Vector, Vector]]) -> Iterator[list[int]]:
+    """Group runs whose terms have one shape (more classes have more), as memory allows."""
+    for shape in dict.fromkeys(runs[n][0].shape for n in places):
+        same = [n for n in places if runs[n][0].shape == shape]
+        most = max(1, MOST_TERMS // (2 * shape[0] * shape[1]))
+        yield from (same[start : start + most] for start in range(0, len(same), most))
+
+
+def _terms(metric: Metric, before: Values, after: Values) -> tuple[Vector, Vector]:
     terms = AGGREGATES[metric.aggregation].terms([*before, *after])
-    one, other = terms[: len(before)], terms[len(before) :]
-    base, tuned = (float(aggregate(metric, side, strata)) for side in (one, other))
-    changed = int((one != other).any(axis=1).sum())
-    if not changed:
-        nothing = np.zeros(RESAMPLES)
-        return Resampled(base, tuned, 0, nothing, nothing)
-    drawn = _bootstrap(metric, one, other, strata)
-    return Resampled(base, tuned, changed, drawn, _swap(metric, one, other, strata))
+    return terms[: len(before)], terms[len(before) :]
 
 
-def _bootstrap(metric: Metric, one: Vector, other: Vector, strata: Strata) -> Vector:
-    """Draw questions with replacement, within each task, for both models alike."""
-
-    def difference(*places: npt.NDArray[np.intp], axis: int = -1) -> Vector:
-        value = AGGREGATES[metric.aggregation].value
-        drawn = zip(strata.places, several(places), strict=True)
-        sums = [_counts(p, len(stratum)) @ both[stratum] for stratum, p in drawn]
-        parts = [value(each[..., width:]) - value(each[..., :width]) for each in sums]
-        total: Vector = np.tensordot(strata.weights, np.stack(parts), axes=1)
-        return total
-
-    both, width = np.concatenate([one, other], axis=1), one.shape[1]
-
-    def several(places: Sequence[npt.NDArray[np.intp]]) -> Sequence[npt.NDArray[np.intp]]:
-        # A task of one question is always drawn as it is; scipy takes no sample of one.
-        drawn = iter(places)
-        shape = places[0].shape[:-1]
-        return [
-            next(drawn) if len(stratum) > 1 else np.zeros((*shape, 1), dtype=np.intp)
-            for stratum in strata.places
-        ]
-
-    # Places within each task.
-    samples = [np.arange(len(stratum)) for stratum in strata.places if len(stratum) > 1]
-    if not samples:
-        return np.full(RESAMPLES, float(difference(np.zeros(0, dtype=np.intp))))
-    result = stats.bootstrap(
-        samples,
-        difference,
-        n_resamples=RESAMPLES,
-        batch=max(1, MOST_DRAWS // len(one)),
-        vectorized=True,
-        axis=-1,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
-    return np.asarray(result.bootstrap_distribution, dtype=np.float64)
-
-
-def _counts(places: npt.NDArray[np.intp], size: int) -> Vector:
-    """Return how often each question was drawn: [..., draw] -> [..., question]."""
-    rows = places.reshape(-1, places.shape[-1])
-    offsets = np.arange(len(rows))[:, None] * size
-    counts = np.bincount((rows + offsets).ravel(), minlength=len(rows) * size)
-    return counts.reshape(*places.shape[:-1], size).astype(np.float64)
-
-
-def _swap(metric: Metric, one: Vector, other: Vector, strata: Strata) -> Vector:
-    """Swap both models' answers to random questions; the same ones whatever the answers."""
-    value = AGGREGATES[metric.aggregation].value
-
-    def difference(signed: npt.NDArray[np.float64], axis: int = -1) -> Vector:
-        swaps = (signed < 0).astype(np.float64)  # [..., question]
+def _bootstrap(metric: Metric, terms: Vector, strata: Strata) -> Vector:
+    """Draw questions with replacement, within each task, for all models alike: [run, resample]."""
+    value, batch = AGGREGATES[metric.aggregation].value, _batch_size(terms)
+    draw, differences = np.random.default_rng(SEED), []
+    for start in range(0, RESAMPLES, batch):
+        rows = min(batch, RESAMPLES - start)
         parts = []
         for stratum in strata.places:
-            moved = swaps[..., stratum] @ (other - one)[stratum]
-            before, after = one[stratum].sum(axis=0), other[stratum].sum(axis=0)
-            parts.append(value(after - moved) - value(before + moved))
-        total: Vector = np.tensordot(strata.weights, np.stack(parts), axes=1)
-        return total
+            counts = _draw_counts(draw, rows, len(stratum))
+            before, after = _weighted_sums(counts, terms[:, :, stratum])
+            parts.append(value(after) - value(before))
+        differences.append(np.tensordot(strata.weights, np.stack(parts), axes=1))
+    return np.concatenate(differences, axis=1)
 
-    # The questions' numbers, whose signs "samples" flips.
-    result = stats.permutation_test(
-        (np.arange(1.0, len(one) + 1),),
-        difference,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, MOST_DRAWS // len(one)),
-        axis=-1,
-        rng=np.random.default_rng(SEED),
-    )
-    return np.asarray(result.null_distribution, dtype=np.float64)
+
+def _batch_size(terms: Vector) -> int:
+    """Return the resamples that are drawn at a time; which draws come depends on it."""
+    return max(1, MOST_DRAWS // int(terms.shape[2]))
+
+
+def _draw_counts(draw: np.random.Generator, rows: int, size: int) -> Vector:
+    """Return how often each question is drawn: [resample, question]."""
+    if size == 1:  # it is always drawn as it is, and takes no draw
+        return np.ones((rows, 1))
+    places = draw.integers(0, size, (rows, size))
+    offsets = np.arange(rows)[:, None] * size
+    counts = np.bincount((places + offsets).ravel(), minlength=rows * size)
+    return counts.reshape(rows, size).astype(np.float64)
+
+
+def _weighted_sums(weights: Vector, terms: Vector) -> Vector:
+    """Sum terms over questions: [resample, question], [..., question, term] -> [..., term].
+
+    Returns:
+        [..., resample, term], by one product of matrices for all runs.
+    """
+    *outer, questions, width = terms.shape
+    columns = np.moveaxis(terms, -2, 0).reshape(questions, -1)
+    sums = (weights @ columns).reshape(len(weights), *outer, width)
+    return np.moveaxis(sums, 0, -2)
+
+
+def _swap(metric: Metric, terms: Vector, strata: Strata) -> Vector:
+    """Swap both models' answers to random questions: [run, resample]; the same ones for all."""
+    value, (before, after) = AGGREGATES[metric.aggregation].value, terms
+    differences = []
+    for swaps in draw_swaps(terms.shape[2], RESAMPLES, _batch_size(terms)):
+        parts = []
+        for stratum in strata.places:
+            one, other = before[:, stratum], after[:, stratum]
+            moved = _weighted_sums(swaps[:, stratum], other - one)
+            was, became = (side.sum(axis=1)[:, None] for side in (one, other))
+            parts.append(value(became - moved) - value(was + moved))
+        differences.append(np.tensordot(strata.weights, np.stack(parts), axes=1))
+    return np.concatenate(differences, axis=1)
+
+
+def draw_swaps(questions: int, resamples: int, batch: int) -> Iterator[Vector]:
+    """Yield which questions' answers are swapped (1) or not (0): [resample, question].
+
+    The draws are those of `scipy.stats.permutation_test` of type "samples", which takes seconds
+    for the questions' own arrays; of few questions all combinations come.
+    """
+    if resamples >= 2**questions:
+        yield np.array(list(product((0.0, 1.0), repeat=questions)))
+        return
+    batch, draw = min(batch, resamples), np.random.default_rng(SEED)
+    pairs = np.tile(np.arange(2), (batch, questions, 1))
+    for start in range(0, resamples, batch):
+        swaps = draw.permuted(pairs, axis=-1)[: resamples - start, :, 0]
+        yield swaps.astype(np.float64)

@@ -97,8 +97,8 @@ READING = {
     "sweep_record",
 }  # fmt: skip
 REPORTING = {
-    "comparison", "outcomes", "mixtures", "run_comparison", "results", "verdict", "score_tables",
-    "figures", "report_pages",
+    "comparison", "outcome_tables", "outcomes", "mixtures", "run_comparison", "results", "verdict",
+    "score_tables", "figures", "report_pages",
 }  # fmt: skip
 
 
