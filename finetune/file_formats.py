@@ -135,7 +135,7 @@ def _read_parquet(path: Path, encoding: str, split: str) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+                yield from batch.to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"it is not a parquet file: {error}") from None
 
@@ -162,7 +162,7 @@ def _read_batches(file: Any) -> Iterator[Mapping[str, Any]]:
         batches = iter(pyarrow.ipc.open_stream(file))
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-            yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+            yield from batch.slice(start, ROWS_AT_ONCE).to_pylist(maps_as_pydicts="strict")
 
 
 READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {

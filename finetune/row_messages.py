@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.chat_messages import LEARNS, SPEECH
+from finetune.chat_messages import ALIASES, LEARNS, SPEECH
 from finetune.turns import Unusable
 
 SHAREGPT_ROLES = {
@@ -90,7 +90,9 @@ def build_messages(value: Any, column: str, system: Any = None) -> list[Any]:
 
 
 def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
+    role = message.get("role") if isinstance(message, Mapping) else None
+    name = role.strip().lower() if isinstance(role, str) else role
+    return ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def _from_turns(turns: Sequence[Any]) -> list[Any]:

@@ -120,6 +120,18 @@ def test_a_large_field_is_read(tmp_path: Path) -> None:
     assert [len(row["a"]) for row in iterate_file(tmp_path / "a.csv")] == [200_000]
 
 
+def test_arrows_maps_are_objects(tmp_path: Path) -> None:
+    """Not lists of pairs, as pyarrow has them by itself."""
+    message = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    column = pyarrow.array([[[("role", "user"), ("content", "a")]]], pyarrow.list_(message))
+    table = pyarrow.table({"messages": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "a.feather")
+    for name in ("a.parquet", "a.feather"):
+        (row,) = iterate_file(tmp_path / name)
+        assert row == {"messages": [{"role": "user", "content": "a"}]}
+
+
 def test_lists_and_strings_are_rows(tmp_path: Path) -> None:
     """A row that is a list is a conversation, one that is a string is a text."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

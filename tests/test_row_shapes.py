@@ -141,6 +141,21 @@ def test_what_a_message_holds_stays_in_it() -> None:
     assert reading.unused == ()
 
 
+@pytest.mark.parametrize("roles", [("User ", "ASSISTANT"), ("human", "gpt"), ("user", "model")])
+def test_a_plain_prompt_knows_the_other_names_of_roles(roles: tuple[str, str]) -> None:
+    """Those that a chat template's messages may have."""
+    row = {"messages": [{**turn, "role": role} for turn, role in zip(TALK, roles, strict=True)]}
+    fields = reading_of(row, "alpaca").fields(row)
+    assert (fields["instruction"], fields["output"]) == ("Ask.", "Say.")
+
+
+@pytest.mark.parametrize("content", [7, 2.5])
+def test_a_number_in_a_message_is_text(content: Any) -> None:
+    """In a plain prompt as in a conversation."""
+    row = {"messages": [TALK[0], {**TALK[1], "content": content}]}
+    assert reading_of(row, "alpaca").fields(row)["output"] == str(content)
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
