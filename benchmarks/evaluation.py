@@ -12,7 +12,6 @@ questions turn in bf16 is printed, and only fp32 is held to the same answers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.mistral_shaped import mistral_shaped
+from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
 from finetune.config import EvaluationConfig, ModelConfig
 from finetune.evaluation import TaskScore, score
@@ -140,14 +140,8 @@ def needed_tokens(lm: SharedContextLM, instances: Sequence[Instance]) -> tuple[i
 
 def main() -> None:
     """Run all comparisons whose data is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer questions: two minutes")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of ARC-Easy files")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="of the model on CUDA, a folder (default: the demo's)"
-    )
-    given = parser.parse_args()
+    quick, data = "fewer questions: two minutes", "the folder of ARC-Easy files"
+    given = build_parser(__doc__, quick=quick, data=data, default=DATA).parse_args()
     logging.disable(logging.WARNING)
     few, many = (6, 30) if given.quick else (80, 400)
     if given.device == "cuda":

@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import build_parser
 from finetune.home import cache_dir
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -134,15 +135,9 @@ def choose_cuda_model(tokenizer: Path | None) -> list[str]:
 
 def main() -> None:
     """Run nine scripts and one sweep; or, for a process of the former, one script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="two points, fewer and shorter rows: two minutes"
-    )
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of rows and questions")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="of the model on CUDA, a folder (default: the demo's)"
-    )
+    quick = "two points, fewer and shorter rows: two minutes"
+    data = "the folder of rows and questions"
+    parser = build_parser(__doc__, quick=quick, data=data, default=DATA)
     parser.add_argument("--script", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.script:

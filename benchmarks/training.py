@@ -13,7 +13,6 @@ weights and the shape of Mistral-7B, in 4-bit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -35,6 +34,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.mistral_shaped import mistral_shaped
+from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes, build_stock
 from finetune import adapters, methods, process_memory, training
 from finetune.adapter_training import AdapterSpec
@@ -318,14 +318,9 @@ def _quieten() -> None:
 
 def main() -> None:
     """Run all comparisons, or those that --quick leaves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps: two minutes")
+    quick, data = "fewer steps: two minutes", "Alpaca rows, or their folder"
+    parser = build_parser(__doc__, quick=quick, data=data, default=DATA)
     parser.add_argument("--only", default="", metavar="TEXT", help="only what has TEXT in its name")
-    parser.add_argument("--data", type=Path, default=DATA, help="Alpaca rows, or their folder")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="of the model on CUDA, a folder (default: the demo's)"
-    )
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/training.py: there is no CUDA device; leave out --device")

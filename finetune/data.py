@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
@@ -241,12 +241,17 @@ def build_examples(
     total.validation = len(held_out_rows)
     train = TokenRows(tables, expand_spans(rows))
     validation = TokenRows(tables, expand_spans(held_out_rows))
-    packed: Sequence[Example] = train
-    if training.sequence_packing:
-        packed = pack(train, training.max_length)
-        total.sequences = len(packed)
-        total.fullness = int(train.lengths.sum()) / (len(packed) * training.max_length)
-    return Examples(packed, validation, total, train.origins, validation.origins)
+    examples = Examples(train, validation, total, train.origins, validation.origins)
+    return join_rows(examples, training.max_length) if training.sequence_packing else examples
+
+
+def join_rows(examples: Examples, max_length: int) -> Examples:
+    """Join the rows to train on in sequences of at most `max_length` tokens, and count these."""
+    packed = pack(examples.train, max_length)
+    examples.counts.sequences = len(packed)
+    num_tokens = int(example_lengths(examples.train).sum())
+    examples.counts.fullness = num_tokens / (len(packed) * max_length)
+    return replace(examples, train=packed)
 
 
 def _token_source(

@@ -77,12 +77,11 @@ def load_preview(overrides: Sequence[str]) -> Preview:
     separate = replace(config.training, sequence_packing=False)
     try:
         examples = data.build_examples(read, config.data, separate, tokenizer)
-        counts = examples.counts
-        if config.training.sequence_packing:
-            counts = data.build_examples(read, config.data, config.training, tokenizer).counts
     except ValueError as error:  # no row can be used
         raise Refused([str(error)]) from None
-    return Preview(config, tokenizer, sources, examples, counts.summary())
+    if config.training.sequence_packing:
+        data.join_rows(examples, config.training.max_length)  # to count the sequences
+    return Preview(config, tokenizer, sources, examples, examples.counts.summary())
 
 
 def print_preview(preview: Preview, num_rows: int, console: Console) -> None:

@@ -12,8 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from finetune import chat
+from finetune import chat, ranges, row_shapes
 from finetune.config import (
+    AUTO_FORMAT,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -150,3 +151,9 @@ def test_a_module_named_twice_is_refused() -> None:
     twice = LoraConfig(target_modules=["q_proj", "v_proj", "q_proj"])
     (problem,) = find_problems(Config(lora=twice, data=DataConfig(path="rows.jsonl")))
     assert problem == "lora.target_modules names q_proj twice or more; name each once"
+
+
+def test_the_formats_are_those_that_rows_are_read_in() -> None:
+    """`data.format` takes every shape by its name, and auto to recognise it."""
+    shapes = [*row_shapes.PAIRS, *row_shapes.CONVERSATION_TITLES, *row_shapes.TEXT]
+    assert sorted(ranges.FORMATS) == sorted([AUTO_FORMAT, *shapes])
