@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -186,8 +186,12 @@ def _hint(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def save(adapter: PeftModel | LoraWeights, folder: Path) -> None:
-    """Save the adapter as safetensors, whole or not at all."""
+def save(
+    adapter: PeftModel | LoraWeights,
+    folder: Path,
+    write_beside: Callable[[Path], object] = lambda _: None,
+) -> None:
+    """Save the adapter as safetensors, with what is written beside it, whole or not at all."""
     with replaced(folder) as temporary, warnings.catch_warnings():
         if isinstance(adapter, PeftModel):
             # AdaLoRA may leave a layer no rank at all, which PEFT takes for a lost shard.
@@ -195,6 +199,7 @@ def save(adapter: PeftModel | LoraWeights, folder: Path) -> None:
             adapter.save_pretrained(str(temporary), safe_serialization=True)
         else:
             save_weights(adapter, temporary)
+        write_beside(temporary)
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:

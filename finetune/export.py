@@ -119,6 +119,7 @@ def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
     An adapter that is copied as it is needs no check.
     """
     from finetune.merging import check_adapter, write_merged
+    from finetune.prompts import save_prompt
     from finetune.trained import write_adapter
 
     check = None
@@ -130,9 +131,7 @@ def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
         write_adapter(run, folder)
         if run.changes_the_base:
             check = check_adapter(run, folder)
-    run.load_tokenizer().save_pretrained(folder)
-    if run.folder.prompt_template.is_file():
-        shutil.copy(run.folder.prompt_template, folder)
+    save_prompt(run.config.data.prompt_template, run.load_tokenizer(), folder)
     return check
 
 

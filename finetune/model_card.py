@@ -12,11 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.config import ModelConfig
+from finetune.config import ModelConfig, Refused
+from finetune.conversation import render_prompt
 from finetune.merging import Check
 from finetune.methods import METHODS
 from finetune.metrics import Metric, show_score
 from finetune.pages import build_pages
+from finetune.prompts import PROMPT_FILE, load_template
 from finetune.run_comparison import compare_run
 from finetune.run_folder import RunFolder
 from finetune.score_files import MetricScore
@@ -25,6 +27,7 @@ from finetune.trained import Trained
 from finetune.verdict import show_difference
 
 DIRECTIONS = {True: "higher", False: "lower", None: ""}
+QUESTION = "Why is the sky blue?"  # that a card asks
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training")
 
 
@@ -58,7 +61,9 @@ def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | Non
             is_merged=is_merged,
             check=check,
             changes_the_base=run.changes_the_base,
-            has_own_template=run.folder.prompt_template.is_file(),
+            package=_package(run.config.model.path),
+            generation=_generation_code(run),
+            has_file=load_template(run.config.data.prompt_template).jinja is not None,
             prompt=Path(run.config.data.prompt_template).name,
             data=", ".join(_sources(run.folder)),
             counts=run.folder.read_json("data.json"),
@@ -143,8 +148,8 @@ def _adapter_code(run: Trained, place: str) -> str:
     if run.source.revision is not None:
         base += f", revision={run.source.revision!r}"
     elif "://" in run.model.path or run.model.path.endswith(".gguf"):
-        imports.append("from finetune.models import ModelConfig, find_model")
-        base = f"find_model(ModelConfig({run.model.path!r})).location"
+        imports.insert(0, "import finetune")
+        base = f"finetune.base_path({run.model.path!r})"
     if run.model.quantization != "none":
         names.append("BitsAndBytesConfig")
         base += f", quantization_config=BitsAndBytesConfig({_quantization(run.model)})"
@@ -153,6 +158,29 @@ def _adapter_code(run: Trained, place: str) -> str:
         + f"\n\nbase = AutoModelForCausalLM.from_pretrained({base})\n"
         f"model = PeftModel.from_pretrained(base, {place!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place!r})"
+    )
+
+
+def _package(path: str) -> str | None:
+    """Return the Python package that a base comes from, by pip's name."""
+    name = path.removeprefix("package://").partition("/")[0]
+    return name.replace("_", "-") if path.startswith("package://") else None
+
+
+def _generation_code(run: Trained) -> str:
+    """Return what asks the model once, by the prompt that it was trained with."""
+    template = load_template(run.config.data.prompt_template)
+    names = [name for name in template.required if name != "output"]
+    asked = QUESTION if len(names) == 1 else {name: f"<{name}>" for name in names}
+    try:
+        prompt = repr(render_prompt(run, asked))
+    except Refused:  # such as a template that takes lists
+        prompt = f"...  # {PROMPT_FILE}, rendered with {', '.join(names)}"
+    return (
+        f"prompt = {prompt}\n"
+        'tokens = tokenizer(prompt, return_tensors="pt").to(model.device)\n'
+        "answer = model.generate(**tokens, max_new_tokens=100)\n"
+        "print(tokenizer.decode(answer[0], skip_special_tokens=True))"
     )
 
 

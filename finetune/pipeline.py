@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from finetune.identity import find_changes, find_precision
 from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
 from finetune.methods import METHODS, build_settings
+from finetune.prompts import save_prompt
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
 from finetune.row_prompts import RowPrompt, sample_prompts
@@ -287,7 +289,9 @@ def _keep(
         dtype = models.compute_dtype(run.config.model, torch.device(run.inputs.device))
         models.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
     else:
-        adapters.save(trained, run.folder.adapter)
+        own, tokenizer = run.folder.prompt_template, _tokenizer(run, session)
+        prompt = str(own) if own.is_file() else run.config.data.prompt_template
+        adapters.save(trained, run.folder.adapter, partial(save_prompt, prompt, tokenizer))
     run.folder.record(*WEIGHTS)
     run.events.metrics({"train/mean_loss": result.mean_loss}, result.steps)
     run.folder.write_json("training.json", asdict(result))

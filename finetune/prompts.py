@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
@@ -38,7 +39,36 @@ ALPACA_WITHOUT_INPUT = (
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ALPACA_EARLIER = "### Instruction:\n{}\n\n### Response:\n{}\n\n"
+# The same, for who renders it without this project; a test holds both equal.
+ALPACA_JINJA = """\
+{%- if system -%}
+{{ system }}
+{%- elif input -%}
+Below is an instruction that describes a task, paired with an input that provides further \
+context. Write a response that appropriately completes the request.
+{%- else -%}
+Below is an instruction that describes a task. Write a response that appropriately completes \
+the request.
+{%- endif -%}
+{{ "\\n\\n" }}
+{%- for asked, answered in history or [] -%}
+### Instruction:
+{{ asked }}
+
+### Response:
+{{ answered }}{{ "\\n\\n" }}
+{%- endfor -%}
+### Instruction:
+{{ instruction }}{{ "\\n\\n" }}
+{%- if input -%}
+### Input:
+{{ input }}{{ "\\n\\n" }}
+{%- endif -%}
+### Response:{{ "\\n" }}"""
+PROMPT_FILE = "prompt.jinja"  # beside an adapter
 SAMPLE_WORDS = 12  # of a plain text, for a model to go on from
+# How a prompt's file is read.
+JINJA: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
 Fields = Mapping[str, Any]
 
 
@@ -56,6 +86,12 @@ class Template:
     ask: Callable[[Sequence[Turn], PreTrainedTokenizerBase], Prompt]  # up to the last response
     has_turns: bool = False  # several responses in a row, through the tokenizer's chat template
     file_text: str | None = None  # of a user's template
+    known_text: str | None = None  # of a known one as jinja2; chat has none
+
+    @property
+    def jinja(self) -> str | None:
+        """The prompt as a jinja2 file; None of chat, which the tokenizer has."""
+        return self.file_text or self.known_text
 
 
 def load_template(name: str) -> Template:
@@ -66,6 +102,17 @@ def load_template(name: str) -> Template:
         ValueError: the file is no template, or not one of a prompt.
     """
     return _load_file(name) if name.endswith(TEMPLATE_FILE) else BY_NAME[name]
+
+
+def save_prompt(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer, with its chat template, and the prompt of `data.prompt_template`.
+
+    The prompt is a jinja2 file of the row's fields (`prompt.jinja`); `chat` is in the tokenizer.
+    """
+    tokenizer.save_pretrained(folder)
+    text = load_template(name).jinja
+    if text is not None:
+        (folder / PROMPT_FILE).write_text(text, encoding="utf-8")
 
 
 def render_alpaca(fields: Fields) -> list[Turn]:
@@ -145,9 +192,7 @@ def _load_file(name: str) -> Template:
             f"jinja2 file that holds the prompt, or one of {', '.join(BY_NAME)}"
         )
     text = path.read_text(encoding="utf-8")
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    environment = ImmutableSandboxedEnvironment(**JINJA, undefined=StrictUndefined)
     try:
         parsed, template = environment.parse(text), environment.from_string(text)
     except TemplateSyntaxError as error:
@@ -183,6 +228,7 @@ BY_NAME = {
         render_alpaca,
         encode_plain,
         ask_plain,
+        known_text=ALPACA_JINJA,
     ),
     "chat": Template(
         ("messages",),
@@ -192,5 +238,5 @@ BY_NAME = {
         ask_chat,
         has_turns=True,
     ),
-    "text": Template(("text",), (), render_text, encode_plain, ask_plain),
+    "text": Template(("text",), (), render_text, encode_plain, ask_plain, known_text="{{ text }}"),
 }

@@ -41,7 +41,7 @@ ORDER = [
     "figures", "report_pages", "report", "session", "identity_0_1", "identity",
     "scores", "preflight", "row_preview", "active_run", "pipeline", "worker", "planning",
     "grid", "sweep",
-    "trained", "merging", "model_card", "conversation", "handles", "api", "chat", "export",
+    "trained", "merging", "conversation", "model_card", "handles", "api", "chat", "export",
     "preview", "sync",
     "runs", "reproduction", "rerun", "__main__",
 ]  # fmt: skip

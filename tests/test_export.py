@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+import finetune
 from finetune import adapters, export, logs, models
 from finetune.config import LoraConfig, ModelConfig, PeftConfig
 from finetune.inputs import Source
@@ -110,6 +111,21 @@ def test_an_adapter_is_exported_with_all_it_takes_to_load_it(
     prompts = find_prompts(trained, loaded["tokenizer"])
     found = log_likelihoods(loaded["model"], prompts)
     assert torch.equal(found, trained_log_likelihoods(run))
+    assert "finetune.base_path('random://tiny')" in code_of(card)
+    asking = card.split("```python\n")[2].split("```")[0]
+    assert "### Instruction:\\nWhy is the sky blue?" in asking
+    exec(asking.replace("max_new_tokens=100", "max_new_tokens=1"), loaded)  # noqa: S102
+    assert loaded["prompt"] == finetune.prompt(run, "Why is the sky blue?")
+    for folder in (into, run / "adapter"):
+        assert (folder / "tokenizer.json").is_file()
+        assert "{{ instruction }}" in (folder / "prompt.jinja").read_text(encoding="utf-8")
+
+
+def test_older_cards_load_their_base() -> None:
+    """They name it by what was no public name then."""
+    from finetune.models import ModelConfig, find_model  # type: ignore[attr-defined]
+
+    assert find_model(ModelConfig("random://tiny")).location == finetune.base_path("random://tiny")
 
 
 def test_a_hub_base_is_named_by_id_and_commit(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from jinja2 import Environment
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
@@ -30,6 +31,7 @@ from finetune.data import Examples, SourceRows, build_examples, find_problems
 from finetune.identity import data_identity
 from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.prompts import JINJA, load_template, save_prompt
 from finetune.row_prompts import last_prompts
 from finetune.session import Session
 from finetune.token_rows import IGNORED, Example
@@ -407,3 +409,31 @@ def test_the_default_models_chat_template() -> None:
     (example,) = build([{"messages": CONVERSATION[1:]}], smollm2, "chat").train
     assert learned(example, smollm2) == "Yes, one.<|im_end|>\nNo.<|im_end|>\n"
     assert "You are a helpful AI assistant" in str(smollm2.decode(example["input_ids"]))
+
+
+@pytest.mark.parametrize("history", [None, [("Who?", "I.")], [("a", "b"), ("c", "d")]])
+@pytest.mark.parametrize("given", ["", "two lines\nof input"])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_alpaca_prompt_is_the_same_as_a_file(
+    system: str | None, given: str, history: Any
+) -> None:
+    """What lies beside an adapter renders what was trained."""
+    fields = {"instruction": "Say {it}.", "input": given, "system": system, "history": history}
+    template = load_template("alpaca")
+    (asked, _) = template.render({**fields, "output": "-"})
+    for environment in (Environment(), Environment(**JINJA)):  # noqa: S701  # a prompt is no page
+        assert environment.from_string(str(template.jinja)).render(fields) == asked.content
+
+
+@pytest.mark.parametrize("name", ["alpaca", "text", "chat", "own.jinja"])
+def test_tokenizer_and_prompt_are_saved_together(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A prompt as a jinja2 file; the chat template is in the tokenizer."""
+    (tmp_path / "own.jinja").write_text("Q: {{ question }}\nA:", encoding="utf-8")
+    folder = tmp_path / "adapter"
+    save_prompt(str(tmp_path / name) if "." in name else name, tokenizer, folder)
+    assert (folder / "tokenizer.json").is_file()
+    assert (folder / "prompt.jinja").is_file() == (name != "chat")
+    if name == "own.jinja":
+        assert (folder / "prompt.jinja").read_text(encoding="utf-8").startswith("Q: {{ question }}")
