@@ -201,13 +201,7 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
 
 
 def _find_tokenizer_problems(config: Config, session: Session) -> list[str]:
-    source = models.find_model(config.model)
-    tokenizer, model_config = session.tokenizer(config.model, source), None
-    with suppress(OSError, ValueError):  # a model without a config is told by its own check
-        model_config = models.load_config(config.model, source)
-    if model_config is None:
-        return []
-    return models.find_tokenizer_problems(config.model.path, tokenizer, model_config)
+    return session.tokenizer_problems(config.model, models.find_model(config.model))
 
 
 def _find_data_problems(config: Config, session: Session) -> list[str]:

@@ -51,6 +51,7 @@ class Session:
     def __init__(self) -> None:
         self._base: Kept[PreTrainedModel] = Kept(1)  # there is room for one
         self._tokenizers: Kept[PreTrainedTokenizerBase] = Kept(8)
+        self._tokenizer_problems: Kept[list[str]] = Kept(8)
         self._tasks: Kept[LoadedTask] = Kept(16)
         self._shapes: Kept[Shape] = Kept(8)
         self._longest: Kept[int] = Kept(64)
@@ -80,6 +81,15 @@ class Session:
         return self._tokenizers.get(
             (asdict(model), source), lambda: models.load_tokenizer(model, source)
         )
+
+    def tokenizer_problems(self, model: ModelConfig, source: Source) -> list[str]:
+        """Return whether the tokenizer has ids that the base has no embedding for."""
+
+        def look() -> list[str]:
+            tokenizer, config = self.tokenizer(model, source), models.load_config(model, source)
+            return models.find_tokenizer_problems(model.path, tokenizer, config)
+
+        return self._tokenizer_problems.get((asdict(model), source), look)
 
     def tasks(self, config: Config, source: Source | None) -> list[LoadedTask]:
         """Return the tasks to report, then those that choose the best run, where that is asked.
