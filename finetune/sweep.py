@@ -23,12 +23,13 @@ from omegaconf import DictConfig
 from finetune import devices, distributed, launchers, signals
 from finetune.config import Config, Refused
 from finetune.escaping import first_line, for_terminal
-from finetune.events import EventLog, State
+from finetune.events import State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.jobs import Job
 from finetune.live import is_watched, live_table
 from finetune.logs import quieten_libraries
+from finetune.lost_runs import write_cut_off, write_failure
 from finetune.planning import (
     Point,
     Sweep,
@@ -40,7 +41,7 @@ from finetune.planning import (
 )
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results, write_csv
-from finetune.run_folder import RunFolder, Status
+from finetune.run_folder import RunFolder
 from finetune.score_tables import render_table
 from finetune.store_check import store_checked
 from finetune.streams import keep_streams
@@ -194,24 +195,7 @@ def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
         if not is_ended:
             worker.stop(0)
         for point in sweep.points:
-            _write_cut_off(point.run, f"{reason}, without a checkpoint of its last steps")
-
-
-def _write_cut_off(run: RunFolder, reason: str) -> None:
-    """Record the end of a run whose process was ended at work; one of another sweep goes on."""
-    status = run.status()
-    if status is None or status.state != "running":
-        return
-    try:
-        with FileLock(run.path / ".lock", timeout=0):
-            run.write_status(replace(status, state="interrupted", reason=reason, ended=time.time()))
-            events = EventLog(run.events)
-            events.status("interrupted", reason)
-            events.close()
-    except Timeout:  # another process works on it
-        return
-    except OSError as error:
-        log.error("%s: its end cannot be recorded: %s", run.name, error)
+            write_cut_off(point.run, f"{reason}, without a checkpoint of its last steps")
 
 
 def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
@@ -264,7 +248,7 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
     for point, old in zip(waiting, before, strict=True):
         status = point.run.status()
         if status is None or status == old or status.state == "running":
-            states[point.run.path] = _write_failure(point.run, lost, started)
+            states[point.run.path] = write_failure(point.run, lost, started)
         else:
             states[point.run.path] = status.state
     return [replace(point, left=states.get(point.run.path, point.left)) for point in points]
@@ -328,26 +312,7 @@ def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
             log.warning("%s; its %d runs go on one by one", error, len(points))
             return [state for point in points for state in _run_group([point], worker)]
         log.error("%s failed: %s", points[0].run.name, error)
-        return [_write_failure(points[0].run, str(error), started)]
-
-
-def _write_failure(run: RunFolder, reason: str, started: float) -> State:
-    """Record the end of a run whose process could not do so itself; return how it ended.
-
-    Another process may have worked on it, and ended it, since `started`.
-    """
-    try:
-        with run.locked():
-            now = run.status()
-            if now is not None and now.state != "running" and (now.ended or 0) >= started:
-                return now.state
-            run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
-            events = EventLog(run.events)
-            events.status("failed", reason)
-            events.close()
-    except OSError as error:  # such as a full disk; the other runs go on
-        log.error("%s: its end cannot be recorded: %s", run.name, error)
-    return "failed"
+        return [write_failure(points[0].run, str(error), started)]
 
 
 def _write_report(sweep: Sweep) -> tuple[Results, bool]:

@@ -20,7 +20,7 @@ ORDER = [
     "foreign_values", "foreign_configs", "hydra_overrides", "foreign_runs",
     "overrides", "distributed", "launchers", "grouping", "jobs",
     "home", "logs", "files", "arrow_cache", "events", "score_files", "run_files", "run_folder",
-    "sweep_record", "finished_runs", "live",
+    "sweep_record", "lost_runs", "finished_runs", "live",
     "quantization", "fused_kernels", "hub", "chat_templates", "models", "adapters", "adalora",
     "attention",
     "saved_adapter", "turns", "text_sections", "plain_tokens", "chat_messages", "chat_tokens",

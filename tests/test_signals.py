@@ -17,10 +17,10 @@ from finetune import distributed, signals
 from finetune.config import Config
 from finetune.events import read_events
 from finetune.inputs import Inputs
+from finetune.lost_runs import write_cut_off
 from finetune.run_folder import RunFolder, Status
 from finetune.signals import Stopped, StopSignals
 from finetune.steps import Diverged
-from finetune.sweep import _write_cut_off
 from finetune.worker import Worker
 
 ENDS = {
@@ -144,10 +144,10 @@ def test_a_run_that_is_ended_at_once_is_recorded(tmp_path: Path, is_locked: bool
     run.write_status(Status("running", started=1.0))
     if is_locked:
         with run.locked():
-            _write_cut_off(run, "stopped by SIGTERM")
+            write_cut_off(run, "stopped by SIGTERM")
         assert run.status() == Status("running", started=1.0)
         return
-    _write_cut_off(run, "stopped by SIGTERM")
+    write_cut_off(run, "stopped by SIGTERM")
     status = run.status()
     assert status is not None
     assert (status.state, status.reason, status.started) == ("interrupted", "stopped by SIGTERM", 1)

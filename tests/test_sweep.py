@@ -23,6 +23,7 @@ from finetune import pipeline, preflight
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.jobs import Job
+from finetune.lost_runs import write_failure
 from finetune.models import load_base
 from finetune.results import Results
 from finetune.run_folder import RunFolder, Status
@@ -217,8 +218,8 @@ def test_a_run_that_another_process_ended_stays_as_it_is(tmp_path: Path) -> None
     """Whoever lost its own process on the run finds out when it gets the run's lock."""
     run, started = RunFolder(tmp_path), time.time()
     run.write_status(Status("finished", None, started, started + 1))
-    assert sweep._write_failure(run, "its worker died", started) == "finished"
-    assert sweep._write_failure(run, "its worker died", started + 2) == "failed"
+    assert write_failure(run, "its worker died", started) == "finished"
+    assert write_failure(run, "its worker died", started + 2) == "failed"
     assert run.status() is not None
     assert run.read_json("status.json")["reason"] == "its worker died"
 
