@@ -6,7 +6,7 @@ Every row that is cut or left out is counted with its reason. Batches are traini
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -264,7 +264,7 @@ def _token_source(
     template = load_template(data.prompt_template)
     is_known = isinstance(rows, RowStream)  # others may be any
     return TokenSource(
-        render=lambda faults: _sound_rows(source, rows, template, faults),
+        render=partial(_sound_rows, source, rows, template),
         encode=partial(tokenise_rows, template=template, data=data, training=training),
         tokenizer=tokenizer,
         key=rows_key(source, data, template.file_text) if is_known else None,
@@ -356,9 +356,21 @@ def sound_rows(
 
 
 def _sound_rows(
-    source: DataSource, rows: Sequence[Row], template: Template, counts: RowCounts | Faults
+    source: DataSource,
+    rows: Sequence[Row],
+    template: Template,
+    counts: RowCounts | Faults,
+    wanted: Collection[int] | None = None,
 ) -> Iterator[tuple[int, list[Turn]]]:
-    """Yield row number (from 1) and turns of each row whose fields are whole."""
+    """Yield row number (from 1) and turns of each row whose fields are whole.
+
+    Args:
+        source: of the rows.
+        rows: all of them.
+        template: renders them.
+        counts: gets what is said of all rows, and the faults of those that are rendered.
+        wanted: the numbers of the rows to render; None for all.
+    """
     stream = iter(rows)
     head = list(islice(stream, ROWS_LOOKED_AT))
     reading = _find_reading(source, head, template)
@@ -370,6 +382,8 @@ def _sound_rows(
             reading = reading.with_names(row)
             known = set(reading.names)
             counts.unused, counts.absent = list(reading.unused), list(reading.absent)
+        if wanted is not None and number not in wanted:
+            continue
         try:
             turns = template.render(reading.fields(row))
         except Unusable as fault:

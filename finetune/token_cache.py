@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -89,7 +89,8 @@ class Faults:
         return json.dumps({k: v for k, v in vars(self).items() if not k.startswith("_")})
 
 
-Rendered = Callable[[Faults], Iterable[tuple[int, Any]]]  # row number and turns of usable rows
+# Row number and turns of each usable row, or of those among the numbers that are wanted.
+Rendered = Callable[[Faults, Collection[int] | None], Iterable[tuple[int, Any]]]
 Encode = Callable[[Sequence[Any], PreTrainedTokenizerBase], list[RowTokens]]
 
 
@@ -158,9 +159,8 @@ class TokenSource:
         """Return what is rendered of these rows, in one pass."""
         wanted, last = set(numbers), max(numbers, default=0)
         found = {}
-        for number, turns in self.render(Faults()) if wanted else ():
-            if number in wanted:
-                found[number] = turns
+        for number, turns in self.render(Faults(), wanted) if wanted else ():
+            found[number] = turns
             if number >= last:
                 break
         return found
@@ -191,16 +191,13 @@ class TokenSource:
 
     def _every_row(self, faults: Faults) -> Iterator[tuple[str | None, int]]:
         """Yield the fault and the size of each row."""
-        for _, turns in self.render(faults):
+        for _, turns in self.render(faults, None):
             yield from ((fault, 0) for fault in faults.take())
             yield None, _size(turns)
         yield from ((fault, 0) for fault in faults.take())
 
     def _tokenise(self, wanted: set[int] | None) -> Batches:
-        rendered = self.render(Faults())
-        if wanted is not None:
-            rendered = ((number, turns) for number, turns in rendered if number in wanted)
-        for part in _sized_parts(rendered):
+        for part in _sized_parts(self.render(Faults(), wanted)):
             yield _as_batch(self._encoded(part))
 
     def _encoded(self, rows: Sequence[tuple[int, Any]]) -> list[tuple[int, RowTokens]]:

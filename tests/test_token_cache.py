@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import row_encoding, token_cache
+from finetune import prompts, row_encoding, token_cache
 from finetune.config import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
 from finetune.inputs import DataSource
 from finetune.prompts import load_template
 from finetune.token_rows import as_dataset, example_lengths
 from finetune.turns import Turn, Unusable
-from tests.conftest import write_rows
+from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[Any] = [
     {"instruction": f"Say {n}.", "input": "" if n % 3 else None, "output": "word " * (n % 17)}
@@ -201,3 +204,51 @@ def test_garbage_is_collected_between_batches_alone(is_enabled: bool) -> None:
         assert states == [False, False]
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.slow
+def test_a_sweep_tokenises_once_and_a_second_one_not_at_all(
+    tmp_path: Path, finetune: Command
+) -> None:
+    """Nine runs, and then nine others, read one table of tokens that is never written again."""
+    grid = ["evaluation=none", "training.epochs=1", "lora.r=2,4,8", "--multirun"]
+    tables = []
+    for rates in ("1e-3,2e-3,3e-3", "4e-3,5e-3,6e-3"):
+        done = finetune(*TINY, *grid, f"optimizer.lr={rates}")
+        assert done.returncode == 0, done.stderr
+        found = {
+            path: path.stat().st_ino for path in (tmp_path / "cache" / "tokens").glob("*.arrow")
+        }
+        tables.append(found)
+    assert tables[0] == tables[1]
+    opened = [pyarrow.ipc.open_file(pyarrow.memory_map(str(path))) for path in tables[0]]
+    assert sum("input_ids" in file.schema.names for file in opened) == 1
+
+
+def test_nine_runs_of_a_sweep_tokenise_once_and_nine_others_not_at_all(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encoded: list[int]
+) -> None:
+    """Whatever their seeds and their shares of rows to validate on."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    for sweep in range(2):
+        for seed in range(3):
+            for share in (0.0, 0.1, 0.2):
+                built = build(path, tokenizer, seed=3 * sweep + seed, validation_fraction=share)
+                assert built.counts.drawn == 282
+        assert sum(encoded) == 282
+
+
+def test_rows_that_are_not_drawn_are_not_rendered_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read and checked once; of each draw only its rows are rendered."""
+    template, rendered = load_template("alpaca"), []
+
+    def render(fields: Any) -> list[Turn]:
+        rendered.append(fields)
+        return template.render(fields)
+
+    monkeypatch.setitem(prompts.BY_NAME, "alpaca", replace(template, render=render))
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert build(path, tokenizer, num_examples=20).counts.drawn == 20
+    assert len(rendered) == 300 + 20
