@@ -22,7 +22,7 @@ MOST_TOGETHER = 8
 class Group:
     """Places in the grid that are trained together; a group of one says why it is alone."""
 
-    places: list[int]
+    indices: list[int]
     reason: str | None = None
 
 
@@ -85,27 +85,27 @@ def find_groups(configs: Sequence[Config], limits: Sequence[Limit]) -> list[Grou
     """
     shared: dict[str, list[int]] = {}
     groups: list[Group] = []
-    for place, config in enumerate(configs):
+    for index, config in enumerate(configs):
         obstacle = find_obstacle(config)
         if obstacle is not None:
-            groups.append(Group([place], obstacle))
-        elif limits[place].most < 2:
-            groups.append(Group([place], limits[place].reason))
+            groups.append(Group([index], obstacle))
+        elif limits[index].most < 2:
+            groups.append(Group([index], limits[index].reason))
         else:
-            shared.setdefault(_shared_settings(config), []).append(place)
-    for places in shared.values():
-        groups += _cut(places, min((limits[place] for place in places), key=lambda one: one.most))
-    return sorted(groups, key=lambda group: group.places[0])
+            shared.setdefault(_shared_settings(config), []).append(index)
+    for indices in shared.values():
+        groups += _cut(indices, min((limits[index] for index in indices), key=lambda one: one.most))
+    return sorted(groups, key=lambda group: group.indices[0])
 
 
-def _cut(places: list[int], limit: Limit) -> list[Group]:
-    """Cut places into as few groups as can be, and those into sizes as even as can be."""
-    if len(places) == 1:
-        return [Group(places, "no other run shares its base, rows and batches")]
-    count = -(-len(places) // limit.most)
-    bounds = [len(places) * number // count for number in range(count + 1)]
+def _cut(indices: list[int], limit: Limit) -> list[Group]:
+    """Cut indices into as few groups as can be, and those into sizes as even as can be."""
+    if len(indices) == 1:
+        return [Group(indices, "no other run shares its base, rows and batches")]
+    count = -(-len(indices) // limit.most)
+    bounds = [len(indices) * number // count for number in range(count + 1)]
     return [
-        Group(places[start:end], limit.reason if end - start == 1 else None)
+        Group(indices[start:end], limit.reason if end - start == 1 else None)
         for start, end in pairwise(bounds)
     ]
 

@@ -32,7 +32,7 @@ SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training")
 
 
 @dataclass(frozen=True)
-class Score:
+class ReportedScore:
     """One metric of base and tuned model, and what each question's outcome says of them."""
 
     task: str
@@ -94,7 +94,7 @@ def _settings(folder: RunFolder) -> str:
     return OmegaConf.to_yaml(OmegaConf.masked_copy(composed, shown)).rstrip()
 
 
-def _scores(folder: RunFolder) -> Iterator[Score]:
+def _scores(folder: RunFolder) -> Iterator[ReportedScore]:
     """Yield every reported metric; those that chose the best run are no result."""
     for task in folder.scored_tasks():
         if task.endswith(".select"):
@@ -104,7 +104,7 @@ def _scores(folder: RunFolder) -> Iterator[Score]:
             continue
         base = scores.base.metrics if scores.base else {}
         for name, tuned in scores.tuned.metrics.items():
-            yield Score(
+            yield ReportedScore(
                 task, name, DIRECTIONS[tuned.definition.higher_is_better],
                 _with_stderr(base.get(name)), _with_stderr(tuned),
                 *_difference(folder, task, name, tuned.definition), scores.tuned.num_questions,

@@ -83,7 +83,7 @@ class Sweep:
 
     name: str
     points: list[Point]
-    groups: list[Group]  # of points that run together, by their places
+    groups: list[Group]  # of points that run together, by their indices
 
     @property
     def config(self) -> Config:
@@ -218,13 +218,13 @@ def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
 
 def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
     """Put the points that are still to be trained together where they can be."""
-    training = [place for place, point in enumerate(points) if point.trains]
+    training = [index for index, point in enumerate(points) if point.trains]
     found = find_groups(
-        [points[place].job.config for place in training], [limits[place] for place in training]
+        [points[index].job.config for index in training], [limits[index] for index in training]
     )
-    groups = [Group([training[place] for place in one.places], one.reason) for one in found]
-    groups += [Group([place]) for place, point in enumerate(points) if not point.trains]
-    return sorted(groups, key=lambda group: group.places[0])
+    groups = [Group([training[index] for index in one.indices], one.reason) for one in found]
+    groups += [Group([index]) for index, point in enumerate(points) if not point.trains]
+    return sorted(groups, key=lambda group: group.indices[0])
 
 
 def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
@@ -266,7 +266,7 @@ def render_groups(sweep: Sweep) -> Iterator[str]:
     """Say which of several runs are trained together, and why others are not."""
     alone: dict[str, list[str]] = {}
     for group in sweep.groups:
-        names = [str(sweep.points[place]) for place in group.places]
+        names = [str(sweep.points[index]) for index in group.indices]
         if len(names) > 1:
             yield f"in one step: {'; '.join(names)}"
         elif group.reason is not None:

@@ -206,8 +206,8 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
     took: list[float] = []
     begun = 0
     for number, group in enumerate(sweep.groups):
-        points = [sweep.points[place] for place in group.places]
-        waiting = [sweep.points[place] for rest in sweep.groups[number:] for place in rest.places]
+        points = [sweep.points[index] for index in group.indices]
+        waiting = [sweep.points[index] for rest in sweep.groups[number:] for index in rest.indices]
         left = _time_left(took, waiting)
         for point in points:
             begun += 1

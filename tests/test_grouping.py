@@ -41,7 +41,7 @@ def test_runs_that_differ_in_their_adapters_go_together() -> None:
     ]
     assert find_groups(grid, [ROOM] * 5) == [Group([0, 1, 2, 3, 4])]
     assert find_groups(grid, [Limit(1, "it is so")] * 5) == [
-        Group([place], "it is so") for place in range(5)
+        Group([index], "it is so") for index in range(5)
     ]
 
 
@@ -51,7 +51,7 @@ def test_groups_are_as_few_as_can_be_and_of_even_sizes() -> None:
     assert find_groups([BASE] * 5, [ROOM, two, ROOM, ROOM, ROOM]) == [
         Group([0], "there is room for two"), Group([1, 2]), Group([3, 4]),
     ]  # fmt: skip
-    assert [len(group.places) for group in find_groups([BASE] * 9, [ROOM] * 9)] == [4, 5]
+    assert [len(group.indices) for group in find_groups([BASE] * 9, [ROOM] * 9)] == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_as_many_go_together_as_pay_or_as_the_sweep_says(
 def test_another_base_other_rows_or_batches_part_runs(other: Config) -> None:
     """What the common step has once must be the same for all."""
     groups = find_groups([BASE, other, BASE], [ROOM] * 3)
-    assert [group.places for group in groups] == [[0, 2], [1]]
+    assert [group.indices for group in groups] == [[0, 2], [1]]
 
 
 def test_a_seed_that_orders_the_rows_parts_runs() -> None:
     """Without a data_seed of its own the seed also orders the rows."""
     unordered = replace(BASE, training=TrainingConfig(data_seed=None, seed=1))
     other = replace(BASE, training=TrainingConfig(data_seed=None, seed=2))
-    assert [g.places for g in find_groups([BASE, unordered, other], [ROOM] * 3)] == [[0, 1], [2]]
+    assert [g.indices for g in find_groups([BASE, unordered, other], [ROOM] * 3)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_cannot_share_a_step_goes_alone_with_its_reason(
     alone = replace(BASE, **changes)
     assert said in str(find_obstacle(alone))
     groups = find_groups([BASE, alone, BASE], [ROOM] * 3)
-    assert [group.places for group in groups] == [[0, 2], [1]]
+    assert [group.indices for group in groups] == [[0, 2], [1]]
     assert said in str(groups[1].reason)
 
 
