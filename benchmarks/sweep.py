@@ -83,8 +83,8 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from finetune import data, training
     from finetune.config import build_config, conf_dir, register
     from finetune.evaluation import score
-    from finetune.identity import find_precision
     from finetune.models import find_model, load_base, load_tokenizer
+    from finetune.precision import find_precision
     from finetune.run_folder import RunFolder
     from finetune.scoring import PLAIN_BATCH_SIZE
     from finetune.tasks import load_task

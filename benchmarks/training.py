@@ -49,6 +49,7 @@ from finetune.data import Examples, build_examples, find_sources, read_sources
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import find_obstacle, train_together
+from finetune.precision import Precision
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.token_rows import Example
@@ -100,7 +101,7 @@ def load(kind: str, device: torch.device) -> PreTrainedModel:
 
 
 def arguments(case: Case, folder: Path, device: torch.device) -> training.Arguments:
-    precision = training.Precision(device, _autocast(case))
+    precision = Precision(device, _autocast(case))
     return training.build_arguments(
         RunFolder(folder),
         OptimizerConfig(lr=2e-4),
@@ -141,7 +142,7 @@ def train_ours(
 ) -> list[float]:
     """Train a group whose first adapter is that of number `first`."""
     given = arguments(case, folder / "0", base.device)
-    precision = training.Precision(base.device, _autocast(case))
+    precision = Precision(base.device, _autocast(case))
     examples = Examples(rows, [], RowCounts())
     runs = [RunFolder(folder / str(number)) for number in range(case.together)]
     specs = [
@@ -166,7 +167,7 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
     if not case.is_stock:  # what a sweep asks once of a base and its rows
-        precision = training.Precision(base.device, _autocast(case))
+        precision = Precision(base.device, _autocast(case))
         assert find_obstacle(base, [row["input_ids"] for row in chosen], precision) is None
     for number in range(case.times):
         with tempfile.TemporaryDirectory() as folder, _silence():

@@ -22,7 +22,6 @@ from finetune import (
     models,
     prompts,
     quantization,
-    training,
 )
 from finetune.chat_templates import find_chat_template, read_chat_template
 from finetune.config import Config, DataConfig, ModelConfig, changed_settings
@@ -31,6 +30,7 @@ from finetune.fused_kernels import FLASH
 from finetune.inputs import DataSource, Inputs, Source
 from finetune.methods import METHODS
 from finetune.optimizers import OPTIMIZERS
+from finetune.precision import Precision, compute_dtype, find_precision
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.rows import find_source
 from finetune.session import Session
@@ -71,7 +71,7 @@ class Parts:
     model: ModelConfig  # as loaded
     data: list[DataSource]
     files: dict[str, str]
-    precision: training.Precision
+    precision: Precision
     chat_template: str | None  # in force, where rows are conversations
 
 
@@ -107,12 +107,6 @@ def find_changes(config: Config, inputs: Inputs) -> list[str]:
     ]
 
 
-def find_precision(config: Config) -> training.Precision:
-    device = models.pick_device(config.training.device)
-    base = models.compute_dtype(config.model, device)
-    return training.resolve_precision(config.training.precision, base, device)
-
-
 def _name_parts(config: Config, parts: Parts) -> dict[str, Any]:
     """Return all that changes a number of the training, as the identity digests it."""
     processes = distributed.num_processes()  # each takes a batch of its own
@@ -145,7 +139,7 @@ def training_versions(config: Config, model: ModelConfig) -> dict[str, str]:
 
 
 def model_identity(config: Config, source: Source, device: str) -> dict[str, Any]:
-    dtype = str(models.compute_dtype(config.model, torch.device(device)))
+    dtype = str(compute_dtype(config.model, torch.device(device)))
     named = {**changed_settings(config.model), "digest": source.digest, "dtype": dtype}
     if config.model.chat_template is not None and _uses_chat_template(config):
         named["chat_template"] = digest(read_chat_template(config.model.chat_template))

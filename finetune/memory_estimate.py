@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from finetune import distributed, models
+from finetune import distributed
 from finetune.config import (
     Config,
     ModelConfig,
@@ -20,6 +20,7 @@ from finetune.config import (
 from finetune.label_loss import CHUNK
 from finetune.methods import INITIALISATIONS, METHODS
 from finetune.optimizers import OPTIMIZERS
+from finetune.precision import compute_dtype, pick_device
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape
 
@@ -67,8 +68,8 @@ class Place:
         if config.training.device == "cuda" and not torch.cuda.is_available():
             size = 4 if config.model.dtype == "fp32" else 2
             return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
-        device = models.pick_device(config.training.device)
-        size = models.compute_dtype(config.model, device).itemsize
+        device = pick_device(config.training.device)
+        size = compute_dtype(config.model, device).itemsize
         return cls(device.type, size, free_bytes(device) if gib is None else gib * GIB)
 
 

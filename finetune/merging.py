@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune import adapters, data, models
 from finetune.config import Refused
 from finetune.methods import METHODS
+from finetune.precision import compute_dtype
 from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
 from finetune.turns import Prompt
@@ -139,7 +140,7 @@ def compare(
     run: Trained, prompts: Sequence[Prompt], before: torch.Tensor, after: torch.Tensor
 ) -> Check:
     """Return how far apart two models' log-likelihoods of the same prompts are."""
-    dtype = models.compute_dtype(run.model, run.device)
+    dtype = compute_dtype(run.model, run.device)
     apart = (before - after).abs().nan_to_num(float("inf"))
     return Check(
         len(prompts),

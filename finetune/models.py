@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune import distributed, quantization
+from finetune import quantization
 from finetune.chat_templates import read_chat_template
 from finetune.config import ModelConfig, local_path
 from finetune.files import (
@@ -46,10 +46,10 @@ from finetune.fused_kernels import FLASH
 from finetune.home import cache_dir
 from finetune.hub import hub_commit
 from finetune.inputs import Source
+from finetune.precision import compute_dtype
 
 log = logging.getLogger("finetune")
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja")  # weights, settings, tokenizer
 # The tiny model's: each turn begins with <s> and its role, and ends with </s>.
 TINY_CHAT_TEMPLATE = (
@@ -192,28 +192,6 @@ def save_tuned(
         tokenizer.save_pretrained(temporary)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of `training.device`: auto takes the process's own GPU, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    own = distributed.local_rank()
-    return torch.device(name, own) if name == "cuda" else torch.device(name)
-
-
-def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of `model.dtype`: auto is bf16 where the GPU has it, else fp16; CPU fp32."""
-    if model.dtype != "auto":
-        return TORCH_DTYPES[model.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if has_bf16(device) else torch.float16
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Return whether the device computes in bf16 itself (a P100 or T4 only emulates it)."""
-    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def _folder_digest(folder: Path) -> str:
     files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES)
     if not any(p.suffix == ".safetensors" for p in files):
@@ -341,12 +319,6 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
             parameter.data = data
         for module, before in compute:
             module.compute_dtype = before
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, of the GPU or of the machine."""
-    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out or "can't allocate memory" in str(error)  # of torch's CPU allocator
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -21,13 +21,12 @@ from finetune.adapters import LoraWeights
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
-from finetune.models import is_out_of_memory
-from finetune.process_memory import reset_peak_memory, return_freed_memory
+from finetune.precision import Precision
+from finetune.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.signals import StopSignals
 from finetune.steps import TrainResult, advance, open_bar
 from finetune.token_rows import IGNORED, Example, row_lengths
-from finetune.training import Precision
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 

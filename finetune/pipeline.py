@@ -29,10 +29,12 @@ from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
-from finetune.identity import find_changes, find_precision
+from finetune.identity import find_changes
 from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
 from finetune.methods import METHODS, build_settings
+from finetune.precision import compute_dtype, find_precision, pick_device
+from finetune.process_memory import is_out_of_memory
 from finetune.prompts import save_prompt
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
@@ -134,7 +136,7 @@ def _fail(run: ActiveRun, error: Exception) -> None:
     if isinstance(error, Diverged):
         log.error("%s diverged: %s", run.folder.name, error)
         run.end("diverged", str(error))
-    elif models.is_out_of_memory(error):
+    elif is_out_of_memory(error):
         log.error("%s ran out of memory: %s", run.folder.name, error)
         run.end("failed", f"out of memory; {LESS_MEMORY}: {error}")
     else:
@@ -175,7 +177,7 @@ def _train(runs: Sequence[ActiveRun], session: Session) -> None:
             with liger_kernels(_base(runs[0], session), wanted=wanted):
                 _train_once(runs, session)
         except (RuntimeError, MemoryError) as error:
-            if len(runs) == 1 or not models.is_out_of_memory(error):
+            if len(runs) == 1 or not is_out_of_memory(error):
                 raise
             too_many = True
     if too_many:
@@ -235,7 +237,7 @@ def _train_by_trainer(
 
 def take_part(config: Config, inputs: Inputs, session: Session) -> None:
     """Train beside the first process, which alone writes, scores and decides what comes next."""
-    place = replace(inputs, device=str(models.pick_device(config.training.device)))
+    place = replace(inputs, device=str(pick_device(config.training.device)))
     run = ActiveRun(config, place, RunFolder(inputs.folder), NullEventLog(), time.time())
     spec, wanted = _spec(run, session), config.training.use_liger_kernel
     try:
@@ -286,7 +288,7 @@ def _keep(
 ) -> None:
     """Save what training came to; the checkpoints have done their work."""
     if isinstance(trained, PreTrainedModel):
-        dtype = models.compute_dtype(run.config.model, torch.device(run.inputs.device))
+        dtype = compute_dtype(run.config.model, torch.device(run.inputs.device))
         models.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
     else:
         own, tokenizer = run.folder.prompt_template, _tokenizer(run, session)

@@ -23,17 +23,17 @@ from finetune import (
     quantization,
     saved_adapter,
     tasks,
-    training,
 )
 from finetune.chat_templates import read_chat_template
 from finetune.config import Config
 from finetune.escaping import first_line
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
-from finetune.identity import find_inputs, find_precision
+from finetune.identity import find_inputs
 from finetune.inputs import Inputs
 from finetune.jobs import CheckedJob
 from finetune.methods import INITIALISATIONS, METHODS
 from finetune.multi_adapter import find_precision_obstacle
+from finetune.precision import compute_dtype, find_precision, find_precision_problems, pick_device
 from finetune.ranges import find_problems
 from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done
@@ -123,8 +123,8 @@ def _find_device_problems(config: Config, _: Session) -> list[str]:
             "training.device is cuda, and this machine has no CUDA device; "
             "use one that has, or set training.device=auto for the CPU"
         ]
-    problems = training.find_precision_problems(find_precision(config))
-    device = models.pick_device(config.training.device)
+    problems = find_precision_problems(find_precision(config))
+    device = pick_device(config.training.device)
     if device.type == "cuda" and torch.cuda.is_available():
         problems += devices.find_kernel_problems(
             torch.cuda.get_device_name(device),
@@ -174,8 +174,8 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
         adapters.saved_digest(folder)
         own = models.load_meta_model(config.model, model_config)
         problems += saved_adapter.find_problems(own, folder)
-    device = models.pick_device(config.training.device)
-    dtype = models.compute_dtype(config.model, device)
+    device = pick_device(config.training.device)
+    dtype = compute_dtype(config.model, device)
     problems += quantization.find_problems(config.model, model_config, device)
     problems += fused_kernels.find_flash_problems(config.model, meta, device, dtype)
     if config.training.use_liger_kernel:

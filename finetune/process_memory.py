@@ -1,4 +1,4 @@
-"""The memory of a process while it trains: its peak, measured anew, and what glibc keeps of it."""
+"""The memory of a process: its peak, what glibc keeps of it, and whether it ran out."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def return_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, bytes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the GPU or of the machine."""
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out or "can't allocate memory" in str(error)  # of torch's CPU allocator

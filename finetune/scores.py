@@ -17,7 +17,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import evaluation, models
+from finetune import evaluation
 from finetune.aggregation import draw_resamples
 from finetune.config import Config
 from finetune.evaluation import ScoreStore, TaskScore
@@ -28,6 +28,7 @@ from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs
 from finetune.metric_names import MetricName
+from finetune.precision import TORCH_DTYPES
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
@@ -132,7 +133,7 @@ class Scorer:
                         model,
                         tokenizer,
                         batch_tokens=settings.batch_tokens,
-                        dtype=models.TORCH_DTYPES.get(settings.dtype),
+                        dtype=TORCH_DTYPES.get(settings.dtype),
                         base_passed=task.key in passed,
                     )
                     log.info("scoring %s: %s", side, speeds.forecast(task))

@@ -29,14 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters import base_of, foldable_layers, folded
 from finetune.attention import attention_in, find_obstacle
 from finetune.block_attention import BlockAttention
-from finetune.models import (
-    autocast_dtype,
-    autocast_to,
-    cast_parameters,
-    head_on_rows,
-    is_out_of_memory,
-)
+from finetune.models import autocast_dtype, autocast_to, cast_parameters, head_on_rows
 from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
+from finetune.process_memory import is_out_of_memory
 from finetune.quantization import is_castable
 from finetune.substitution import substituted
 

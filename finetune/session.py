@@ -17,9 +17,9 @@ from finetune import data, models, multi_adapter, prompts, samples
 from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.finished_runs import FinishedRuns
 from finetune.inputs import DataSource, Inputs, Source
+from finetune.precision import Precision
 from finetune.shape import Shape, describe_shape
 from finetune.tasks import LoadedTask, load_task
-from finetune.training import Precision
 
 Value = TypeVar("Value")
 

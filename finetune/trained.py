@@ -24,6 +24,7 @@ from finetune.foreign_runs import find_config_problems
 from finetune.identity import model_identity
 from finetune.inputs import Source
 from finetune.methods import METHODS, changes_base
+from finetune.precision import pick_device
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.saved_adapter import find_code_problems
 
@@ -119,7 +120,7 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     except (OSError, ValueError) as error:  # such as of a model that needs Python code of its own
         raise _unloadable(model, error) from None
     # The device says where, not what: a run of another machine may be used on this one.
-    return Trained(folder, config, model, source, models.pick_device("auto"))
+    return Trained(folder, config, model, source, pick_device("auto"))
 
 
 def _with_own_templates(folder: RunFolder, config: Config) -> Config:

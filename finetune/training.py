@@ -33,7 +33,7 @@ from finetune.config import OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
-from finetune.models import TORCH_DTYPES, has_bf16
+from finetune.precision import Precision
 from finetune.process_memory import reset_peak_memory, return_freed_memory
 from finetune.row_order import filled_up, steps_between_validations, with_filler
 from finetune.run_folder import RunFolder
@@ -65,32 +65,6 @@ class Arguments(SFTConfig):
         if not (self.bf16 or self.fp16):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.bf16 else torch.float16)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The arithmetic of training on one device."""
-
-    device: torch.device
-    autocast: torch.dtype  # fp32 means none
-
-
-def resolve_precision(name: str, base: torch.dtype, device: torch.device) -> Precision:
-    """Return the autocast of `training.precision`; auto takes the base's compute type."""
-    return Precision(device, base if name == "auto" else TORCH_DTYPES[name])
-
-
-def find_precision_problems(precision: Precision) -> list[str]:
-    """Return why the device cannot train like this, with the remedy."""
-    if precision.autocast == torch.float16 and precision.device.type == "cpu":
-        return [
-            "training.precision or model.dtype is fp16, which cannot be trained on a CPU; set "
-            "model.dtype and training.precision to fp32 or bf16, or use a GPU"
-        ]
-    if precision.autocast == torch.bfloat16 and not has_bf16(precision.device):
-        name = torch.cuda.get_device_name(precision.device)
-        return [f"training.precision or model.dtype is bf16, which {name} lacks; set fp16 or fp32"]
-    return []
 
 
 def train(

@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import distributed, grouping, identity, launchers, models, worker
+from finetune import distributed, grouping, identity, launchers, worker
 from finetune.callbacks import is_stop_agreed
 from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.events import NullEventLog
 from finetune.inputs import Inputs, Source
+from finetune.precision import pick_device
 from finetune.row_order import EvenOrder, filled_up, rows_of_step, with_filler
 from finetune.signals import StopSignals
 from finetune.steps import Diverged
@@ -226,7 +227,7 @@ def test_a_launched_process_knows_its_place(
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     assert (distributed.rank(), distributed.is_main()) == (3, False)
-    assert models.pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda") == torch.device("cuda", 1)
     assert grouping.find_obstacle(config) == "4 processes train it"
     assert identity.find_inputs(config).identity != alone
     assert isinstance(worker.build_worker(is_quiet=True), worker.LaunchedWorker)

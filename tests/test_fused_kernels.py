@@ -21,7 +21,6 @@ from finetune import (
     fused_kernels,
     identity,
     methods,
-    models,
     pipeline,
     preflight,
     training,
@@ -29,6 +28,7 @@ from finetune import (
 from finetune.config import LoraConfig, ModelConfig, TrainingConfig
 from finetune.fused_kernels import liger_kernels
 from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
+from finetune.precision import Precision, compute_dtype, pick_device
 from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.session import Session
@@ -165,9 +165,9 @@ def test_flash_attention_is_refused_where_it_cannot_be(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(fused_kernels, "find_spec", lambda _: "there" if installed else None)
-    device = models.pick_device("auto")
+    device = pick_device("auto")
     meta = load_meta_model(model, load_config(model, find_model(model)))
-    dtype = models.compute_dtype(model, device)
+    dtype = compute_dtype(model, device)
     problems = fused_kernels.find_flash_problems(model, meta, device, dtype)
     assert len(problems) == (said is not None)
     assert all(str(said) in p and "or set model.attn_implementation=sdpa" in p for p in problems)
@@ -271,7 +271,7 @@ def test_a_run_by_liger_leaves_nothing_to_the_next(
 def on_cuda(folder: Path, model: ModelConfig, *, by_liger: bool = False) -> tuple[list[float], str]:
     """Train the tiny model a little on the card; return its losses and the layout."""
     base = load_base(model, find_model(model), GPU)
-    precision = training.Precision(GPU, models.compute_dtype(model, GPU))
+    precision = Precision(GPU, compute_dtype(model, GPU))
     with liger_kernels(base, wanted=by_liger):
         (_, outcome) = train(folder, [Setting(training={"max_steps": 4})], base, precision)[0]
     assert isinstance(outcome, TrainResult)

@@ -19,6 +19,7 @@ from finetune.models import (
     load_config,
     load_tokenizer,
 )
+from finetune.precision import compute_dtype
 from finetune.preflight import find_row_problems
 from finetune.session import Session
 from tests.conftest import write_rows
@@ -104,10 +105,10 @@ def test_a_missing_model_is_told_with_where_it_was_looked_for(
 def test_dtype_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 on a CPU; on a GPU bf16 where it has it, else fp16."""
     gpu = torch.device("cuda", 0)
-    assert models.compute_dtype(TINY, CPU) == torch.float32
+    assert compute_dtype(TINY, CPU) == torch.float32
     for has, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
-        assert models.compute_dtype(TINY, gpu) == expected
+        assert compute_dtype(TINY, gpu) == expected
 
 
 def test_targets_are_checked_one_by_one_against_the_model() -> None:

@@ -25,6 +25,7 @@ from finetune.config import ModelConfig
 from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import Outcome, SharedBase, train_together
+from finetune.precision import Precision
 from finetune.row_order import rows_of_step
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
@@ -122,7 +123,7 @@ def test_on_a_card_every_run_of_a_group_follows_its_solo_run(
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     base = load(device="cuda:0")
-    precision = training.Precision(base.device, autocast)
+    precision = Precision(base.device, autocast)
     train(tmp_path / "together", VARIED, base, precision)
     for number, setting in enumerate(VARIED):
         train(tmp_path / f"alone{number}", [setting], base, precision)
@@ -367,7 +368,7 @@ def test_low_precision_groups_equal_their_solo_runs(
     tmp_path: Path, model: ModelConfig, autocast: torch.dtype, tolerance: float
 ) -> None:
     """nf4 in fp32 to the bit; bf16 within what its rounding makes of five steps."""
-    precision = training.Precision(torch.device("cpu"), autocast)
+    precision = Precision(torch.device("cpu"), autocast)
     together = train(tmp_path / "together", VARIED[:2], load(model), precision)
     for number in range(2):
         (alone, _) = train(tmp_path / str(number), [VARIED[number]], load(model), precision)[0]

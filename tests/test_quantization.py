@@ -17,7 +17,6 @@ from finetune import (
     grouping,
     memory_estimate,
     methods,
-    models,
     pipeline,
     preflight,
     quantization,
@@ -35,6 +34,7 @@ from finetune.files import file_digest
 from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
+from finetune.precision import compute_dtype, pick_device
 from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
 from tests.test_grouping import job
@@ -306,11 +306,11 @@ def test_a_card_computes_in_what_it_has_itself(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    assert models.pick_device("auto") == GPU
-    assert models.compute_dtype(TINY, GPU) == expected
-    assert models.compute_dtype(TINY, CPU) == torch.float32
+    assert pick_device("auto") == GPU
+    assert compute_dtype(TINY, GPU) == expected
+    assert compute_dtype(TINY, CPU) == torch.float32
     config = load_config(TINY, find_model(TINY))
-    dtype = models.compute_dtype(TINY, GPU)
+    dtype = compute_dtype(TINY, GPU)
     settings = quantization.build_settings(quantised("nf4"), config, dtype)
     assert settings is not None
     assert settings.bnb_4bit_compute_dtype == expected

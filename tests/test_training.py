@@ -22,6 +22,7 @@ from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.precision import Precision, find_precision_problems
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.signals import StopSignals
@@ -171,8 +172,8 @@ def test_what_cannot_run_here_is_refused_with_the_remedy() -> None:
     assert "did you mean 'adamw_8bit'?" in unknown
     (missing,) = optimizers.find_optimizer_problems(OptimizerConfig(name="stable_adamw"))
     assert "pip install torch-optimi" in missing
-    half = training.Precision(torch.device("cpu"), torch.float16)
-    (problem,) = training.find_precision_problems(half)
+    half = Precision(torch.device("cpu"), torch.float16)
+    (problem,) = find_precision_problems(half)
     assert "cannot be trained on a CPU" in problem
     for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
         assert optimizers.find_optimizer_problems(OptimizerConfig(name=name)) == []

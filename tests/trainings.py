@@ -20,12 +20,13 @@ from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base
 from finetune.multi_adapter import Outcome, train_together
+from finetune.precision import Precision
 from finetune.row_counts import RowCounts
 from finetune.run_folder import RunFolder
 from finetune.token_rows import Example
 
 TINY = ModelConfig(path="random://tiny")
-CPU = training.Precision(torch.device("cpu"), torch.float32)
+CPU = Precision(torch.device("cpu"), torch.float32)
 
 
 def random_examples(count: int, shortest: int = 7, seed: int = 3) -> list[Example]:
@@ -53,7 +54,7 @@ def load(model: ModelConfig = TINY, device: str = "cpu") -> PreTrainedModel:
     return load_base(model, find_model(model), torch.device(device))
 
 
-def spec(run: RunFolder, setting: Setting, precision: training.Precision = CPU) -> AdapterSpec:
+def spec(run: RunFolder, setting: Setting, precision: Precision = CPU) -> AdapterSpec:
     shared = {"batch_size": 4, "gradient_accumulation_steps": 2, "data_seed": 42}
     arguments = training.build_arguments(
         run,
@@ -71,7 +72,7 @@ def train(
     folder: Path,
     group: Sequence[Setting],
     base: PreTrainedModel | None = None,
-    precision: training.Precision = CPU,
+    precision: Precision = CPU,
 ) -> dict[int, tuple[dict[str, torch.Tensor], Outcome]]:
     """Train a group, and return each run's adapter and outcome."""
     runs = [RunFolder(folder / str(number)) for number in range(len(group))]
