@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -86,14 +85,26 @@ def read_chat_template(name: str) -> str:
     return text
 
 
-def find_chat_template(
-    tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = False
-) -> ChatTemplate:
-    """Return the template in force, of a tokenizer that has one."""
-    return _find_in_force(tokenizer, tokenizer.get_chat_template(tools=[] if has_tools else None))
+class ChatTemplates:
+    """The templates in force of one tokenizer, each found once for all its conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._found: dict[str, ChatTemplate] = {}  # by the tokenizer's own text
+
+    def find(self, *, has_tools: bool = False) -> ChatTemplate:
+        """Return the template in force, of a tokenizer that has one."""
+        text = self.tokenizer.get_chat_template(tools=[] if has_tools else None)
+        if text not in self._found:
+            self._found[text] = _find_in_force(self.tokenizer, text)
+        return self._found[text]
 
 
-@lru_cache(maxsize=16)
+def find_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """Return the template in force where there are no tools, of a tokenizer that has one."""
+    return ChatTemplates(tokenizer).find()
+
+
 def _find_in_force(tokenizer: PreTrainedTokenizerBase, text: str) -> ChatTemplate:
     variant = _find_training_variant(tokenizer, text)
     fixed = fix_date(variant or text)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import chat_messages
 from finetune.chat_messages import REASONING, SPEECH, Messages
-from finetune.chat_templates import TEMPLATE_ERRORS, ChatTemplate, find_chat_template
+from finetune.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
 from finetune.config import TEMPLATE_FILE
 from finetune.text_sections import count_common, encode_texts
 from finetune.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
@@ -119,10 +119,10 @@ def encode_chats(
     """Encode many conversations at a time, or return the fault of each that has one."""
     found: list[Encoded | Unusable] = []
     waiting: list[_Rendered | Unusable] = []
-    num_characters = 0
+    num_characters, templates = 0, ChatTemplates(tokenizer)
     for place, turns in enumerate(rows, start=1):
         try:
-            one = _render(turns, tokenizer)
+            one = _render(turns, templates)
             waiting.append(one)
             num_characters += sum(map(len, one.texts))
         except Unusable as fault:
@@ -148,9 +148,10 @@ def _encode(
             yield fault
 
 
-def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
-    chat, text = _fit(turns, tokenizer)
-    marked = chat.marked() if chat.template.marks_responses and tokenizer.is_fast else None
+def _render(turns: Sequence[Turn], templates: ChatTemplates) -> _Rendered:
+    chat, text = _fit(turns, templates)
+    is_marked = chat.template.marks_responses and templates.tokenizer.is_fast
+    marked = chat.marked() if is_marked else None
     if holds_surrogate(text):
         raise Unusable(SURROGATE)
     unused = list(_find_unused(chat, text))
@@ -194,20 +195,21 @@ def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Promp
     asked = list(turns[:last])
     if isinstance(turns, Messages):
         asked = Messages(asked, turns.tools, turns.settings)
-    chat, _ = _fit(asked, tokenizer)
+    chat, _ = _fit(asked, ChatTemplates(tokenizer))
     tokens = chat.tokens(chat.render(asks=True))
     return Prompt(str(tokenizer.decode(tokens)), tokens)
 
 
-def _fit(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str]:
+def _fit(turns: Sequence[Turn], templates: ChatTemplates) -> tuple[Chat, str]:
     """Return the conversation as its template takes it whole, and its text.
 
     Where the template fails, or leaves something out, the messages are put as older ones were.
     """
     tools = turns.tools if isinstance(turns, Messages) else None
     settings = turns.settings if isinstance(turns, Messages) else {}
-    template = find_chat_template(tokenizer, has_tools=tools is not None)
-    chat = Chat([turn.message for turn in turns], template, tokenizer, tools, settings)
+    template = templates.find(has_tools=tools is not None)
+    messages = [turn.message for turn in turns]
+    chat = Chat(messages, template, templates.tokenizer, tools, settings)
     text, fault = _try(chat)
     for is_needed, repair, note in REPAIRS:
         if is_needed(chat, text):

@@ -315,13 +315,13 @@ def _local_entries(
         members = _members(name, index)
     except KeyError as missing:
         raise ValueError(f"{key}: {missing} in it is no task of its own; name tasks") from None
-    _rows_by_subject.cache_clear()
-    local = {}
+    local, source = {}, LocalSource()
     for member in members:
         stock = load_yaml(index[member].yaml_path or "")
         config = _local_config(stock, files, evaluation.num_fewshot, key)
         subject = None if member == name else stock.get("dataset_name") or member
         config["dataset_kwargs"] = {"files": dict(files), "key": key, "subject": subject}
+        config["custom_dataset"] = source
         local[member] = replace(index[member], yaml_path=None, cfg=config)
     return local
 
@@ -357,36 +357,40 @@ def _local_config(
             config[name] = None
     if fewshot["split"] and fewshot["split"] not in files:
         config["fewshot_config"] = {**fewshot, "split": asked}  # from which none is drawn
-    config["custom_dataset"] = read_local
     return config
 
 
-def read_local(files: Mapping[str, str], key: str, subject: str | None, **_: Any) -> Any:
-    """Read split -> file into what lm-eval expects of `datasets.load_dataset`.
+class LocalSource:
+    """Read local files in place of the hub's, each once for all tasks of a group."""
 
-    Args:
-        files: a split's rows, in the columns of the hub's data set.
-        key: the setting that names them, for errors.
-        subject: take only its rows; None takes all.
-    """
-    import datasets
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, list[Row]]] = {}  # by file and subject
 
-    splits = {}
-    for split, file in files.items():
-        read = _rows_by_subject(file).get(subject) if subject else read_file(Path(file), name=file)
-        if read is None:
-            raise ValueError(
-                f"{key}.{split}={file} has no row whose column `subject` is {subject!r}; "
-                "a group's file has rows for each of its tasks"
-            )
-        splits[split] = datasets.Dataset.from_list([dict(row) for row in read])
-    return datasets.DatasetDict(splits)
+    def __call__(self, files: Mapping[str, str], key: str, subject: str | None, **_: Any) -> Any:
+        """Read split -> file into what lm-eval expects of `datasets.load_dataset`.
 
+        Args:
+            files: a split's rows, in the columns of the hub's data set.
+            key: the setting that names them, for errors.
+            subject: take only its rows; None takes all.
+        """
+        import datasets
 
-@lru_cache(maxsize=4)
-def _rows_by_subject(file: str) -> dict[str, list[Row]]:
-    """Read a group's rows once for all its tasks; the column `subject` tells them apart."""
-    rows: dict[str, list[Row]] = defaultdict(list)
-    for row in read_file(Path(file), name=file):
-        rows[row.get("subject", "")].append(row)
-    return dict(rows)
+        splits = {}
+        for split, file in files.items():
+            rows = self._of_subject(file, subject) if subject else read_file(Path(file), name=file)
+            if rows is None:
+                raise ValueError(
+                    f"{key}.{split}={file} has no row whose column `subject` is {subject!r}; "
+                    "a group's file has rows for each of its tasks"
+                )
+            splits[split] = datasets.Dataset.from_list([dict(row) for row in rows])
+        return datasets.DatasetDict(splits)
+
+    def _of_subject(self, file: str, subject: str) -> list[Row] | None:
+        if file not in self._rows:
+            rows: dict[str, list[Row]] = defaultdict(list)
+            for row in read_file(Path(file), name=file):
+                rows[row.get("subject", "")].append(row)
+            self._rows[file] = dict(rows)
+        return self._rows[file].get(subject)
