@@ -48,11 +48,7 @@ def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> 
     if not is_reached():
         return _cached_commit(path, revision, repo_type=repo_type, key=key)
     try:
-        info = HfApi().repo_info(
-            path, revision=revision, repo_type=repo_type, timeout=TIMEOUT_SECONDS
-        )
-        assert info.sha is not None
-        return str(info.sha)
+        return _ask_commit(path, revision, repo_type)
     except GatedRepoError:
         raise FileNotFoundError(
             f"{key}={path}: the hub asks for a licence to be accepted first; do so on its page "
@@ -65,6 +61,14 @@ def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> 
         ) from None
     except (HTTPError, OfflineModeIsEnabled):
         return _cached_commit(path, revision, repo_type=repo_type, key=key)
+
+
+@lru_cache(maxsize=256)
+def _ask_commit(path: str, revision: str | None, repo_type: str) -> str:
+    """Ask the hub once in a process, so that all jobs of a plan are at one commit."""
+    info = HfApi().repo_info(path, revision=revision, repo_type=repo_type, timeout=TIMEOUT_SECONDS)
+    assert info.sha is not None
+    return str(info.sha)
 
 
 def cached_folder(path: str, revision: str | None, *, repo_type: str) -> Path | None:

@@ -131,6 +131,33 @@ def test_no_test_double_is_used_outside_tests() -> None:
     assert users == []
 
 
+# What holds for a process and is no matter of a job: the installation, and what is done once.
+PROCESS_CACHES = {
+    "files._digest_of": "a file's bytes, by its size and times",
+    "hub.is_reached": "asked once, and then told to the libraries",
+    "hub._ask_commit": "all jobs are planned at one commit",
+    "identity._installed_version": "the installation",
+    "identity._lock_digest": "the installation",
+    "distributed.join": "a process joins once",
+    "tasks.find_task_file": "the installation",
+    "tasks.stock_index": "the installation",
+}
+
+
+def test_what_a_job_needs_is_kept_by_the_session() -> None:
+    """No module keeps models, rows or tasks; what a process caches is listed with its reason."""
+    found = {
+        f"{path.stem}.{node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        for one in node.decorator_list
+        if ast.unparse(one).startswith(("lru_cache", "cache", "functools."))
+        and "cached_property" not in ast.unparse(one)
+    }
+    assert found == set(PROCESS_CACHES)
+
+
 def test_no_module_is_long() -> None:
     """A file that outgrows 400 lines holds two ideas."""
     long = [p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 420]

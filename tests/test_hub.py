@@ -7,13 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
 from finetune import hub, preflight
-from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from finetune.compatibility import HTTPError
+from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
+from finetune.models import find_model
+from finetune.rows import find_source
 from finetune.tasks import load_task
 
 CONFIG = Config(
@@ -30,9 +35,11 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "FIRST_ANSWER_SECONDS", 0.3)
     hub.is_reached.cache_clear()
+    hub._ask_commit.cache_clear()
     close_session()
     yield
     hub.is_reached.cache_clear()
+    hub._ask_commit.cache_clear()
     close_session()
 
 
@@ -114,3 +121,30 @@ def test_whoever_is_offline_by_choice_asks_nothing(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not hub.is_reached()
     assert silent_server == []
+
+
+def test_each_repository_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever key names it, for all jobs; a branch that moves meanwhile stays as planned."""
+    asked: list[tuple[str, str | None, str]] = []
+
+    class Hub:
+        def repo_info(self, path: str, *, revision: str | None, repo_type: str, **_: object) -> Any:
+            asked.append((path, revision, repo_type))
+            if path == "owner/gone":
+                raise HTTPError("no answer")
+            return SimpleNamespace(sha=f"commit-{len(asked)}")
+
+    rows, mix = SourceConfig("owner/rows"), SourceConfig("owner/rows")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "HfApi", Hub)
+        patch.setattr(hub, "is_reached", lambda: True)
+        for _ in range(3):
+            assert find_model(CONFIG.model).revision == "commit-1"
+            assert find_source("data.path", rows).revision == "commit-2"
+            assert find_source("data.mix.0.path", mix).revision == "commit-2"
+        branch = ModelConfig(path="owner/model", revision="other")
+        assert find_model(branch).revision == "commit-3"
+        assert len(asked) == 3
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match="cannot be reached"):
+                find_model(ModelConfig(path="owner/gone"))
