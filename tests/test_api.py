@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -497,6 +498,41 @@ def test_a_script_without_a_guard_sweeps(tmp_path: Path, finetune: Command) -> N
     (of_two,) = tmp_path.glob("outputs/*r2*")
     again = finetune(str(of_two), module="finetune.rerun")
     assert "identical" in again.stdout, again.stderr
+
+
+STOPPED = """
+import glob, finetune
+try:
+    finetune.run(*{overrides!r})
+except KeyboardInterrupt as stop:
+    (folder,) = glob.glob("outputs/*/")
+    print(finetune.open_run(folder).status, "|", stop)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGINT, "interrupted by the user"), (signal.SIGTERM, "stopped by SIGTERM")],
+)
+def test_a_stopped_call_leaves_a_checkpoint(
+    number: signal.Signals, said: str, tmp_path: Path, finetune: Command
+) -> None:
+    """The run is interrupted as by the command, which goes on from there."""
+    overrides = [*TINY, "training.epochs=30"]
+    code = STOPPED.format(overrides=overrides)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        while not any("train/loss" in log.read_text() for log in tmp_path.glob("*/*/events.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert output.splitlines() == [f"interrupted | {said}"]
+    assert "resumed at step" in finetune(*overrides, "sweep.dry_run=true").stdout
 
 
 @pytest.mark.slow
