@@ -5,8 +5,8 @@
 Each measurement is a process of its own, whose seconds, processor seconds and peak memory are
 printed as one JSON object a line. Rows are random words in JSON Lines: 500,000 short ones, 50,000
 of about 1,000 tokens, and 50,000 conversations of four turns; --quick takes a hundredth of them.
-Stock SFTTrainer prepares a tenth of each: compare `processor_us_a_row`. It does not mask the
-prompts of conversations, which finetune does. The tokenizer is the demo's.
+Stock SFTTrainer prepares a tenth of each (with --quick all): compare `processor_us_a_row`. It does
+not mask the prompts of conversations, which finetune does. The tokenizer is the demo's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         for case, (count, words) in CASES.items():
-            if asked.quick:
-                count //= QUICK_SHARE
+            count //= QUICK_SHARE if asked.quick else 1
+            stock_count = count if asked.quick else count // STOCK_SHARE
             paths = {way: Path(folder) / f"{case}.jsonl" for way in WAYS}
             paths["SFTTrainer"] = Path(folder) / f"{case}-stock.jsonl"
             write_rows(paths["first"], case, count, words)
-            write_rows(paths["SFTTrainer"], case, count // STOCK_SHARE, words)
+            write_rows(paths["SFTTrainer"], case, stock_count, words)
             for way, path in paths.items():
                 start(case, way, path)
 
@@ -94,6 +95,7 @@ def measure(case: str, way: str, path: Path) -> None:
     tokenizer = load_tokenizer(model, find_model(model))
     os.environ["FINETUNE_CACHE"] = str(path.parent / "cache")  # the model's is in the usual one
     prepare = by_stock if way == "SFTTrainer" else by_ours
+    import_module("trl.trainer.sft_trainer" if way == "SFTTrainer" else "finetune.data")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, worked = time.perf_counter(), time.process_time()
     seed = 1 if way == "drawn anew" else 42

@@ -364,12 +364,7 @@ def _sound_rows(
 ) -> Iterator[tuple[int, list[Turn]]]:
     """Yield row number (from 1) and turns of each row whose fields are whole.
 
-    Args:
-        source: of the rows.
-        rows: all of them.
-        template: renders them.
-        counts: gets what is said of all rows, and the faults of those that are rendered.
-        wanted: the numbers of the rows to render; None for all.
+    Where `wanted` numbers are given, others are neither rendered nor are their faults counted.
     """
     stream = iter(rows)
     head = list(islice(stream, ROWS_LOOKED_AT))
