@@ -11,7 +11,7 @@ from rich.table import Table
 
 from finetune.config import Refused
 from finetune.escaping import first_line
-from finetune.memory_estimate import GIB, Estimate, Place, estimate, find_problem
+from finetune.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
 from finetune.overrides import compose_job
 from finetune.quantization import as_loaded
 from finetune.shape import find_shape, load_config
@@ -36,7 +36,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         config = compose_job(given.overrides)
-        shape, place = find_shape(config.model), Place.find(config, given.gib)
+        shape, device = find_shape(config.model), DeviceMemory.find(config, given.gib)
         config = replace(config, model=as_loaded(config.model, load_config(config.model)))
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
@@ -45,19 +45,19 @@ def main() -> None:
         print(first_line(error), file=sys.stderr)
         sys.exit(2)
     tokens = config.training.most_tokens()
-    print_table(render(estimate(config, shape, place), place))
-    problem = find_problem(config, shape, place, tokens)
+    print_table(render(estimate(config, shape, device), device))
+    problem = find_problem(config, shape, device, tokens)
     print(f"\n{problem}" if problem else "\nit fits")
     sys.exit(1 if problem else 0)
 
 
-def render(need: Estimate, place: Place) -> Table:
+def render(need: Estimate, device: DeviceMemory) -> Table:
     """Return the table of parts, and what is there."""
     table = build_table("part", "GiB", right=("GiB",))
     for name, value in asdict(need).items():
         add_row(table, name, f"{value / GIB:.2f}")
     add_row(table, "at most at one time", f"{need.total / GIB:.2f}")
-    add_row(table, f"free on the {place.kind}", f"{place.free / GIB:.2f}")
+    add_row(table, f"free on the {device.kind}", f"{device.free / GIB:.2f}")
     return table
 
 

@@ -55,15 +55,15 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run is to fit."""
+class DeviceMemory:
+    """The memory of the device on which a run is to fit."""
 
     kind: str  # cpu or cuda
     size: int  # bytes of a number in the base's dtype
     free: float  # bytes
 
     @classmethod
-    def find(cls, config: Config, gib: float | None = None) -> Place:
+    def find(cls, config: Config, gib: float | None = None) -> DeviceMemory:
         """Return the configured device, or an assumed card where a GPU is asked for in vain."""
         if config.training.device == "cuda" and not torch.cuda.is_available():
             size = 4 if config.model.dtype == "fp32" else 2
@@ -81,14 +81,19 @@ def free_bytes(device: torch.device) -> float:
 
 
 def estimate(
-    config: Config, shape: Shape, place: Place, *, tokens: int | None = None, adapters: int = 1
+    config: Config,
+    shape: Shape,
+    device: DeviceMemory,
+    *,
+    tokens: int | None = None,
+    adapters: int = 1,
 ) -> Estimate:
     """Estimate a run's parts.
 
     Args:
         config: the run's.
         shape: of its base.
-        place: where it runs.
+        device: where it runs.
         tokens: in a micro-batch; None takes the most that there can be.
         adapters: trained in one step.
     """
@@ -96,21 +101,23 @@ def estimate(
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
     trains_base = METHODS[config.peft.method].trains_base
     optimizer = OPTIMIZERS[config.optimizer.name]
-    parts = distributed.num_processes() if distributed.is_sharded() and place.kind == "cuda" else 1
+    parts = distributed.num_processes() if distributed.is_sharded() and device.kind == "cuda" else 1
     trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
     # In its own dtype the base is whole, once; in parts of fp32 it is trained.
-    size = max(4 / parts, place.size) if trains_base else place.size
-    logit = shape.vocabulary * (8 + place.size)  # as computed, in fp32, its slope; for one token
+    size = max(4 / parts, device.size) if trains_base else device.size
+    logit = shape.vocabulary * (8 + device.size)  # as computed, in fp32, its slope; for one token
     head = (tokens if trains_base else CHUNK) * logit  # a trained head has no chunks
-    scored = MOST_TOKENS[place.kind] * _forward_bytes(shape, place.size) + CHUNK * logit
+    scored = MOST_TOKENS[device.kind] * _forward_bytes(shape, device.size) + CHUNK * logit
     return Estimate(
-        process=PROCESS[place.kind],
+        process=PROCESS[device.kind],
         weights=_weight_bytes(config.model, shape, size),
         adapter=0.0 if trains_base else 4.0 * trained,
         gradients=4.0 * trained,
-        optimizer=trained * optimizer.resident_bytes(place.kind),
-        activations=0.0 if training.is_skipped else _activation_bytes(config, shape, tokens, place),
-        logits=float(head + 2 * tokens * shape.hidden * place.size),
+        optimizer=trained * optimizer.resident_bytes(device.kind),
+        activations=0.0
+        if training.is_skipped
+        else _activation_bytes(config, shape, tokens, device),
+        logits=float(head + 2 * tokens * shape.hidden * device.size),
         evaluation=float(scored) if config.evaluation.tasks else 0.0,
     )
 
@@ -144,40 +151,40 @@ def _forward_bytes(shape: Shape, size: int) -> int:
     return size * (4 * shape.hidden + 2 * shape.attention + 2 * shape.keys + 3 * shape.inner)
 
 
-def _activation_bytes(config: Config, shape: Shape, tokens: int, place: Place) -> float:
-    layer = _layer_bytes(shape, place.size)
+def _activation_bytes(config: Config, shape: Shape, tokens: int, device: DeviceMemory) -> float:
+    layer = _layer_bytes(shape, device.size)
     if config.training.gradient_checkpointing:  # one input a layer, and one layer at a time
-        return float(tokens * (place.size * shape.layers * shape.hidden + layer))
-    return tokens * shape.layers * layer * ALLOCATOR[place.kind]
+        return float(tokens * (device.size * shape.layers * shape.hidden + layer))
+    return tokens * shape.layers * layer * ALLOCATOR[device.kind]
 
 
-def find_problem(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+def find_problem(config: Config, shape: Shape, device: DeviceMemory, tokens: int) -> str | None:
     """Return why a run does not fit, with the cheapest changes that make it.
 
     Args:
         config: the run's.
         shape: of its base.
-        place: where it is to fit.
+        device: where it is to fit.
         tokens: in its largest micro-batch.
     """
-    need = estimate(config, shape, place, tokens=tokens)
-    if need.total <= place.free:
+    need = estimate(config, shape, device, tokens=tokens)
+    if need.total <= device.free:
         return None
-    remedy = find_remedy(config, shape, place, tokens)
+    remedy = find_remedy(config, shape, device, tokens)
     return (
         f"{config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
-        f"{place.free / GIB:.1f} GiB are free on the {place.kind} ({need.weights / GIB:.1f} GiB "
+        f"{device.free / GIB:.1f} GiB are free on the {device.kind} ({need.weights / GIB:.1f} GiB "
         f"weights, {need.activations / GIB:.1f} GiB activations of {tokens} tokens); "
         + (f"set {remedy}" if remedy else "no setting makes it fit: take a smaller model")
     )
 
 
-def find_remedy(config: Config, shape: Shape, place: Place, tokens: int) -> str | None:
+def find_remedy(config: Config, shape: Shape, device: DeviceMemory, tokens: int) -> str | None:
     """Return the cheapest change, or the cheapest of them together, with which a run fits."""
 
     def fits(changed: Config, share: float) -> bool:
-        need = estimate(changed, shape, place, tokens=math.ceil(tokens * share))
-        return need.total <= place.free
+        need = estimate(changed, shape, device, tokens=math.ceil(tokens * share))
+        return need.total <= device.free
 
     for name, change, share in _changes(config):
         if fits(change(config), share):
@@ -231,10 +238,10 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
         )
 
 
-def most_adapters(config: Config, shape: Shape, place: Place, tokens: int, cap: int) -> int:
+def most_adapters(config: Config, shape: Shape, device: DeviceMemory, tokens: int, cap: int) -> int:
     """Return how many adapters fit into one step, at least one and at most `cap`."""
     for adapters in range(cap, 1, -1):
-        need = estimate(config, shape, place, tokens=tokens, adapters=adapters)
-        if need.total <= place.free:
+        need = estimate(config, shape, device, tokens=tokens, adapters=adapters)
+        if need.total <= device.free:
             return adapters
     return 1

@@ -66,12 +66,12 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
     if not (finished := is_done(config, inputs, folder, session)):
-        shape, place, tokens = _memory(config, inputs, session)
+        shape, device, tokens = _memory(config, inputs, session)
         loaded = replace(config, model=inputs.model)
-        problem = memory_estimate.find_problem(loaded, shape, place, tokens)
+        problem = memory_estimate.find_problem(loaded, shape, device, tokens)
         if problem is not None:
             return CheckedJob(None, [problem])
-        limit = _find_limit(loaded, shape, place, tokens)
+        limit = _find_limit(loaded, shape, device, tokens)
     told = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
     return CheckedJob(inputs, [], finished=finished, limit=limit, forecasts=told)
 
@@ -93,24 +93,30 @@ def _found(check: Check, config: Config, session: Session) -> list[str]:
         return [f"{type(error).__name__}: {first_line(error)}"]
 
 
-def _find_limit(config: Config, shape: Shape, place: memory_estimate.Place, tokens: int) -> Limit:
+def _find_limit(
+    config: Config, shape: Shape, device: memory_estimate.DeviceMemory, tokens: int
+) -> Limit:
     """Return how many runs may share the step of this one; its quantization is the base's own."""
     obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
     if obstacle is not None:
         return Limit(1, obstacle)
     limit = find_limit(config)
-    fit = memory_estimate.most_adapters(config, shape, place, tokens, limit.most)
+    fit = memory_estimate.most_adapters(config, shape, device, tokens, limit.most)
     return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
 
 
 def _memory(
     config: Config, inputs: Inputs, session: Session
-) -> tuple[Shape, memory_estimate.Place, int]:
+) -> tuple[Shape, memory_estimate.DeviceMemory, int]:
     """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
     tokens = config.training.most_tokens()  # packed sequences are as good as full
     if not config.training.sequence_packing:
         tokens = session.longest_batch(config, inputs.source, inputs.data)
-    return session.shape(config.model, inputs.source), memory_estimate.Place.find(config), tokens
+    return (
+        session.shape(config.model, inputs.source),
+        memory_estimate.DeviceMemory.find(config),
+        tokens,
+    )
 
 
 def _find_optimizer_problems(config: Config, _: Session) -> list[str]:

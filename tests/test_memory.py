@@ -11,13 +11,13 @@ import torch
 
 from finetune import memory, memory_estimate, preflight
 from finetune.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.memory_estimate import GIB, Place, estimate, find_problem
+from finetune.memory_estimate import GIB, DeviceMemory, estimate, find_problem
 from finetune.overrides import compose_job
 from finetune.shape import find_shape
 from tests.conftest import TINY, Command, write_rows
 
-CPU = Place("cpu", 4, 64 * GIB)
-CARD = Place("cuda", 2, 16 * GIB)
+CPU = DeviceMemory("cpu", 4, 64 * GIB)
+CARD = DeviceMemory("cuda", 2, 16 * GIB)
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_a_job_that_does_not_fit_is_refused_before_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its plan has one problem, with the numbers; the tokens are those of the longest rows."""
-    monkeypatch.setattr(Place, "find", lambda _: replace(CPU, free=0.5 * GIB))
+    monkeypatch.setattr(DeviceMemory, "find", lambda _: replace(CPU, free=0.5 * GIB))
     rows = [{"instruction": "Say it.", "input": "", "output": "word"} for _ in range(9)]
     path = write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "output": "long " * 100}])
     config = Config(
@@ -251,5 +251,5 @@ def test_the_estimate_is_within_a_fifth_of_the_allocators_peak(
     (trained,) = tmp_path.glob("outputs/*/training.json")
     measured = json.loads(trained.read_text())["peak_memory_gib"]
     config = compose_job(settings)
-    need = estimate(config, find_shape(config.model), Place.find(config))
+    need = estimate(config, find_shape(config.model), DeviceMemory.find(config))
     assert abs((need.total - need.process) / GIB - measured) <= 0.2 * measured

@@ -64,7 +64,7 @@ def test_an_optimizer_is_added_by_its_row(monkeypatch: pytest.MonkeyPatch) -> No
     assert find_optimizer_problems(config.optimizer) == []
     assert grouping.find_obstacle(config) is None
     assert identity.find_versions(config, ()) == {"PyYAML": version("PyYAML")}
-    shape, place = find_shape(config.model), memory_estimate.Place("cpu", 4, 2**33)
+    shape, place = find_shape(config.model), memory_estimate.DeviceMemory("cpu", 4, 2**33)
     need = memory_estimate.estimate(config, shape, place)
     assert need.optimizer == 6.0 * memory_estimate.num_trained(config, shape)
     config.peft.method = "full"

@@ -16,7 +16,7 @@ from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, Trainin
 from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
 from finetune.inputs import DataSource
-from finetune.memory_estimate import GIB, Place
+from finetune.memory_estimate import GIB, DeviceMemory
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
@@ -174,7 +174,7 @@ def test_memory_is_checked_for_full_sequences_and_the_run_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short rows make full micro-batches; the setting is part of what names a run."""
-    monkeypatch.setattr(Place, "find", lambda _: Place("cpu", 4, 0.5 * GIB))
+    monkeypatch.setattr(DeviceMemory, "find", lambda _: DeviceMemory("cpu", 4, 0.5 * GIB))
     rows: list[Any] = [{"instruction": "Say it.", "output": "word"} for _ in range(30)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     apart = Config(

@@ -210,7 +210,7 @@ def test_lora_is_trained_on_a_quantised_checkpoint(tmp_path: Path, kind: str) ->
 
 def test_a_quantised_checkpoint_is_counted_as_what_it_is(tmp_path: Path) -> None:
     """Its weights take what they take in the file; its run's identity has the package's version."""
-    place = memory_estimate.Place("cpu", 4, 64 * memory_estimate.GIB)
+    place = memory_estimate.DeviceMemory("cpu", 4, 64 * memory_estimate.GIB)
 
     def weights(model: ModelConfig, **changes: Any) -> float:
         config = Config(model=replace(model, **changes))
