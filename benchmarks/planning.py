@@ -29,9 +29,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.config import ModelConfig
-from finetune.metrics import Metric, Strata
 from finetune.models import find_model, load_tokenizer
-from finetune.resampling import resample_all
+from finetune.statistics.metrics import Metric, Strata
+from finetune.statistics.resampling import resample_all
 from finetune.sweep_record import RunRecord, SweepRecord
 
 SIZES: dict[str, Any] = {  # about 0.25 billion parameters in fp32: 1 GB

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api import metrics
 
-from finetune.metrics import f1, matthews
+from finetune.statistics.metrics import f1, matthews
 from finetune.substitution import substituted
 
 CHUNK = 1000  # resamples of one seed, as in lm-eval

@@ -23,9 +23,9 @@ from finetune import bootstrap
 from finetune.aggregation import find_definitions
 from finetune.config import EvaluationConfig
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
-from finetune.metrics import Metric
 from finetune.precision import TORCH_DTYPES
 from finetune.scoring import Scoring, SharedContextLM
+from finetune.statistics.metrics import Metric
 from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
 
 log = logging.getLogger("finetune")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from finetune.comparison import Comparison
 from finetune.config import Config
 from finetune.escaping import for_terminal
-from finetune.metric_names import STDERR
 from finetune.results import Results as SweepResults
 from finetune.results import list_columns
 from finetune.run_folder import RunFolder
 from finetune.score_files import ModelScore
 from finetune.score_tables import render_table
+from finetune.statistics.comparison import Comparison
+from finetune.statistics.metric_names import STDERR
 from finetune.tables import WIDTH_OF_A_FILE
 from finetune.verdict import verdict
 

@@ -16,13 +16,13 @@ from finetune.config import ModelConfig, Refused
 from finetune.conversation import render_prompt
 from finetune.merging import Check
 from finetune.methods import METHODS
-from finetune.metrics import Metric, show_score
 from finetune.pages import build_pages
 from finetune.prompts import PROMPT_FILE, load_template
 from finetune.run_comparison import compare_run
 from finetune.run_folder import RunFolder
 from finetune.score_files import MetricScore
 from finetune.score_tables import NO_DIFFERENCE, show_range
+from finetune.statistics.metrics import Metric, show_score
 from finetune.trained import Trained
 from finetune.verdict import show_difference
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.comparison import Outcomes
-from finetune.metric_names import MetricName
 from finetune.outcome_tables import OutcomeTable, read_table
-from finetune.resampling import Resampled
 from finetune.run_folder import RunFolder
+from finetune.statistics.comparison import Outcomes
+from finetune.statistics.metric_names import MetricName
+from finetune.statistics.resampling import Resampled
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from finetune.comparison import Comparison
 from finetune.escaping import for_csv
 from finetune.files import Damaged, read_json, write_atomic
-from finetune.metric_names import STDERR, MetricName
-from finetune.metrics import Metric
 from finetune.mixtures import find_machine_mixtures, find_mixtures
 from finetune.run_comparison import ScoredRuns, compare_runs
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.score_files import ModelScore, TaskScores
+from finetune.statistics.comparison import Comparison
+from finetune.statistics.metric_names import STDERR, MetricName
+from finetune.statistics.metrics import Metric
 from finetune.sweep_record import SweepRecord
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")

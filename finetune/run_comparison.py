@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose, isfinite
 
-from finetune.comparison import Comparison, compare, compare_stored
-from finetune.metric_names import MetricName
-from finetune.metrics import Metric
 from finetune.outcome_tables import OutcomeTable, read_tables
 from finetune.outcomes import find_answers, read_resamples
 from finetune.run_folder import RunFolder
+from finetune.statistics.comparison import Comparison, compare, compare_stored
+from finetune.statistics.metric_names import MetricName
+from finetune.statistics.metrics import Metric
 
 Scores = Mapping[str, tuple[float, float]]  # by run, what lm-eval reported of base and tuned
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from finetune.files import Damaged
-from finetune.metric_names import STDERR
-from finetune.metrics import Metric, guess_metric
+from finetune.statistics.metric_names import STDERR
+from finetune.statistics.metrics import Metric, guess_metric
 
 
 @dataclass(frozen=True)

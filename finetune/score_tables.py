@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from finetune.comparison import Comparison, Difference
-from finetune.metric_names import MetricName
-from finetune.metrics import show_score
 from finetune.results import MEAN_LOSS, VALIDATION, Results, Row
+from finetune.statistics.comparison import Comparison, Difference
+from finetune.statistics.metric_names import MetricName
+from finetune.statistics.metrics import show_score
 from finetune.tables import add_row, build_table
 from finetune.verdict import show_detectable, show_difference
 

@@ -27,11 +27,11 @@ from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.inputs import Inputs
-from finetune.metric_names import MetricName
 from finetune.precision import TORCH_DTYPES
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
+from finetune.statistics.metric_names import MetricName
 from finetune.tasks import SEED, LoadedTask
 
 log = logging.getLogger("finetune")

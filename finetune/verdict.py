@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.comparison import LEVEL, Comparison, Difference
-from finetune.metric_names import MetricName
-from finetune.metrics import show_score
 from finetune.results import VALIDATION, Results, Row
+from finetune.statistics.comparison import LEVEL, Comparison, Difference
+from finetune.statistics.metric_names import MetricName
+from finetune.statistics.metrics import show_score
 
 NOTHING = "No run has been scored yet, so there is nothing to compare."
 

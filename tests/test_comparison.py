@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finetune.comparison import (
+from finetune.statistics.comparison import (
     Outcomes,
     adjusted_p,
     compare,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.metric_names import MetricName
+from finetune.statistics.metric_names import MetricName
 
 
 @pytest.mark.parametrize(

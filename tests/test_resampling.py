@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finetune.comparison import adjusted_p
-from finetune.metrics import AGGREGATES, Metric, Strata
-from finetune.resampling import MOST_DRAWS, RESAMPLES, SEED, draw_swaps, resample, resample_all
+from finetune.statistics.comparison import adjusted_p
+from finetune.statistics.metrics import AGGREGATES, Metric, Strata
+from finetune.statistics.resampling import (
+    MOST_DRAWS,
+    RESAMPLES,
+    SEED,
+    draw_swaps,
+    resample,
+    resample_all,
+)
 
 PAIR = {"matthews_corrcoef": 3, "f1": 2}  # classes
 SIZES = {"one task": [60], "few questions": [9], "tasks": [1, 2, 40, 7], "ones": [1, 1, 1]}

@@ -15,12 +15,12 @@ import pytest
 
 from finetune.config import TrackingConfig
 from finetune.events import EventLog
-from finetune.metrics import Metric, compute
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results
 from finetune.run_folder import RunFolder
 from finetune.runs import render_list, render_pair
 from finetune.score_tables import render_table
+from finetune.statistics.metrics import Metric, compute
 from finetune.sweep_record import RunRecord, SweepRecord
 from finetune.tracking import build_tracker
 from finetune.verdict import verdict

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
-from finetune.metrics import AGGREGATES, MEANS, Metric, Strata
-from finetune.resampling import Resampled, draw_swaps, max_t, resample_all
+from finetune.statistics.metrics import AGGREGATES, MEANS, Metric, Strata
+from finetune.statistics.resampling import Resampled, draw_swaps, max_t, resample_all
 
 Outcomes = Mapping[str, Any]  # question's hash -> lm-eval's value: 1 right, 0 wrong, or another
 Matrix = npt.NDArray[np.float64]  # [run, question]

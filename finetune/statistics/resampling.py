@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from finetune.metrics import AGGREGATES, Metric, Strata, Values, Vector, aggregate
+from finetune.statistics.metrics import AGGREGATES, Metric, Strata, Values, Vector, aggregate
 
 RESAMPLES = 1999
 LEVEL = 0.05
