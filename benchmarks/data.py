@@ -88,7 +88,7 @@ def start(case: str, way: str, path: Path) -> None:
 
 def measure(case: str, way: str, path: Path) -> None:
     """Prepare rows one way, and print what it took, without imports and the tokenizer."""
-    from finetune.config import ModelConfig
+    from finetune.config.schema import ModelConfig
     from finetune.models import find_model, load_tokenizer
 
     model = ModelConfig(path=MODEL)
@@ -113,7 +113,7 @@ def measure(case: str, way: str, path: Path) -> None:
 
 def by_ours(path: Path, tokenizer: Any, *, is_chat: bool, seed: int) -> tuple[int, int]:
     """Build a run's examples; the seed decides which rows are held out."""
-    from finetune.config import DataConfig, TrainingConfig
+    from finetune.config.schema import DataConfig, TrainingConfig
     from finetune.data import build_examples, find_sources, read_sources
     from finetune.token_rows import example_lengths
 

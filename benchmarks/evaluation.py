@@ -29,7 +29,7 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
-from finetune.config import EvaluationConfig, ModelConfig
+from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation import TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prefix_tree import count_tokens

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.models import find_model, load_tokenizer

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.models import find_model, load_tokenizer
 from finetune.statistics.metrics import Metric, Strata
 from finetune.statistics.resampling import resample_all

@@ -81,7 +81,7 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from benchmarks.evaluation import Stock
     from benchmarks.stock import build_stock
     from finetune import data, training
-    from finetune.config import build_config, conf_dir, register
+    from finetune.config.schema import build_config, conf_dir, register
     from finetune.evaluation import score
     from finetune.models import find_model, load_base, load_tokenizer
     from finetune.precision import find_precision

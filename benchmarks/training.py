@@ -36,9 +36,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes, build_stock
-from finetune import adapters, methods, process_memory, training
+from finetune import adapters, process_memory, training
 from finetune.adapter_training import AdapterSpec
-from finetune.config import (
+from finetune.config import methods
+from finetune.config.schema import (
     DataConfig,
     LoraConfig,
     ModelConfig,

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from finetune import data, prompts
 from finetune.chat_templates import read_chat_template
-from finetune.config import Config, flatten
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config, flatten
 from finetune.events import EventLog, State
 from finetune.files import keep_regular, slug
 from finetune.identity import describe_environment, find_changes, find_inputs
-from finetune.inputs import Inputs
 from finetune.jobs import Job
 from finetune.run_folder import RunFolder, Status
 

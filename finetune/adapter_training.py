@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from finetune import adapters
 from finetune.adapters import LoraWeights
-from finetune.config import LoraConfig
+from finetune.config.schema import LoraConfig
 from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.files import write_atomic

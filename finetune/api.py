@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from finetune import distributed, ranges, signals
-from finetune.config import Config, Refused
+from finetune import distributed, signals
+from finetune.config import rules
+from finetune.config.schema import Config, Refused
 from finetune.grid import Grid, compose_grid
 from finetune.handles import Results, Run, view_results
 from finetune.home import complete_environment
@@ -57,7 +58,7 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
         8
     """
     config = _grid(overrides, config_dir, is_sweep=False).jobs[0].config
-    if problems := ranges.find_problems(config):
+    if problems := rules.find_problems(config):
         raise Refused(problems)
     return config
 
@@ -234,7 +235,7 @@ def base_path(path: str, revision: str | None = None) -> str:
     Raises:
         Refused: there is no such model.
     """
-    from finetune.config import ModelConfig
+    from finetune.config.schema import ModelConfig
     from finetune.models import find_model
 
     try:

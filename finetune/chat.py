@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import Refused
-from finetune.ranges import LARGEST_SEED
+from finetune.config.rules import LARGEST_SEED
+from finetune.config.schema import Refused
 from finetune.streams import is_gone, keep_streams
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.chat_tokens import find_chat_problems
-from finetune.config import DataConfig, TrainingConfig
-from finetune.inputs import DataSource
+from finetune.config.inputs import DataSource
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.plain_tokens import find_plain_problems
 from finetune.prompts import BY_NAME, Template, load_template
 from finetune.row_counts import RowCounts

@@ -17,8 +17,8 @@ from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from finetune import signals
-from finetune.config import Config
-from finetune.inputs import Inputs
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config
 
 log = logging.getLogger("finetune")
 

@@ -21,7 +21,7 @@ from lm_eval import evaluator
 
 from finetune import bootstrap
 from finetune.aggregation import find_definitions
-from finetune.config import EvaluationConfig
+from finetune.config.schema import EvaluationConfig
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
 from finetune.precision import TORCH_DTYPES
 from finetune.scoring import Scoring, SharedContextLM

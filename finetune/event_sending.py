@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.store_address import masked
+from finetune.config.store_address import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

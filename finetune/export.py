@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import Refused
+from finetune.config.foreign_runs import find_link_problems
+from finetune.config.schema import Refused
 from finetune.files import resolved
-from finetune.foreign_runs import find_link_problems
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune import devices, distributed, ranges
-from finetune.config import CONDUCT, Config, ModelConfig, SourceConfig, local_path, marked
+from finetune import devices, distributed
+from finetune.config import rules
+from finetune.config.inputs import DataSource, Inputs, Source
+from finetune.config.schema import CONDUCT, Config, ModelConfig, SourceConfig, local_path, marked
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
-from finetune.inputs import DataSource, Inputs, Source
 from finetune.run_files import read_entries
 from finetune.run_folder import RunFolder
 
@@ -54,7 +55,7 @@ class FinishedRuns:
 
     def find(self, config: Config) -> Inputs | None:
         """Return the inputs of the finished run that answers a job; None where that is not sure."""
-        if not self._is_kept or ranges.find_problems(config):
+        if not self._is_kept or rules.find_problems(config):
             return None
         try:
             stored = read_json(self._path(config), dict)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.devices import OLDEST_TRITON, Capability, render
 
 # Implementation -> the module that it is imported as, the package that brings it.

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.api.metrics import exact_match_hf_evaluate
 from lm_eval.api.task import Task
 
-from finetune.config import EvaluationConfig
+from finetune.config.schema import EvaluationConfig
 
 EXACT_SETTINGS = ("regexes_to_ignore", "ignore_case", "ignore_punctuation", "ignore_numbers")
 # Filters that leave each answer's text as it is, or whose effect on it is known.

@@ -25,18 +25,18 @@ from hydra.types import RunMode
 from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.command_line import find_settings_typed_twice
-from finetune.composition import (
+from finetune.config.command_line import find_settings_typed_twice
+from finetune.config.composition import (
     AS_A_SWEEP,
     COMPOSING_ERRORS,
     config_dir_of,
     explain,
     find_grid_problems,
 )
-from finetune.config import Refused, conf_dir, register
-from finetune.grammar import rewrite, without_null
+from finetune.config.grammar import rewrite, without_null
+from finetune.config.overrides import find_override_problems, with_grid
+from finetune.config.schema import Refused, conf_dir, register
 from finetune.jobs import Job
-from finetune.overrides import find_override_problems, with_grid
 from finetune.planning import build_job, sweep_name
 
 # What Hydra keeps for the process, of the program that it runs.

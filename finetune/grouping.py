@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from finetune import distributed
-from finetune.config import OWN, Config, marked
-from finetune.methods import METHODS, changes_base
-from finetune.optimizers import OPTIMIZERS
+from finetune.config.methods import METHODS, changes_base
+from finetune.config.optimizers import OPTIMIZERS
+from finetune.config.schema import OWN, Config, marked
 
 MOST_TOGETHER = 8
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.results import Results as SweepResults
 from finetune.results import list_columns

@@ -24,12 +24,12 @@ from finetune import (
     quantization,
 )
 from finetune.chat_templates import find_chat_template, read_chat_template
-from finetune.config import Config, DataConfig, ModelConfig, changed_settings
+from finetune.config.inputs import DataSource, Inputs, Source
+from finetune.config.methods import METHODS
+from finetune.config.optimizers import OPTIMIZERS
+from finetune.config.schema import Config, DataConfig, ModelConfig, changed_settings
 from finetune.files import digest, slug
 from finetune.fused_kernels import FLASH
-from finetune.inputs import DataSource, Inputs, Source
-from finetune.methods import METHODS
-from finetune.optimizers import OPTIMIZERS
 from finetune.precision import Precision, compute_dtype, find_precision
 from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.rows import find_source

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.config import Config, SourceConfig, changed_settings
+from finetune.config.schema import Config, SourceConfig, changed_settings
 from finetune.files import digest
 
 # The settings of release 0.1 that entered an identity by their values, by section.

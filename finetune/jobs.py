@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.config import Config
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config
 from finetune.grouping import NOT_TRAINED, Limit
-from finetune.inputs import Inputs
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from finetune import distributed
-from finetune.config import Config
-from finetune.methods import METHODS
-from finetune.optimizers import OPTIMIZERS
+from finetune.config.methods import METHODS
+from finetune.config.optimizers import OPTIMIZERS
+from finetune.config.schema import Config
 
 # What a launcher may ask of accelerate beside several processes, the value that asks for nothing,
 # and the remedy. Accelerate would follow it unseen by a run's identity.

@@ -13,13 +13,13 @@ import psutil
 import torch
 
 from finetune import distributed
-from finetune.config import (
+from finetune.config.methods import INITIALISATIONS, METHODS
+from finetune.config.optimizers import OPTIMIZERS
+from finetune.config.schema import (
     Config,
     ModelConfig,
 )
 from finetune.label_loss import CHUNK
-from finetune.methods import INITIALISATIONS, METHODS
-from finetune.optimizers import OPTIMIZERS
 from finetune.precision import compute_dtype, pick_device
 from finetune.scoring import MOST_TOKENS
 from finetune.shape import Shape

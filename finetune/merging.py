@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models
-from finetune.config import Refused
-from finetune.methods import METHODS
+from finetune.config.methods import METHODS
+from finetune.config.schema import Refused
 from finetune.precision import compute_dtype
 from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published

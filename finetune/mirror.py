@@ -7,11 +7,11 @@ import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from finetune.config.store_address import masked
 from finetune.event_sending import END_STATES
 from finetune.events import State
 from finetune.files import Damaged, read_json, write_atomic
 from finetune.run_folder import RunFolder
-from finetune.store_address import masked
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from finetune.config.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 from finetune.files import distinct_slug
 from finetune.home import complete_environment
-from finetune.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.config import ModelConfig, Refused
+from finetune.config.methods import METHODS
+from finetune.config.schema import ModelConfig, Refused
 from finetune.conversation import render_prompt
 from finetune.merging import Check
-from finetune.methods import METHODS
 from finetune.pages import build_pages
 from finetune.prompts import PROMPT_FILE, load_template
 from finetune.run_comparison import compare_run

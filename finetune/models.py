@@ -31,7 +31,8 @@ from transformers import (
 
 from finetune import quantization
 from finetune.chat_templates import read_chat_template
-from finetune.config import ModelConfig, local_path
+from finetune.config.inputs import Source
+from finetune.config.schema import ModelConfig, local_path
 from finetune.files import (
     Damaged,
     digest,
@@ -45,7 +46,6 @@ from finetune.files import (
 from finetune.fused_kernels import FLASH
 from finetune.home import cache_dir
 from finetune.hub import hub_commit
-from finetune.inputs import Source
 from finetune.precision import compute_dtype
 
 log = logging.getLogger("finetune")

@@ -23,16 +23,16 @@ from finetune import adapters, data, distributed, models, multi_adapter, signals
 from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
-from finetune.config import Config
+from finetune.config.inputs import Inputs, Source
+from finetune.config.methods import METHODS, build_settings
+from finetune.config.schema import Config
 from finetune.data import Examples
 from finetune.evaluation import TaskScore
 from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_changes
-from finetune.inputs import Inputs, Source
 from finetune.jobs import Job
-from finetune.methods import METHODS, build_settings
 from finetune.precision import compute_dtype, find_precision, pick_device
 from finetune.process_memory import is_out_of_memory
 from finetune.prompts import save_prompt

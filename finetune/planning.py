@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from finetune.checkpoints import newest_step
-from finetune.config import Config, Refused, build_config
+from finetune.config.schema import Config, Refused, build_config
 from finetune.events import State
 from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.grouping import Group, Limit, find_groups

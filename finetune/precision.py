@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune import distributed
-from finetune.config import Config, ModelConfig
+from finetune.config.schema import Config, ModelConfig
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from finetune.config import Refused
+from finetune.config.schema import Refused
 from finetune.streams import keep_streams
 
 NUM_ROWS = 3

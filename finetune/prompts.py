@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.chat_messages import render_chat
 from finetune.chat_tokens import ask_chat, encode_chat
-from finetune.config import TEMPLATE_FILE, local_path
+from finetune.config.schema import TEMPLATE_FILE, local_path
 from finetune.plain_tokens import encode_pair, encode_pairs, encode_prompt
 from finetune.turns import Encoded, Prompt, Turn, Unusable
 

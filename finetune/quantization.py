@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from finetune.config import ModelConfig
+from finetune.config.rules import QUANTIZATIONS
+from finetune.config.schema import ModelConfig
 from finetune.devices import OLDEST_INT8, Capability, render
-from finetune.ranges import QUANTIZATIONS
 
 FOUR_BIT = ("nf4", "fp4")
 BITSANDBYTES = (*FOUR_BIT, "int8")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.config import CONDUCT, Config, flatten, marked
+from finetune.config.schema import CONDUCT, Config, flatten, marked
 from finetune.events import read_events
 from finetune.files import Damaged, file_digest, read_yaml
 from finetune.outcomes import read_sides

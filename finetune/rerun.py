@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import signals
-from finetune.config import Refused, build_config, flatten
+from finetune.config.foreign_runs import find_rerun_problems, find_settings_to_type
+from finetune.config.schema import Refused, build_config, flatten
 from finetune.escaping import first_line
-from finetune.foreign_runs import find_rerun_problems, find_settings_to_type
 from finetune.jobs import Job
 from finetune.reproduction import compare_runs, find_other_conditions, is_conduct
 from finetune.run_folder import REMEDY, RunFolder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from finetune.chat_tokens import encode_chat, encode_chats, find_learned
-from finetune.config import DataConfig, TrainingConfig
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.prompts import Template, encode_plain, encode_plain_rows
 from finetune.text_pieces import fit_length
 from finetune.token_cache import RowTokens

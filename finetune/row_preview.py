@@ -18,11 +18,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from finetune import data, models
-from finetune.config import Config, Refused
+from finetune.config.inputs import DataSource
+from finetune.config.overrides import compose_job
+from finetune.config.schema import Config, Refused
 from finetune.data import Examples
 from finetune.escaping import for_terminal
-from finetune.inputs import DataSource
-from finetune.overrides import compose_job
 from finetune.preflight import find_row_problems
 from finetune.session import Session
 from finetune.token_display import (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import DataConfig, TrainingConfig
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.data import Examples, SourceRows, sound_rows
 from finetune.prompts import Template, load_template
 from finetune.token_rows import Origin

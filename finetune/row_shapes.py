@@ -13,7 +13,7 @@ from decimal import Decimal
 from itertools import chain
 from typing import Any
 
-from finetune.config import AUTO_FORMAT
+from finetune.config.schema import AUTO_FORMAT
 from finetune.json_rows import CONVERSATIONS, Row
 from finetune.prompts import Template
 from finetune.row_messages import (

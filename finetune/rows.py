@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, overload
 
 from finetune import data_paths
-from finetune.config import SourceConfig, local_path
+from finetune.config.inputs import DataSource
+from finetune.config.schema import SourceConfig, local_path
 from finetune.data_paths import LocalData
 from finetune.file_formats import find_format, iterate_file
 from finetune.files import digest
 from finetune.hub import cached_folder, hub_commit
-from finetune.inputs import DataSource
 from finetune.json_rows import Row
 from finetune.text_lines import DEFAULT_ENCODING
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import run_files
-from finetune.config import Config, Refused, build_config
+from finetune.config.schema import Config, Refused, build_config
 from finetune.events import (
     Measured,
     State,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.outcomes import read_answers
 from finetune.results import find_damage

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import evaluation
 from finetune.aggregation import draw_resamples
-from finetune.config import Config
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config
 from finetune.evaluation import ScoreStore, TaskScore
 from finetune.events import EventLog
 from finetune.files import digest
 from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
-from finetune.inputs import Inputs
 from finetune.precision import TORCH_DTYPES
 from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM

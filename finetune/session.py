@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import data, models, multi_adapter, prompts, samples
-from finetune.config import Config, DataConfig, ModelConfig, TrainingConfig
+from finetune.config.inputs import DataSource, Inputs, Source
+from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.finished_runs import FinishedRuns
-from finetune.inputs import DataSource, Inputs, Source
 from finetune.precision import Precision
 from finetune.shape import Shape, describe_shape
 from finetune.tasks import LoadedTask, load_task

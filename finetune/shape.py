@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune import models
-from finetune.config import ModelConfig, conf_dir
+from finetune.config.schema import ModelConfig, conf_dir
 from finetune.quantization import gptq_bytes
 
 

@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from finetune import distributed
-from finetune.config import Refused, TrackingConfig
-from finetune.escaping import first_line
-from finetune.mlflow_store import deleted_experiment, open_client
-from finetune.store_address import (
+from finetune.config.schema import Refused, TrackingConfig
+from finetune.config.store_address import (
     MASK,
     SQLITE,
     URI_VARIABLE,
@@ -36,6 +34,8 @@ from finetune.store_address import (
     sqlite_file,
     without_secrets,
 )
+from finetune.escaping import first_line
+from finetune.mlflow_store import deleted_experiment, open_client
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

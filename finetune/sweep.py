@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from finetune import devices, distributed, launchers, signals
-from finetune.config import Config, Refused
+from finetune.config.schema import Config, Refused
 from finetune.escaping import first_line, for_terminal
 from finetune.events import State
 from finetune.files import is_obstructed

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
 from finetune.chat_templates import fix_date
-from finetune.config import EvaluationConfig, nearest
+from finetune.config.schema import EvaluationConfig, nearest
 from finetune.files import digest
 from finetune.gold_answers import check_golds
 from finetune.prefix_tree import count_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.config import DataConfig, TrainingConfig
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.token_rows import IGNORED, Example
 
 

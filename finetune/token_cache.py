@@ -21,10 +21,10 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arrow_cache import ArrowCache, Batches
-from finetune.config import DataConfig
+from finetune.config.inputs import DataSource
+from finetune.config.schema import DataConfig
 from finetune.files import digest
 from finetune.home import cache_dir
-from finetune.inputs import DataSource
 from finetune.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 
 FOLDER = "tokens"

@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.config import TrackingConfig
+from finetune.config.schema import TrackingConfig
+from finetune.config.store_address import (
+    find_address,
+    is_server,
+    sync_command,
+    ui_command,
+    without_secrets,
+)
 from finetune.escaping import first_line
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
 from finetune.events import State, parse_events
@@ -23,13 +30,6 @@ from finetune.mirror import Child, Mirror
 from finetune.mlflow_store import find_experiment, open_store
 from finetune.run_folder import RunFolder
 from finetune.showcase import build_view, register_champion, save_view
-from finetune.store_address import (
-    find_address,
-    is_server,
-    sync_command,
-    ui_command,
-    without_secrets,
-)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import models, quantization
-from finetune.config import Config, ModelConfig, Refused, nearest
+from finetune.config.foreign_runs import find_config_problems
+from finetune.config.inputs import Source
+from finetune.config.methods import METHODS, changes_base
+from finetune.config.schema import Config, ModelConfig, Refused, nearest
 from finetune.files import resolved
-from finetune.foreign_runs import find_config_problems
 from finetune.identity import model_identity
-from finetune.inputs import Source
-from finetune.methods import METHODS, changes_base
 from finetune.precision import pick_device
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.saved_adapter import find_code_problems

@@ -29,7 +29,7 @@ from finetune.adapters import (
 )
 from finetune.callbacks import StepWatch
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
-from finetune.config import OptimizerConfig, TrainingConfig
+from finetune.config.schema import OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer

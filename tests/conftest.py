@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import Config, DataConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.jobs import Job
 from finetune.models import find_model, load_tokenizer
 

@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import finetune
 from finetune import api, conversation, distributed, planning
-from finetune.config import Config, LoraConfig
+from finetune.config.schema import Config, LoraConfig
 from finetune.grid import Grid, compose_grid
 from finetune.jobs import CheckedJob, Job
 from finetune.run_folder import Status
@@ -415,7 +415,7 @@ def test_an_adapter_that_changed_its_base_is_loaded(
     quantization: str, merged: bool, tmp_path: Path
 ) -> None:
     """PiSSA's, as the run was scored; on a quantised base too."""
-    from finetune.config import ModelConfig
+    from finetune.config.schema import ModelConfig
     from finetune.merging import load_own
     from finetune.trained import find_trained
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.mistral_shaped import write_mistral_shaped
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.quantization import find_quantization
 from finetune.shape import load_config

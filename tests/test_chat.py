@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from finetune import adapters, chat, conversation, logs, run_files
-from finetune.config import DataConfig, LoraConfig, Refused
+from finetune.config.schema import DataConfig, LoraConfig, Refused
 from finetune.conversation import Conversation, Sampling, find_ends
 from finetune.prompts import load_template
 from finetune.run_folder import RunFolder

@@ -12,7 +12,7 @@ from transformers.utils import chat_template_utils
 
 from finetune import preflight
 from finetune.chat_templates import find_chat_template, fix_date, read_chat_template
-from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.models import find_model, load_tokenizer
 from tests.conftest import train_tiny, write_rows

@@ -26,7 +26,7 @@ from finetune.checkpoints import (
     newest_step,
     write_checkpoint,
 )
-from finetune.config import build_config
+from finetune.config.schema import build_config
 from finetune.files import file_digest
 from finetune.jobs import Job
 from tests.conftest import TINY, Command, last_of_each

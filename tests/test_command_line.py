@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.command_line import is_multirun, read_command_line
-from finetune.config import Refused
+from finetune.config.command_line import is_multirun, read_command_line
+from finetune.config.schema import Refused
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.composition import explain, find_missing_values
-from finetune.config import Refused, build_config, conf_dir, register
-from finetune.overrides import compose_settings
+from finetune.config.composition import explain, find_missing_values
+from finetune.config.overrides import compose_settings
+from finetune.config.schema import Refused, build_config, conf_dir, register
 
 register()
 

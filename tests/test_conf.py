@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from finetune.config import Config, build_config, conf_dir, register
-from finetune.ranges import find_problems
+from finetune.config.rules import find_problems
+from finetune.config.schema import Config, build_config, conf_dir, register
 
 register()
 FILES = sorted(conf_dir().glob("*/*.yaml"))

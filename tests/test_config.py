@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import config
-from finetune.config import (
+from finetune.config import schema
+from finetune.config.rules import find_problems
+from finetune.config.schema import (
     Config,
     DataConfig,
     SourceConfig,
@@ -18,7 +19,6 @@ from finetune.config import (
     local_path,
     nearest,
 )
-from finetune.ranges import find_problems
 
 
 def changed(key: str, value: Any) -> Config:
@@ -124,7 +124,7 @@ def test_an_unknown_name_gets_the_nearest_known_one() -> None:
 
 def test_every_field_has_its_line_beside_it() -> None:
     """Each setting says in the schema what it does."""
-    source = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    source = Path(schema.__file__).read_text(encoding="utf-8").splitlines()
     for section in fields(Config):
         settings = getattr(Config(), section.name)
         if is_dataclass(settings):

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from finetune import report, reproduction, run_files, runs
-from finetune.config import Config, Refused
+from finetune.config.foreign_runs import find_link_problems
+from finetune.config.schema import Config, Refused
 from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
-from finetune.foreign_runs import find_link_problems
 from finetune.live import read_progress
 from finetune.mirror import Mirror
 from finetune.report_pages import write_report

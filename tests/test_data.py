@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import DataConfig, SourceConfig, TrainingConfig
+from finetune.config.inputs import DataSource
+from finetune.config.schema import DataConfig, SourceConfig, TrainingConfig
 from finetune.data import (
     Examples,
     build_examples,
@@ -19,7 +20,6 @@ from finetune.data import (
     read_sources,
 )
 from finetune.events import read_events
-from finetune.inputs import DataSource
 from finetune.plain_tokens import NO_EOS
 from finetune.row_draw import share_sizes
 from finetune.rows import read_file

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from finetune.config import DataConfig
+from finetune.config.schema import DataConfig
 from finetune.data import find_sources
 from finetune.rows import read_rows
 from tests.conftest import write_rows

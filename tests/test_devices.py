@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune import devices, fused_kernels, models, preflight, quantization, worker
-from finetune.config import Config, ModelConfig
+from finetune.config.schema import Config, ModelConfig
 from finetune.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
 from finetune.session import Session
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from finetune import distributed, grouping, identity, launchers, worker
 from finetune.callbacks import is_stop_agreed
-from finetune.config import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
+from finetune.config.inputs import Inputs, Source
+from finetune.config.schema import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.events import NullEventLog
-from finetune.inputs import Inputs, Source
 from finetune.precision import pick_device
 from finetune.row_order import EvenOrder, filled_up, rows_of_step, with_filler
 from finetune.signals import StopSignals

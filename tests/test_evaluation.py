@@ -12,7 +12,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from finetune.config import EvaluationConfig, ModelConfig
+from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation import Item, ScoreStore, TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.outcomes import read_outcomes

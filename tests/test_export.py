@@ -24,8 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import finetune
 from finetune import adapters, export, logs, models
-from finetune.config import LoraConfig, ModelConfig, PeftConfig
-from finetune.inputs import Source
+from finetune.config.inputs import Source
+from finetune.config.schema import LoraConfig, ModelConfig, PeftConfig
 from finetune.merging import find_prompts, log_likelihoods
 from finetune.trained import find_trained, load_as_published
 from tests.conftest import train_tiny

@@ -16,10 +16,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import finished_runs, pipeline, preflight
-from finetune.config import Config, DataConfig, ModelConfig, build_config
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config, DataConfig, ModelConfig, build_config
 from finetune.finished_runs import FinishedRuns
 from finetune.home import cache_dir
-from finetune.inputs import Inputs
 from finetune.jobs import Job
 from finetune.models import find_model
 from finetune.run_folder import RunFolder, Status

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.config import conf_dir, register
-from finetune.foreign_configs import find_foreign_problems
-from finetune.overrides import find_override_problems
+from finetune.config.foreign_configs import find_foreign_problems
+from finetune.config.overrides import find_override_problems
+from finetune.config.schema import conf_dir, register
 
 register()
 GLOBAL = "# @package _global_\n"

@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import chat, export, rerun
-from finetune.config import Config, ModelConfig, Refused, local_path
-from finetune.foreign_runs import find_config_problems, find_rerun_problems
+from finetune.config.foreign_runs import find_config_problems, find_rerun_problems
+from finetune.config.schema import Config, ModelConfig, Refused, local_path
 from finetune.models import find_model
 from finetune.run_folder import RunFolder, Status
 from finetune.saved_adapter import find_code_problems, find_problems

@@ -16,16 +16,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 from transformers.models.llama import modeling_llama
 
-from finetune import (
-    adapters,
-    fused_kernels,
-    identity,
-    methods,
-    pipeline,
-    preflight,
-    training,
-)
-from finetune.config import LoraConfig, ModelConfig, TrainingConfig
+from finetune import adapters, fused_kernels, identity, pipeline, preflight, training
+from finetune.config import methods
+from finetune.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from finetune.fused_kernels import liger_kernels
 from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
 from finetune.precision import Precision, compute_dtype, pick_device

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config import EvaluationConfig
+from finetune.config.schema import EvaluationConfig
 from finetune.forecast import Speeds
 from finetune.gold_answers import _can_extract, _is_met
 from finetune.tasks import load_task

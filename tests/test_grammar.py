@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.grammar import grid_arguments, rewrite, without_null
+from finetune.config.grammar import grid_arguments, rewrite, without_null
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 
 from finetune import multi_adapter, pipeline
 from finetune.adapter_training import AdapterTraining
-from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
 
-from finetune.config import PeftConfig, TrainingConfig  # isort: skip
+from finetune.config.schema import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
 from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from finetune.jobs import Job

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from finetune import forecast, home, identity, models, report, sync
-from finetune.config import Config, ModelConfig, Refused
+from finetune.config.schema import Config, ModelConfig, Refused
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.run_folder import RunFolder

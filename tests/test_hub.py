@@ -16,7 +16,7 @@ from huggingface_hub import close_session, constants
 
 from finetune import hub, preflight
 from finetune.compatibility import HTTPError
-from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
+from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from finetune.models import find_model
 from finetune.rows import find_source
 from finetune.tasks import load_task

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import identity, identity_0_1, pipeline, preflight
-from finetune.config import (
+from finetune.config.schema import (
     NEUTRAL,
     Config,
     DataConfig,

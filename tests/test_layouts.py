@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, methods, multi_adapter, training
+from finetune import adapters, multi_adapter, training
 from finetune.adapter_training import AdapterSpec
-from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
+from finetune.config import methods
+from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_tokenizer

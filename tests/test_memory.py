@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from finetune import memory, memory_estimate, preflight
-from finetune.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.config.overrides import compose_job
+from finetune.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.memory_estimate import GIB, DeviceMemory, estimate, find_problem
-from finetune.overrides import compose_job
 from finetune.shape import find_shape
 from tests.conftest import TINY, Command, write_rows
 

@@ -26,7 +26,10 @@ from finetune import (
     training,
 )
 from finetune import trained as trained_module
-from finetune.config import (
+from finetune.config.inputs import Source
+from finetune.config.methods import METHODS, Method, build_settings, target_sizes
+from finetune.config.rules import find_problems
+from finetune.config.schema import (
     Config,
     LoraConfig,
     ModelConfig,
@@ -37,11 +40,8 @@ from finetune.config import (
 )
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
-from finetune.inputs import Source
 from finetune.jobs import Job
-from finetune.methods import METHODS, Method, build_settings, target_sizes
 from finetune.models import find_model, load_base, load_tokenizer
-from finetune.ranges import find_problems
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
 from finetune.run_folder import RunFolder

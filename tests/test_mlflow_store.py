@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from finetune.config import TrackingConfig
+from finetune.config.schema import TrackingConfig
+from finetune.config.store_address import find_address
 from finetune.mirror import Mirror
 from finetune.mlflow_store import NETWORK, make_sqlite_store, network_type
-from finetune.store_address import find_address
 from finetune.store_check import find_store_problems
 from finetune.tracking import send
 from tests.test_store_address import PLACES

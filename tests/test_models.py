@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune import adapters, models, preflight
-from finetune.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from finetune.models import (
     find_model,
     find_tokenizer_problems,

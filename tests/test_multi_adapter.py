@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from finetune import adapters, methods, training
+from finetune import adapters, training
 from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
 from finetune.compatibility import is_checkpointing
-from finetune.config import ModelConfig
+from finetune.config import methods
+from finetune.config.schema import ModelConfig
 from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import Outcome, SharedBase, train_together

@@ -10,9 +10,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from finetune import grouping, identity, launchers, memory_estimate, optimizers
-from finetune.config import Config, ModelConfig, OptimizerConfig
-from finetune.optimizers import OPTIMIZERS, Optimizer, find_optimizer_problems, supported
+from finetune import grouping, identity, launchers, memory_estimate
+from finetune.config import optimizers
+from finetune.config.optimizers import OPTIMIZERS, Optimizer, find_optimizer_problems, supported
+from finetune.config.schema import Config, ModelConfig, OptimizerConfig
 from finetune.shape import find_shape
 
 NAMES = [str(item.value) for item in OptimizerNames]

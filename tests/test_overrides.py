@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from finetune.config import Refused, conf_dir, register
-from finetune.overrides import compose_settings, find_override_problems, with_grid
+from finetune.config.overrides import compose_settings, find_override_problems, with_grid
+from finetune.config.schema import Refused, conf_dir, register
 
 register()
 

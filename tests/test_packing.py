@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, methods, preflight, training
+from finetune import adapters, preflight, training
 from finetune.adapter_training import AdapterSpec
-from finetune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from finetune.config import methods
+from finetune.config.inputs import DataSource
+from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
-from finetune.inputs import DataSource
 from finetune.memory_estimate import GIB, DeviceMemory
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together

@@ -10,7 +10,7 @@ import pytest
 
 from finetune import planning
 from finetune.checkpoints import MANIFEST, MARKER
-from finetune.config import Config, ModelConfig, SweepConfig
+from finetune.config.schema import Config, ModelConfig, SweepConfig
 from finetune.events import State
 from finetune.files import file_digest
 from finetune.jobs import Job

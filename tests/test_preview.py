@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from finetune import preview
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.data import read_sources
 from finetune.models import find_model
 from finetune.row_preview import load_preview, print_preview

@@ -17,7 +17,8 @@ from trl.chat_template_utils import get_training_chat_template
 from finetune import models, pipeline, preflight, samples
 from finetune.chat_messages import ROLES
 from finetune.chat_tokens import REWRITES, find_chat_problems
-from finetune.config import (
+from finetune.config.inputs import DataSource
+from finetune.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,
@@ -29,7 +30,6 @@ from finetune.config import (
 )
 from finetune.data import Examples, SourceRows, build_examples, find_problems
 from finetune.identity import data_identity
-from finetune.inputs import DataSource
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.prompts import JINJA, load_template, save_prompt
 from finetune.row_prompts import last_prompts

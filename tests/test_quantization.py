@@ -12,16 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import (
-    adapters,
-    grouping,
-    memory_estimate,
-    methods,
-    pipeline,
-    preflight,
-    quantization,
-)
-from finetune.config import (
+from finetune import adapters, grouping, memory_estimate, pipeline, preflight, quantization
+from finetune.config import methods
+from finetune.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,

@@ -12,8 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from finetune import chat, ranges, row_shapes
-from finetune.config import (
+from finetune import chat, row_shapes
+from finetune.config import rules
+from finetune.config.overrides import find_override_problems
+from finetune.config.rules import LARGEST_INT, LARGEST_SEED, MOST_ADAPTERS, find_problems
+from finetune.config.schema import (
     AUTO_FORMAT,
     Config,
     DataConfig,
@@ -25,8 +28,6 @@ from finetune.config import (
     build_config,
     register,
 )
-from finetune.overrides import find_override_problems
-from finetune.ranges import LARGEST_INT, LARGEST_SEED, MOST_ADAPTERS, find_problems
 from tests.conftest import train_tiny
 
 HUGE = [10**30, 2**64, 99999999999999999999]
@@ -120,7 +121,7 @@ def test_a_sources_weight_is_a_number_too() -> None:
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_the_largest_seed_trains(method: str, tmp_path: Path) -> None:
     """On our own path and on the Trainer's, which also seeds numpy."""
-    from finetune.config import TrainingConfig
+    from finetune.config.schema import TrainingConfig
 
     train_tiny(
         tmp_path,
@@ -156,4 +157,4 @@ def test_a_module_named_twice_is_refused() -> None:
 def test_the_formats_are_those_that_rows_are_read_in() -> None:
     """`data.format` takes every shape by its name, and auto to recognise it."""
     shapes = [*row_shapes.PAIRS, *row_shapes.CONVERSATION_TITLES, *row_shapes.TEXT]
-    assert sorted(ranges.FORMATS) == sorted([AUTO_FORMAT, *shapes])
+    assert sorted(rules.FORMATS) == sorted([AUTO_FORMAT, *shapes])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import Config, conf_dir, register
-from finetune.overrides import find_override_problems
+from finetune.config.overrides import find_override_problems
+from finetune.config.schema import Config, conf_dir, register
 from tests.test_methods import render_matrix
 
 register()

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
 from finetune import rerun
-from finetune.config import Config, Refused
+from finetune.config.schema import Config, Refused
 from finetune.events import EventLog
 from finetune.reproduction import compare_runs, find_other_conditions
 from finetune.rerun import build_job, refuse_foreign, report

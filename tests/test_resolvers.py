@@ -6,7 +6,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import Config, build_config, register
+from finetune.config.schema import Config, build_config, register
 
 
 def composed(alpha: str) -> DictConfig:

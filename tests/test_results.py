@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from finetune.config import TrackingConfig
+from finetune.config.schema import TrackingConfig
 from finetune.events import EventLog
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results

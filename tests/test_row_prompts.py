@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import DataConfig, SourceConfig, TrainingConfig
+from finetune.config.schema import DataConfig, SourceConfig, TrainingConfig
 from finetune.data import Examples, build_examples
 from finetune.row_counts import RowCounts
 from finetune.row_prompts import HELD_OUT, TRAINED, UNUSED, RowPrompt, sample_prompts

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune.config import DataConfig
+from finetune.config.schema import DataConfig
 from finetune.data import find_problems, find_sources
 from finetune.rows import RowStream, read_rows
 from tests.conftest import write_rows

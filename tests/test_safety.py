@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import register
-from finetune.overrides import find_override_problems
+from finetune.config.overrides import find_override_problems
+from finetune.config.schema import register
 from tests.conftest import TINY, Command
 
 register()

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.adapters import foldable_layers, folded
-from finetune.config import ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.models import cast_parameters, find_model, load_base, load_tokenizer
 from finetune.prefix_tree import count_tokens
 from finetune.scoring import SharedContextLM

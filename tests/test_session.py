@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune import models
-from finetune.config import Config, EvaluationConfig, ModelConfig
-from finetune.inputs import Inputs
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config, EvaluationConfig, ModelConfig
 from finetune.models import find_model
 from finetune.session import Kept, Session
 

@@ -14,9 +14,9 @@ from typing import cast
 import pytest
 
 from finetune import distributed, signals
-from finetune.config import Config
+from finetune.config.inputs import Inputs
+from finetune.config.schema import Config
 from finetune.events import read_events
-from finetune.inputs import Inputs
 from finetune.lost_runs import write_cut_off
 from finetune.run_folder import RunFolder, Status
 from finetune.signals import Stopped, StopSignals

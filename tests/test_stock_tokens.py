@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import training
-from finetune.config import DataConfig, OptimizerConfig, TrainingConfig
+from finetune.config.schema import DataConfig, OptimizerConfig, TrainingConfig
 from finetune.data import build_examples
 from finetune.events import EventLog, read_events
 from finetune.prompts import render_alpaca

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import TrackingConfig
-from finetune.store_address import (
+from finetune.config.schema import TrackingConfig
+from finetune.config.store_address import (
     absolute_uri,
     find_address,
     has_secret,

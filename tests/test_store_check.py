@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from finetune.config import Refused, TrackingConfig
+from finetune.config.schema import Refused, TrackingConfig
+from finetune.config.store_address import find_address
 from finetune.mlflow_store import find_experiment, open_store
-from finetune.store_address import find_address
 from finetune.store_check import find_store_problems, store_checked
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own

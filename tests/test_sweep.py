@@ -20,7 +20,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune import pipeline, preflight
-from finetune.config import Config, DataConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.lost_runs import write_failure

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from finetune import models, preflight
-from finetune.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from finetune.evaluation import score
 from finetune.tasks import find_task_file, find_task_problems, load_task
 from tests.conftest import TINY, Command, write_rows

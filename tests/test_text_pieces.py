@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config import DataConfig, TrainingConfig
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, longest_batch
 from finetune.text_pieces import piece_spans
 from finetune.token_rows import IGNORED

@@ -14,9 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune import prompts, row_encoding, token_cache
-from finetune.config import DataConfig, TrainingConfig
+from finetune.config.inputs import DataSource
+from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
-from finetune.inputs import DataSource
 from finetune.prompts import load_template
 from finetune.token_rows import as_dataset, example_lengths
 from finetune.turns import Turn, Unusable

@@ -17,11 +17,11 @@ import pytest
 from filelock import FileLock
 
 from finetune import sync
-from finetune.config import Config, DataConfig, TrackingConfig
+from finetune.config.rules import find_problems
+from finetune.config.schema import Config, DataConfig, TrackingConfig
 from finetune.events import EventLog
 from finetune.mirror import Mirror
 from finetune.mlflow_store import open_store
-from finetune.ranges import find_problems
 from finetune.run_folder import RunFolder
 from finetune.tracking import NullTracker, Tracker, build_tracker, send
 from tests.conftest import TINY, Command

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune import sync
-from finetune.config import TrackingConfig
+from finetune.config.schema import TrackingConfig
 from finetune.mirror import Mirror
 from finetune.mlflow_store import open_store
 from finetune.run_folder import RunFolder, Status

@@ -14,10 +14,11 @@ from transformers import TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, methods, optimizers, training
+from finetune import adapters, training
 from finetune.callbacks import StepWatch
 from finetune.compatibility import CHECKPOINTING, is_checkpointing
-from finetune.config import LoraConfig, OptimizerConfig, TrainingConfig
+from finetune.config import methods, optimizers
+from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.label_loss import FrozenHeadLoss

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from finetune import planning, worker
-from finetune.config import Config, ModelConfig, Refused
+from finetune.config.schema import Config, ModelConfig, Refused
 from finetune.jobs import Job
 from finetune.worker import Worker, WorkerDied
 

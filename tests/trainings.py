@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from finetune import training
 from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
-from finetune.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base

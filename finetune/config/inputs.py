@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.config import VALIDATION_PATH, ModelConfig, SourceConfig
+from finetune.config.schema import VALIDATION_PATH, ModelConfig, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from finetune.resolvers import register_resolvers
+from finetune.config.resolvers import register_resolvers
 
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
@@ -310,7 +310,7 @@ def register() -> None:
 
 def conf_dir() -> Path:
     """Return the folder of config groups: inside the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     folders = (package / "conf", package.parent / "conf")
     for folder in folders:
         if (folder / "config.yaml").is_file():

@@ -19,8 +19,24 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import find_word_problem
-from finetune.composition import AS_A_SWEEP, COMPOSING_ERRORS, explain, find_missing_values
-from finetune.config import (
+from finetune.config.composition import AS_A_SWEEP, COMPOSING_ERRORS, explain, find_missing_values
+from finetune.config.foreign_configs import find_foreign_problems
+from finetune.config.grammar import (
+    NO_EXPERIMENT,
+    grid_arguments,
+    key_of,
+    parse,
+    rewrite,
+    without_null,
+)
+from finetune.config.hydra_overrides import (
+    SEARCHPATH,
+    find_hydra_problems,
+    is_hydra,
+    searched_folders,
+)
+from finetune.config.rules import find_problems
+from finetune.config.schema import (
     Config,
     Refused,
     SourceConfig,
@@ -29,17 +45,8 @@ from finetune.config import (
     nearest,
     register,
 )
-from finetune.config_files import describe_kind
+from finetune.config.yaml_files import describe_kind
 from finetune.escaping import first_line
-from finetune.foreign_configs import find_foreign_problems
-from finetune.grammar import NO_EXPERIMENT, grid_arguments, key_of, parse, rewrite, without_null
-from finetune.hydra_overrides import (
-    SEARCHPATH,
-    find_hydra_problems,
-    is_hydra,
-    searched_folders,
-)
-from finetune.ranges import find_problems
 
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
 MIX = "data.mix."  # its sources' settings are known by number: data.mix.0.weight=2

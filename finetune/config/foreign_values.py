@@ -20,8 +20,8 @@ from hydra.core.override_parser.types import (
     RangeSweep,
 )
 
-from finetune.config import Config, conf_dir, nearest
-from finetune.grammar import parse, quote_nested
+from finetune.config.grammar import parse, quote_nested
+from finetune.config.schema import Config, conf_dir, nearest
 
 SECTIONS: Mapping[str, Any] = get_type_hints(Config)
 OPEN_MAPPINGS = ("data.columns", "evaluation.data_files", "model.dimensions")

@@ -15,15 +15,15 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from finetune.foreign_configs import find_syntax_problem, read_small
-from finetune.foreign_values import (
+from finetune.config.foreign_configs import find_syntax_problem, read_small
+from finetune.config.foreign_values import (
     find_reason_to_type,
     reads_elsewhere,
     shortened,
     single_values,
 )
-from finetune.grammar import find_override
-from finetune.hydra_overrides import is_hydra
+from finetune.config.grammar import find_override
+from finetune.config.hydra_overrides import is_hydra
 
 # Settings whose values are printed, and published with an exported model.
 SHOWN = (("peft", "method"), ("data", "prompt_template"), ("lora", "init"))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from finetune.config import (
+from finetune.config.methods import INITIALISATIONS, METHODS, Method
+from finetune.config.schema import (
     ALL_LINEAR,
     AUTO_FORMAT,
     TEMPLATE_FILE,
@@ -22,8 +23,7 @@ from finetune.config import (
     TrainingConfig,
     nearest,
 )
-from finetune.methods import INITIALISATIONS, METHODS, Method
-from finetune.store_address import has_secret
+from finetune.config.store_address import has_secret
 
 FORMATS = (
     AUTO_FORMAT, "alpaca", "dolly", "sharegpt", "openai", "lists", "prompt_completion",

@@ -18,8 +18,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from finetune.config import conf_dir, nearest
-from finetune.config_files import (
+from finetune.config.grammar import find_override
+from finetune.config.schema import conf_dir, nearest
+from finetune.config.yaml_files import (
     describe_yaml_error,
     find_file,
     find_file_problems,
@@ -27,7 +28,6 @@ from finetune.config_files import (
     read_values,
 )
 from finetune.escaping import first_line
-from finetune.grammar import find_override
 
 GRID = "hydra.sweeper.params"
 AS_A_SWEEP = "add --multirun"

@@ -11,8 +11,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString
 
-from finetune.foreign_values import find_grid_problems, is_option
-from finetune.grammar import find_override
+from finetune.config.foreign_values import find_grid_problems, is_option
+from finetune.config.grammar import find_override
 
 # A launcher's own files go into the sweep's folder.
 KEYS = (

@@ -15,9 +15,7 @@ import yaml
 from hydra.plugins.config_source import ConfigSource
 from omegaconf._utils import get_yaml_loader
 
-from finetune.config import conf_dir, nearest
-from finetune.config_files import find_text_fault
-from finetune.foreign_values import (
+from finetune.config.foreign_values import (
     SECTIONS,
     find_grid_problems,
     find_setting_problems,
@@ -25,6 +23,8 @@ from finetune.foreign_values import (
     is_option,
     shortened,
 )
+from finetune.config.schema import conf_dir, nearest
+from finetune.config.yaml_files import find_text_fault
 
 LARGEST_CONFIG = 100_000  # bytes
 MOST_FILES = 1_000  # and folders

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from finetune.config import Refused
-from finetune.grammar import key_of, rewrite, without_null
+from finetune.config.grammar import key_of, rewrite, without_null
+from finetune.config.schema import Refused
 
 MODES = {"RUN": False, "MULTIRUN": True}
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
-from finetune.config import Config
+from finetune.config.schema import Config
 
 INTERPOLATION = "${"
 NO_EXPERIMENT = "experiment=null"  # the one group that may have no option

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from finetune.config import ALL_LINEAR, LoraConfig, PeftConfig
+from finetune.config.schema import ALL_LINEAR, LoraConfig, PeftConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
