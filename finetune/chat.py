@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.rules import LARGEST_SEED
-from finetune.config.schema import Refused
+from finetune.problems import Refused
 from finetune.streams import is_gone, keep_streams
 
 if TYPE_CHECKING:

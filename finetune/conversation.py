@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from finetune import models
 from finetune.chat_tokens import encode_chat
-from finetune.config.schema import Refused
 from finetune.merging import find_merge_problem, load_own, merge
+from finetune.problems import Refused
 from finetune.prompts import Template, load_template
 from finetune.trained import Trained, find_difference, write_adapter
 from finetune.turns import Turn, Unusable

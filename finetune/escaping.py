@@ -17,11 +17,6 @@ MARKDOWN = re.compile(r"[`*|~$]|\](?=[(\[:])|\\(?=[!-/:-@\[-`{-~]|$)|(?<![^\W_])
 MARKDOWN_START = re.compile(r"^(\s*)([#>]|[-+](?=\s|$)|-(?=--)|=(?==)|\d+(?=[.)]\s))")
 
 
-def first_line(error: BaseException | str) -> str:
-    """Return the first line of an error's text; OmegaConf's has a dump of the key below it."""
-    return next((line for line in str(error).strip().split("\n") if line), type(error).__name__)
-
-
 def for_terminal(text: str) -> str:
     r"""Write out what a terminal would obey or hide, e.g. ESC as `\x1b`; newlines stay."""
     if text.isascii() and text.replace("\n", "").isprintable():

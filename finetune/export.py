@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.foreign_runs import find_link_problems
-from finetune.config.schema import Refused
 from finetune.files import resolved
+from finetune.problems import Refused
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:

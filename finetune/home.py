@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.config.schema import Refused
+from finetune.problems import Refused
 
 ROOM_BYTES = 2**16  # that a folder must have room for
 CACHE_PARTS = ("models", "evaluations", "speeds", "tokens", "finished")

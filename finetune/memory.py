@@ -10,9 +10,8 @@ from hydra.errors import HydraException
 from rich.table import Table
 
 from finetune.config.overrides import compose_job
-from finetune.config.schema import Refused
-from finetune.escaping import first_line
 from finetune.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
+from finetune.problems import Refused, first_line
 from finetune.quantization import as_loaded
 from finetune.shape import find_shape, load_config
 from finetune.streams import keep_streams

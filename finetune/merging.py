@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import adapters, data, models
 from finetune.config.methods import METHODS
-from finetune.config.schema import Refused
 from finetune.precision import compute_dtype
+from finetune.problems import Refused
 from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
 from finetune.turns import Prompt

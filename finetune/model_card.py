@@ -13,10 +13,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.methods import METHODS
-from finetune.config.schema import ModelConfig, Refused
+from finetune.config.schema import ModelConfig
 from finetune.conversation import render_prompt
 from finetune.merging import Check
 from finetune.pages import build_pages
+from finetune.problems import Refused
 from finetune.prompts import PROMPT_FILE, load_template
 from finetune.run_comparison import compare_run
 from finetune.run_folder import RunFolder

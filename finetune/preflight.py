@@ -29,12 +29,12 @@ from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
-from finetune.escaping import first_line
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs
 from finetune.jobs import CheckedJob
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.precision import compute_dtype, find_precision, find_precision_problems, pick_device
+from finetune.problems import first_line
 from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done
 from finetune.session import Session

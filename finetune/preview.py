@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from finetune.config.schema import Refused
+from finetune.problems import Refused
 from finetune.streams import keep_streams
 
 NUM_ROWS = 3
@@ -52,7 +52,7 @@ def _show(given: argparse.Namespace) -> None:
     from hydra.errors import HydraException
     from rich.console import Console
 
-    from finetune.escaping import first_line
+    from finetune.problems import first_line
     from finetune.row_preview import load_preview, print_preview, write_json
 
     try:

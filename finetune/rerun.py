@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import signals
 from finetune.config.foreign_runs import find_rerun_problems, find_settings_to_type
-from finetune.config.schema import Refused, build_config, flatten
-from finetune.escaping import first_line
+from finetune.config.schema import build_config, flatten
 from finetune.jobs import Job
+from finetune.problems import Refused, first_line
 from finetune.reproduction import compare_runs, find_other_conditions, is_conduct
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.streams import keep_streams

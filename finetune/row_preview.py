@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from finetune import data, models
 from finetune.config.inputs import DataSource
 from finetune.config.overrides import compose_job
-from finetune.config.schema import Config, Refused
+from finetune.config.schema import Config
 from finetune.data import Examples
 from finetune.escaping import for_terminal
 from finetune.preflight import find_row_problems
+from finetune.problems import Refused
 from finetune.session import Session
 from finetune.token_display import (
     decode,

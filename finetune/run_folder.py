@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import run_files
-from finetune.config.schema import Config, Refused, build_config
+from finetune.config.schema import Config, build_config
 from finetune.events import (
     Measured,
     State,
@@ -38,6 +38,7 @@ from finetune.files import (
     set_aside,
     write_atomic,
 )
+from finetune.problems import Refused
 from finetune.run_files import WEIGHTS
 from finetune.score_files import TaskScores, parse_scores
 

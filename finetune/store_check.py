@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from finetune import distributed
-from finetune.config.schema import Refused, TrackingConfig
+from finetune.config.schema import TrackingConfig
 from finetune.config.store_address import (
     MASK,
     SQLITE,
@@ -34,8 +34,8 @@ from finetune.config.store_address import (
     sqlite_file,
     without_secrets,
 )
-from finetune.escaping import first_line
 from finetune.mlflow_store import deleted_experiment, open_client
+from finetune.problems import Refused, first_line
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

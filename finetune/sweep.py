@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from finetune import devices, distributed, launchers, signals
-from finetune.config.schema import Config, Refused
-from finetune.escaping import first_line, for_terminal
+from finetune.config.schema import Config
+from finetune.escaping import for_terminal
 from finetune.events import State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
@@ -39,6 +39,7 @@ from finetune.planning import (
     render_plan,
     sweep_name,
 )
+from finetune.problems import Refused, first_line
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results, write_csv
 from finetune.run_folder import RunFolder

@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 
 from finetune.config.schema import Config
 from finetune.config.store_address import URI_VARIABLE, needs_typing, sync_command, without_secrets
-from finetune.escaping import first_line
 from finetune.files import Damaged
 from finetune.mirror import Mirror
+from finetune.problems import first_line
 from finetune.results import read_results
 from finetune.streams import keep_streams
 from finetune.tracking import send

@@ -30,10 +30,11 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import hub
 from finetune.chat_templates import fix_date
-from finetune.config.schema import EvaluationConfig, nearest
+from finetune.config.schema import EvaluationConfig
 from finetune.files import digest
 from finetune.gold_answers import check_golds
 from finetune.prefix_tree import count_tokens
+from finetune.problems import nearest
 from finetune.rows import Row, read_file
 from finetune.substitution import substituted, updated
 

@@ -22,12 +22,12 @@ from finetune.config.store_address import (
     ui_command,
     without_secrets,
 )
-from finetune.escaping import first_line
 from finetune.event_sending import END_STATES, create_run, run_info, send_events
 from finetune.events import State, parse_events
 from finetune.files import Damaged, open_file, set_aside
 from finetune.mirror import Child, Mirror
 from finetune.mlflow_store import find_experiment, open_store
+from finetune.problems import first_line
 from finetune.run_folder import RunFolder
 from finetune.showcase import build_view, register_champion, save_view
 

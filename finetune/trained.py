@@ -21,10 +21,11 @@ from finetune import models, quantization
 from finetune.config.foreign_runs import find_config_problems
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, changes_base
-from finetune.config.schema import Config, ModelConfig, Refused, nearest
+from finetune.config.schema import Config, ModelConfig
 from finetune.files import resolved
 from finetune.identity import model_identity
 from finetune.precision import pick_device
+from finetune.problems import Refused, nearest
 from finetune.run_folder import REMEDY, RunFolder
 from finetune.saved_adapter import find_code_problems
 

@@ -15,7 +15,7 @@ from finetune.commands import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "finetune"
 # Ground modules at the root, then the rooms, in the order of imports.
 GROUND = [
-    "streams", "signals", "escaping", "substitution", "commands", "files", "home",
+    "problems", "streams", "signals", "escaping", "substitution", "commands", "files", "home",
     "logs",
 ]  # fmt: skip
 ROOMS = [

@@ -15,8 +15,9 @@ import torch
 from omegaconf import OmegaConf
 
 from finetune import adapters, chat, conversation, logs, run_files
-from finetune.config.schema import DataConfig, LoraConfig, Refused
+from finetune.config.schema import DataConfig, LoraConfig
 from finetune.conversation import Conversation, Sampling, find_ends
+from finetune.problems import Refused
 from finetune.prompts import load_template
 from finetune.run_folder import RunFolder
 from finetune.trained import Trained, find_trained

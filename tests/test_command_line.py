@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.config.command_line import is_multirun, read_command_line
-from finetune.config.schema import Refused
+from finetune.problems import Refused
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,8 @@ from omegaconf import OmegaConf
 
 from finetune.config import schema
 from finetune.config.rules import find_problems
-from finetune.config.schema import (
-    Config,
-    DataConfig,
-    SourceConfig,
-    build_config,
-    local_path,
-    nearest,
-)
+from finetune.config.schema import Config, DataConfig, SourceConfig, build_config, local_path
+from finetune.problems import nearest
 
 
 def changed(key: str, value: Any) -> Config:

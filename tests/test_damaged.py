@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 
 from finetune import report, reproduction, run_files, runs
 from finetune.config.foreign_runs import find_link_problems
-from finetune.config.schema import Config, Refused
+from finetune.config.schema import Config
 from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
 from finetune.live import read_progress
 from finetune.mirror import Mirror
+from finetune.problems import Refused
 from finetune.report_pages import write_report
 from finetune.results import read_results, write_csv
 from finetune.run_folder import RunFolder, Status

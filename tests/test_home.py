@@ -17,9 +17,10 @@ import pytest
 from filelock import FileLock
 
 from finetune import forecast, home, identity, models, report, sync
-from finetune.config.schema import Config, ModelConfig, Refused
+from finetune.config.schema import Config, ModelConfig
 from finetune.files import replaced
 from finetune.home import cache_dir
+from finetune.problems import Refused
 from finetune.run_folder import RunFolder
 from finetune.sweep import _conducted_alone, _folder_problems
 

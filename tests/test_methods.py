@@ -35,13 +35,13 @@ from finetune.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PeftConfig,
-    Refused,
     TrainingConfig,
 )
 from finetune.data import Examples
 from finetune.events import EventLog, read_events
 from finetune.jobs import Job
 from finetune.models import find_model, load_base, load_tokenizer
+from finetune.problems import Refused
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
 from finetune.run_folder import RunFolder

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
 from finetune import rerun
-from finetune.config.schema import Config, Refused
+from finetune.config.schema import Config
 from finetune.events import EventLog
+from finetune.problems import Refused
 from finetune.reproduction import compare_runs, find_other_conditions
 from finetune.rerun import build_job, refuse_foreign, report
 from finetune.run_files import SECTIONS

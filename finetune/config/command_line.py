@@ -10,7 +10,7 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 
 from finetune.config.grammar import key_of, rewrite, without_null
-from finetune.config.schema import Refused
+from finetune.problems import Refused
 
 MODES = {"RUN": False, "MULTIRUN": True}
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from finetune.config.grammar import find_override
-from finetune.config.schema import conf_dir, nearest
+from finetune.config.schema import conf_dir
 from finetune.config.yaml_files import (
     describe_yaml_error,
     find_file,
@@ -27,7 +27,7 @@ from finetune.config.yaml_files import (
     read_defaults,
     read_values,
 )
-from finetune.escaping import first_line
+from finetune.problems import first_line, nearest
 
 GRID = "hydra.sweeper.params"
 AS_A_SWEEP = "add --multirun"

@@ -23,8 +23,9 @@ from finetune.config.foreign_values import (
     is_option,
     shortened,
 )
-from finetune.config.schema import conf_dir, nearest
+from finetune.config.schema import conf_dir
 from finetune.config.yaml_files import find_text_fault
+from finetune.problems import nearest
 
 LARGEST_CONFIG = 100_000  # bytes
 MOST_FILES = 1_000  # and folders

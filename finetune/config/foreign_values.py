@@ -21,7 +21,8 @@ from hydra.core.override_parser.types import (
 )
 
 from finetune.config.grammar import parse, quote_nested
-from finetune.config.schema import Config, conf_dir, nearest
+from finetune.config.schema import Config, conf_dir
+from finetune.problems import nearest
 
 SECTIONS: Mapping[str, Any] = get_type_hints(Config)
 OPEN_MAPPINGS = ("data.columns", "evaluation.data_files", "model.dimensions")

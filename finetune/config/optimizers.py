@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from finetune.config.schema import OptimizerConfig, nearest
+from finetune.config.schema import OptimizerConfig
+from finetune.problems import nearest
 
 REMEDY = "use optimizer.name=adamw_torch"
 PROJECTED = "projects layers that optim_target_modules names, for which there is no setting"

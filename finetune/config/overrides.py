@@ -36,17 +36,9 @@ from finetune.config.hydra_overrides import (
     searched_folders,
 )
 from finetune.config.rules import find_problems
-from finetune.config.schema import (
-    Config,
-    Refused,
-    SourceConfig,
-    build_config,
-    conf_dir,
-    nearest,
-    register,
-)
+from finetune.config.schema import Config, SourceConfig, build_config, conf_dir, register
 from finetune.config.yaml_files import describe_kind
-from finetune.escaping import first_line
+from finetune.problems import Refused, first_line, nearest
 
 OPEN_MAPPINGS = ("evaluation.data_files.", "data.columns.")
 MIX = "data.mix."  # its sources' settings are known by number: data.mix.0.weight=2

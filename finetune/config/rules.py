@@ -21,9 +21,9 @@ from finetune.config.schema import (
     SweepConfig,
     TrackingConfig,
     TrainingConfig,
-    nearest,
 )
 from finetune.config.store_address import has_secret
+from finetune.problems import nearest
 
 FORMATS = (
     AUTO_FORMAT, "alpaca", "dolly", "sharegpt", "openai", "lists", "prompt_completion",

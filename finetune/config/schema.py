@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from finetune.config.resolvers import register_resolvers
+from finetune.problems import Refused
 
 TEMPLATE_FILE = ".jinja"
 ALL_LINEAR = "all-linear"
@@ -294,14 +294,6 @@ class Config:
     report_dir: str = setting("multirun_reports", CONDUCT)  # one folder a sweep
 
 
-class Refused(ValueError):
-    """Settings that cannot be run; `problems` has one line each, with its remedy."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
-
-
 def register() -> None:
     """Make the schema known to Hydra, so that every YAML file and override is typed."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -359,13 +351,6 @@ def build_config(composed: DictConfig) -> Config:
     if limit is not None and limit == limit // 1:
         config.evaluation.limit = int(limit)  # a count is one, typed as 4 or as 4.0
     return config
-
-
-def nearest(name: Any, known: tuple[str, ...] | list[str]) -> str:
-    """Return the remedy for an unknown name: the closest known one, and all of them."""
-    close = get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}"
 
 
 def flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,8 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from finetune.config.schema import Config, nearest
+from finetune.config.schema import Config
+from finetune.problems import nearest
 
 Found = Iterator[tuple[int, str]]  # the line, and what is wrong there
 
