@@ -32,7 +32,7 @@ from finetune.config.schema import ModelConfig
 from finetune.models import find_model, load_tokenizer
 from finetune.statistics.metrics import Metric, Strata
 from finetune.statistics.resampling import resample_all
-from finetune.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.sweep_record import RunRecord, SweepRecord
 
 SIZES: dict[str, Any] = {  # about 0.25 billion parameters in fp32: 1 GB
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 15,

@@ -85,9 +85,9 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from finetune.evaluation import score
     from finetune.models import find_model, load_base, load_tokenizer
     from finetune.precision import find_precision
-    from finetune.run_folder import RunFolder
     from finetune.scoring import PLAIN_BATCH_SIZE
     from finetune.tasks import load_task
+    from finetune.tracking.run_folder import RunFolder
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

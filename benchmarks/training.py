@@ -47,13 +47,13 @@ from finetune.config.schema import (
     TrainingConfig,
 )
 from finetune.data import Examples, build_examples, find_sources, read_sources
-from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.multi_adapter import find_obstacle, train_together
 from finetune.precision import Precision
 from finetune.row_counts import RowCounts
-from finetune.run_folder import RunFolder
 from finetune.token_rows import Example
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
 TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 0.02, "nf4-bf16": 0.02}  # of each step's loss

@@ -18,7 +18,6 @@ from finetune import adapters
 from finetune.adapters import LoraWeights
 from finetune.config.schema import LoraConfig
 from finetune.data import Examples
-from finetune.events import EventLog
 from finetune.files import write_atomic
 from finetune.row_order import (
     num_steps,
@@ -39,6 +38,7 @@ from finetune.steps import (
     save_step,
 )
 from finetune.token_rows import IGNORED, Example, example_lengths
+from finetune.tracking.events import EventLog
 from finetune.training import Arguments
 from finetune.validation import Validations
 

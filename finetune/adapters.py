@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune import run_files
 from finetune.config.methods import METHODS, lora_settings
 from finetune.config.methods import changes_base as changes_base_at_first
 from finetune.config.schema import ALL_LINEAR, LoraConfig, PeftConfig
 from finetune.files import Damaged, digest, file_digest, replaced
-from finetune.run_folder import RunFolder
+from finetune.tracking import run_files
+from finetune.tracking.run_folder import RunFolder
 
 ADAPTER = "default"  # PEFT's name for the only one
 FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it

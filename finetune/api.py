@@ -26,8 +26,8 @@ from finetune.home import complete_environment
 from finetune.live import is_watched
 from finetune.problems import Refused
 from finetune.results import read_results as read_sweep
-from finetune.run_folder import RunFolder
 from finetune.sweep import Ending, check_sweep, conduct
+from finetune.tracking.run_folder import RunFolder
 from finetune.worker import build_worker
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import distributed
-from finetune.events import EventLog
 from finetune.signals import StopSignals
 from finetune.steps import advance, open_bar, record_size, record_step, record_validation
+from finetune.tracking.events import EventLog
 from finetune.validation import Validations
 
 

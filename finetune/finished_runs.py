@@ -27,8 +27,8 @@ from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import CONDUCT, Config, ModelConfig, SourceConfig, local_path, marked
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
-from finetune.run_files import read_entries
-from finetune.run_folder import RunFolder
+from finetune.tracking.run_files import read_entries
+from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 

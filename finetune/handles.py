@@ -13,12 +13,12 @@ from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.results import Results as SweepResults
 from finetune.results import list_columns
-from finetune.run_folder import RunFolder
-from finetune.score_files import ModelScore
 from finetune.score_tables import render_table
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import STDERR
 from finetune.tables import WIDTH_OF_A_FILE
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.score_files import ModelScore
 from finetune.verdict import verdict
 
 if TYPE_CHECKING:

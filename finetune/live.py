@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from finetune.events import read_events, select_metric
-from finetune.run_folder import RunFolder
 from finetune.tables import add_row, build_table
+from finetune.tracking.events import read_events, select_metric
+from finetune.tracking.run_folder import RunFolder
 
 SPEED_STEPS = 20  # the newest, over which speed is measured
 REFRESH_SECONDS = 1.0  # between two looks, in a notebook

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
-from finetune.events import EventLog, State
-from finetune.run_folder import RunFolder, Status
+from finetune.tracking.events import EventLog, State
+from finetune.tracking.run_folder import RunFolder, Status
 
 log = logging.getLogger("finetune")
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.run_folder import RunFolder
-from finetune.score_files import TaskScores
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.score_files import TaskScores
 
 # How a score's setup is named to a reader, and whether another value asks other questions.
 SETUP = {

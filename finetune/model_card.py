@@ -20,10 +20,10 @@ from finetune.pages import build_pages
 from finetune.problems import Refused
 from finetune.prompts import PROMPT_FILE, load_template
 from finetune.run_comparison import compare_run
-from finetune.run_folder import RunFolder
-from finetune.score_files import MetricScore
 from finetune.score_tables import NO_DIFFERENCE, show_range
 from finetune.statistics.metrics import Metric, show_score
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.score_files import MetricScore
 from finetune.trained import Trained
 from finetune.verdict import show_difference
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.files import file_digest
-from finetune.run_folder import RunFolder
+from finetune.tracking.run_folder import RunFolder
 
 LAYOUT = 1  # raised when the arrays would be others
 SIDES = ("base", "tuned")

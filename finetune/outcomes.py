@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from finetune.outcome_tables import OutcomeTable, read_table
-from finetune.run_folder import RunFolder
 from finetune.statistics.comparison import Outcomes
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.resampling import Resampled
+from finetune.tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

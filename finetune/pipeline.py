@@ -28,7 +28,6 @@ from finetune.config.methods import METHODS, build_settings
 from finetune.config.schema import Config
 from finetune.data import Examples
 from finetune.evaluation import TaskScore
-from finetune.events import NullEventLog, State
 from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_changes
@@ -39,8 +38,6 @@ from finetune.prompts import save_prompt
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
 from finetune.row_prompts import RowPrompt, sample_prompts
-from finetune.run_files import WEIGHTS
-from finetune.run_folder import RunFolder
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -53,6 +50,9 @@ from finetune.session import Session
 from finetune.steps import Diverged, TrainResult
 from finetune.tasks import LoadedTask
 from finetune.token_display import describe_first
+from finetune.tracking.events import NullEventLog, State
+from finetune.tracking.run_files import WEIGHTS
+from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 

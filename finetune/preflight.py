@@ -35,10 +35,10 @@ from finetune.jobs import CheckedJob
 from finetune.multi_adapter import find_precision_obstacle
 from finetune.precision import compute_dtype, find_precision, find_precision_problems, pick_device
 from finetune.problems import first_line
-from finetune.run_folder import RunFolder
 from finetune.scores import forecasts, is_done
 from finetune.session import Session
 from finetune.shape import Shape
+from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 

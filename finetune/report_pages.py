@@ -17,10 +17,10 @@ from finetune.files import write_atomic
 from finetune.outcomes import read_outcomes
 from finetune.pages import build_pages
 from finetune.results import Results, read_results, write_csv
-from finetune.run_folder import RunFolder
 from finetune.score_tables import build_score_table, describe_methods
 from finetune.statistics.comparison import compare_seeds
 from finetune.statistics.metric_names import MetricName
+from finetune.tracking.run_folder import RunFolder
 from finetune.verdict import show_difference, verdict
 
 log = logging.getLogger("finetune")

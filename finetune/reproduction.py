@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.config.schema import CONDUCT, Config, flatten, marked
-from finetune.events import read_events
 from finetune.files import Damaged, file_digest, read_yaml
 from finetune.outcomes import read_sides
-from finetune.run_folder import RunFolder
+from finetune.tracking.events import read_events
+from finetune.tracking.run_folder import RunFolder
 
 LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
 ANSWER_TOLERANCE = 0.01  # share of answers

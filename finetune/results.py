@@ -16,12 +16,12 @@ from finetune.escaping import for_csv
 from finetune.files import Damaged, read_json, write_atomic
 from finetune.mixtures import find_machine_mixtures, find_mixtures
 from finetune.run_comparison import ScoredRuns, compare_runs
-from finetune.run_folder import REMEDY, RunFolder
-from finetune.score_files import ModelScore, TaskScores
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import STDERR, MetricName
 from finetune.statistics.metrics import Metric
-from finetune.sweep_record import SweepRecord
+from finetune.tracking.run_folder import REMEDY, RunFolder
+from finetune.tracking.score_files import ModelScore, TaskScores
+from finetune.tracking.sweep_record import SweepRecord
 
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")

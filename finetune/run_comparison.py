@@ -8,10 +8,10 @@ from math import isclose, isfinite
 
 from finetune.outcome_tables import OutcomeTable, read_tables
 from finetune.outcomes import find_answers, read_resamples
-from finetune.run_folder import RunFolder
 from finetune.statistics.comparison import Comparison, compare, compare_stored
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
+from finetune.tracking.run_folder import RunFolder
 
 Scores = Mapping[str, tuple[float, float]]  # by run, what lm-eval reported of base and tuned
 

@@ -22,17 +22,17 @@ from finetune.aggregation import draw_resamples
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
 from finetune.evaluation import ScoreStore, TaskScore
-from finetune.events import EventLog
 from finetune.files import digest
 from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.precision import TORCH_DTYPES
-from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
 from finetune.statistics.metric_names import MetricName
 from finetune.tasks import SEED, LoadedTask
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 

@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 from finetune import devices, distributed, launchers, signals
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
-from finetune.events import State
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.jobs import Job
@@ -42,12 +41,13 @@ from finetune.planning import (
 from finetune.problems import Refused, first_line
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results, write_csv
-from finetune.run_folder import RunFolder
 from finetune.score_tables import render_table
-from finetune.store_check import store_checked
 from finetune.streams import keep_streams
 from finetune.tables import print_table
-from finetune.tracking import Tracker, build_tracker
+from finetune.tracking.events import State
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.store_check import store_checked
+from finetune.tracking.tracker import Tracker, build_tracker
 from finetune.verdict import verdict
 from finetune.worker import AnyWorker, WorkerDied, build_worker
 

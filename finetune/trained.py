@@ -26,8 +26,8 @@ from finetune.files import resolved
 from finetune.identity import model_identity
 from finetune.precision import pick_device
 from finetune.problems import Refused, nearest
-from finetune.run_folder import REMEDY, RunFolder
 from finetune.saved_adapter import find_code_problems
+from finetune.tracking.run_folder import REMEDY, RunFolder
 
 TOKENIZER_FILE = "tokenizer_config.json"
 

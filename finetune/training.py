@@ -31,12 +31,10 @@ from finetune.callbacks import StepWatch
 from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.config.schema import OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.events import EventLog
 from finetune.label_trainer import LabelTrainer
 from finetune.precision import Precision
 from finetune.process_memory import reset_peak_memory, return_freed_memory
 from finetune.row_order import filled_up, steps_between_validations, with_filler
-from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole
 from finetune.signals import StopSignals
@@ -49,6 +47,8 @@ from finetune.steps import (
     find_resume,
 )
 from finetune.token_rows import as_dataset, example_lengths
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
 from finetune.validation import Validations
 
 log = logging.getLogger("finetune")

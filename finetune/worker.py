@@ -18,11 +18,11 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune import devices, distributed, signals
-from finetune.events import State
 from finetune.finished_runs import FinishedRuns
 from finetune.jobs import CheckedJob, Job
 from finetune.logs import quieten_libraries
 from finetune.streams import keep_streams
+from finetune.tracking.events import State
 
 if TYPE_CHECKING:
     from finetune.session import Session

@@ -114,7 +114,7 @@ def finetune(tmp_path: Path) -> Command:
 @pytest.fixture(scope="session")
 def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Migrate one empty store, which takes seconds, for all tests to copy."""
-    from finetune.mlflow_store import make_sqlite_store
+    from finetune.tracking.mlflow_store import make_sqlite_store
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
     make_sqlite_store(store)

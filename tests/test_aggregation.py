@@ -12,13 +12,13 @@ from lm_eval.api import metrics as stock
 from finetune.aggregation import RESAMPLES, SLOW_RESAMPLES, draw_resamples, find_definitions
 from finetune.evaluation import Item, TaskScore
 from finetune.outcomes import read_answers, read_resamples
-from finetune.run_folder import RunFolder
 from finetune.scores import write_scores
 from finetune.scoring import Scoring
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
 from finetune.statistics.resampling import Resampled
 from finetune.tasks import LoadedTask
+from finetune.tracking.run_folder import RunFolder
 
 
 def longest(values: list[Any]) -> float:

@@ -25,7 +25,7 @@ from finetune import api, conversation, distributed, planning
 from finetune.config.schema import Config, LoraConfig
 from finetune.grid import Grid, compose_grid
 from finetune.jobs import CheckedJob, Job
-from finetune.run_folder import Status
+from finetune.tracking.run_folder import Status
 from finetune.turns import Turn
 from finetune.worker import Worker
 from tests.conftest import ROOT, TINY, Command, train_tiny
@@ -353,7 +353,7 @@ def swept(run: Path, tmp_path: Path) -> finetune.Results:
     """Return the results of a sweep of two ranks: one scored, one failed."""
     import shutil
 
-    from finetune.sweep_record import RunRecord, SweepRecord
+    from finetune.tracking.sweep_record import RunRecord, SweepRecord
 
     scored = shutil.copytree(run, tmp_path / "outputs" / "scored")
     (scored / "evaluation").mkdir(exist_ok=True)

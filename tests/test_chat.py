@@ -14,12 +14,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import adapters, chat, conversation, logs, run_files
+from finetune import adapters, chat, conversation, logs
 from finetune.config.schema import DataConfig, LoraConfig
 from finetune.conversation import Conversation, Sampling, find_ends
 from finetune.problems import Refused
 from finetune.prompts import load_template
-from finetune.run_folder import RunFolder
+from finetune.tracking import run_files
+from finetune.tracking.run_folder import RunFolder
 from finetune.trained import Trained, find_trained
 from finetune.turns import Unusable
 from tests.conftest import train_tiny, write_rows

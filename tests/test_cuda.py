@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.events import read_events
+from finetune.tracking.events import read_events
 from tests.conftest import TINY, last_of_each
 
 pytestmark = pytest.mark.gpu

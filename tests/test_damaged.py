@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from finetune import report, reproduction, run_files, runs
+from finetune import report, reproduction, runs
 from finetune.config.foreign_runs import find_link_problems
 from finetune.config.schema import Config
-from finetune.events import EventLog, read_events
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
 from finetune.live import read_progress
-from finetune.mirror import Mirror
 from finetune.problems import Refused
 from finetune.report_pages import write_report
 from finetune.results import read_results, write_csv
-from finetune.run_folder import RunFolder, Status
-from finetune.tracking import MlflowTracker, build_tracker
+from finetune.tracking import run_files
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.mirror import Mirror
+from finetune.tracking.run_folder import RunFolder, Status
+from finetune.tracking.tracker import MlflowTracker, build_tracker
 from tests.test_report import EQUAL, TASK, sweep
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {

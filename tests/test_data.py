@@ -19,11 +19,11 @@ from finetune.data import (
     longest_batch,
     read_sources,
 )
-from finetune.events import read_events
 from finetune.plain_tokens import NO_EOS
 from finetune.row_draw import share_sizes
 from finetune.rows import read_file
 from finetune.token_rows import IGNORED
+from finetune.tracking.events import read_events
 from finetune.turns import SURROGATE
 from tests.conftest import TINY, Command, write_rows
 from tests.tokenizer_kinds import WITHOUT_EOS

@@ -16,10 +16,10 @@ from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation import Item, ScoreStore, TaskScore, score
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.outcomes import read_outcomes
-from finetune.run_folder import RunFolder
 from finetune.scores import write_scores
 from finetune.scoring import Scoring, SharedContextLM
 from finetune.tasks import load_task
+from finetune.tracking.run_folder import RunFolder
 from tests.conftest import TINY, Command, write_rows
 
 ARC_ROW = {

@@ -22,8 +22,8 @@ from finetune.finished_runs import FinishedRuns
 from finetune.home import cache_dir
 from finetune.jobs import Job
 from finetune.models import find_model
-from finetune.run_folder import RunFolder, Status
 from finetune.session import Session
+from finetune.tracking.run_folder import RunFolder, Status
 from finetune.worker import Worker
 from tests.conftest import TINY, Command, write_rows
 

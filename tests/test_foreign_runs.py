@@ -16,8 +16,8 @@ from finetune.config.foreign_runs import find_config_problems, find_rerun_proble
 from finetune.config.schema import Config, ModelConfig, local_path
 from finetune.models import find_model
 from finetune.problems import Refused
-from finetune.run_folder import RunFolder, Status
 from finetune.saved_adapter import find_code_problems, find_problems
+from finetune.tracking.run_folder import RunFolder, Status
 from finetune.trained import find_trained
 
 RERUN = "python -m finetune.rerun RUN"

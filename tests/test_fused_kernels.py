@@ -22,10 +22,10 @@ from finetune.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from finetune.fused_kernels import liger_kernels
 from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
 from finetune.precision import Precision, compute_dtype, pick_device
-from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.session import Session
 from finetune.steps import TrainResult
+from finetune.tracking.run_folder import RunFolder
 from tests.test_grouping import job
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions

@@ -21,8 +21,8 @@ from finetune.config.schema import Config, ModelConfig
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.problems import Refused
-from finetune.run_folder import RunFolder
 from finetune.sweep import _conducted_alone, _folder_problems
+from finetune.tracking.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from finetune.config.schema import (
 )
 from finetune.identity import find_changes, find_inputs
 from finetune.jobs import Job
-from finetune.run_folder import RunFolder
+from finetune.tracking.run_folder import RunFolder
 from tests.conftest import write_rows
 
 ROWS: list[object] = [{"instruction": f"ask {n}", "output": f"answer {n}"} for n in range(8)]

@@ -16,13 +16,13 @@ from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
-from finetune.run_folder import RunFolder
 from finetune.sequence_attention import find_layout_problem
 from finetune.steps import TrainResult
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 from tests.test_scoring import ARCHITECTURES, build
 from tests.trainings import CPU, TINY, random_examples
 

@@ -38,14 +38,14 @@ from finetune.config.schema import (
     TrainingConfig,
 )
 from finetune.data import Examples
-from finetune.events import EventLog, read_events
 from finetune.jobs import Job
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.problems import Refused
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
-from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 from tests.trainings import CPU, TINY, random_examples
 
 LORA = LoraConfig(r=4, alpha=8)

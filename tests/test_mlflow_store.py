@@ -14,10 +14,10 @@ import pytest
 
 from finetune.config.schema import TrackingConfig
 from finetune.config.store_address import find_address
-from finetune.mirror import Mirror
-from finetune.mlflow_store import NETWORK, make_sqlite_store, network_type
-from finetune.store_check import find_store_problems
-from finetune.tracking import send
+from finetune.tracking.mirror import Mirror
+from finetune.tracking.mlflow_store import NETWORK, make_sqlite_store, network_type
+from finetune.tracking.store_check import find_store_problems
+from finetune.tracking.tracker import send
 from tests.test_store_address import PLACES
 from tests.test_tracking import recorded_run
 

@@ -23,14 +23,14 @@ from finetune.checkpoints import newest_step
 from finetune.compatibility import is_checkpointing
 from finetune.config import methods
 from finetune.config.schema import ModelConfig
-from finetune.events import read_events
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import Outcome, SharedBase, train_together
 from finetune.precision import Precision
 from finetune.row_order import rows_of_step
-from finetune.run_folder import RunFolder
 from finetune.scoring import SharedContextLM
 from finetune.steps import Diverged, TrainResult
+from finetune.tracking.events import read_events
+from finetune.tracking.run_folder import RunFolder
 from tests.trainings import (
     CPU,
     TINY,

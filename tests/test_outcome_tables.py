@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from finetune.outcome_tables import read_table, read_tables
-from finetune.run_folder import RunFolder
+from finetune.tracking.run_folder import RunFolder
 
 LINES: list[dict[str, Any]] = [
     {"hash": "a", "prompt": "p", "task": "one", "base": {"acc": 1.0}, "tuned": {"acc": 0.0}},
@@ -36,7 +36,7 @@ def forbid_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the lines are read")
 
     monkeypatch.setattr(RunFolder, "read_items", fail)
-    monkeypatch.setattr("finetune.run_files.parse_lines", fail)
+    monkeypatch.setattr("finetune.tracking.run_files.parse_lines", fail)
 
 
 def test_arrays_hold_what_the_lines_say(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

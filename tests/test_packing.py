@@ -22,8 +22,8 @@ from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.row_order import rows_of_step
-from finetune.run_folder import RunFolder
 from finetune.token_rows import IGNORED, Example, pack, row_lengths
+from finetune.tracking.run_folder import RunFolder
 from tests.conftest import write_rows
 from tests.test_scoring import build
 from tests.test_validation import WAYS, train_by

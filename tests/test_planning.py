@@ -11,12 +11,12 @@ import pytest
 from finetune import planning
 from finetune.checkpoints import MANIFEST, MARKER
 from finetune.config.schema import Config, ModelConfig, SweepConfig
-from finetune.events import State
 from finetune.files import file_digest
 from finetune.jobs import Job
 from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_name
-from finetune.run_folder import RunFolder
 from finetune.tables import print_table
+from finetune.tracking.events import State
+from finetune.tracking.run_folder import RunFolder
 
 
 def name(

@@ -28,8 +28,8 @@ from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
 from finetune.precision import compute_dtype, pick_device
-from finetune.run_folder import RunFolder
 from finetune.shape import find_shape
+from finetune.tracking.run_folder import RunFolder
 from tests.test_grouping import job
 
 TINY = ModelConfig(path="random://tiny")

@@ -14,7 +14,7 @@ import pytest
 from finetune.report_pages import write_report
 from finetune.results import read_results
 from finetune.score_tables import render_table
-from finetune.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.sweep_record import RunRecord, SweepRecord
 from finetune.verdict import verdict
 
 TASK = "arc_easy"

@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from finetune import rerun
 from finetune.config.schema import Config
-from finetune.events import EventLog
 from finetune.problems import Refused
 from finetune.reproduction import compare_runs, find_other_conditions
 from finetune.rerun import build_job, refuse_foreign, report
-from finetune.run_files import SECTIONS
-from finetune.run_folder import RunFolder
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_files import SECTIONS
+from finetune.tracking.run_folder import RunFolder
 from tests.conftest import TINY, Command
 
 

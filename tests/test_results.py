@@ -14,15 +14,15 @@ import mlflow
 import pytest
 
 from finetune.config.schema import TrackingConfig
-from finetune.events import EventLog
 from finetune.report_pages import write_report
 from finetune.results import Results, read_results
-from finetune.run_folder import RunFolder
 from finetune.runs import render_list, render_pair
 from finetune.score_tables import render_table
 from finetune.statistics.metrics import Metric, compute
-from finetune.sweep_record import RunRecord, SweepRecord
-from finetune.tracking import build_tracker
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.tracker import build_tracker
 from finetune.verdict import verdict
 
 LOWER = Metric("mean", higher_is_better=False)

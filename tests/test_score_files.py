@@ -9,11 +9,11 @@ import pytest
 
 from finetune.evaluation import Item, TaskScore
 from finetune.files import Damaged
-from finetune.run_folder import RunFolder
-from finetune.score_files import MetricScore, parse_scores
 from finetune.scores import write_scores
 from finetune.scoring import Scoring
 from finetune.statistics.metrics import Metric
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.score_files import MetricScore, parse_scores
 
 ACC = Metric("mean", True)
 LOSS = Metric("perplexity", False, "by_size")

@@ -16,11 +16,11 @@ import pytest
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.events import read_events
 from finetune.lost_runs import write_cut_off
-from finetune.run_folder import RunFolder, Status
 from finetune.signals import Stopped, StopSignals
 from finetune.steps import Diverged
+from finetune.tracking.events import read_events
+from finetune.tracking.run_folder import RunFolder, Status
 from finetune.worker import Worker
 
 ENDS = {

@@ -13,9 +13,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import training
 from finetune.config.schema import DataConfig, OptimizerConfig, TrainingConfig
 from finetune.data import build_examples
-from finetune.events import EventLog, read_events
 from finetune.prompts import render_alpaca
-from finetune.run_folder import RunFolder
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 from tests.test_data import source
 from tests.tokenizer_kinds import KINDS
 from tests.trainings import CPU

@@ -17,9 +17,9 @@ import pytest
 
 from finetune.config.schema import TrackingConfig
 from finetune.config.store_address import find_address
-from finetune.mlflow_store import find_experiment, open_store
 from finetune.problems import Refused
-from finetune.store_check import find_store_problems, store_checked
+from finetune.tracking.mlflow_store import find_experiment, open_store
+from finetune.tracking.store_check import find_store_problems, store_checked
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 

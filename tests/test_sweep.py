@@ -26,9 +26,9 @@ from finetune.jobs import Job
 from finetune.lost_runs import write_failure
 from finetune.models import load_base
 from finetune.results import Results
-from finetune.run_folder import RunFolder, Status
 from finetune.session import Session
-from finetune.sweep_record import SweepRecord
+from finetune.tracking.run_folder import RunFolder, Status
+from finetune.tracking.sweep_record import SweepRecord
 from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 

@@ -9,8 +9,8 @@ import pytest
 
 from finetune import sync
 from finetune.config.store_address import masked, needs_typing, sync_command
-from finetune.event_sending import send_events
-from finetune.mirror import Mirror
+from finetune.tracking.event_sending import send_events
+from finetune.tracking.mirror import Mirror
 
 SERVER = "https://mlflow.example.org/team"
 

@@ -19,11 +19,11 @@ from filelock import FileLock
 from finetune import sync
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config, DataConfig, TrackingConfig
-from finetune.events import EventLog
-from finetune.mirror import Mirror
-from finetune.mlflow_store import open_store
-from finetune.run_folder import RunFolder
-from finetune.tracking import NullTracker, Tracker, build_tracker, send
+from finetune.tracking.events import EventLog
+from finetune.tracking.mirror import Mirror
+from finetune.tracking.mlflow_store import open_store
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.tracker import NullTracker, Tracker, build_tracker, send
 from tests.conftest import TINY, Command
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
@@ -152,7 +152,7 @@ def test_a_torn_last_line_waits_for_its_rest(uri: str, tmp_path: Path) -> None:
         file.write(line[:20])
     path = tmp_path / "mlflow.json"
     mirror = Mirror(uri, "e", "s", [])
-    from finetune.mirror import Child
+    from finetune.tracking.mirror import Child
 
     mirror.children["run"] = Child(str(run.path))
     send(mirror, path)
@@ -192,7 +192,7 @@ def test_a_server_that_never_answers_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end of a sweep gives it a while, and names the command that sends the rest."""
-    monkeypatch.setattr("finetune.tracking.CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("finetune.tracking.tracker.CLOSE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         tracked = tracker(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path / "sweep")
         tracked.follow(recorded_run(tmp_path / "run"))
@@ -273,9 +273,9 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(
     """Kill -9 in the middle of sending: the next one completes it, each step once."""
     run = recorded_run(tmp_path / "run", num_steps=20_000)
     code = (
-        "import sys, time; from pathlib import Path; from finetune.run_folder import RunFolder\n"
+        "import sys, time; from pathlib import Path; from finetune.tracking.run_folder import RunFolder\n"
         "from tests.test_tracking import tracker\n"
-        "import finetune.tracking; finetune.tracking.CLOSE_SECONDS = 300\n"
+        "import finetune.tracking; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
         "t = tracker(sys.argv[1], Path(sys.argv[2]))\nt.follow(RunFolder(Path(sys.argv[3])))\n"
         "print('following', flush=True); t.close(state='finished')"
     )
@@ -295,7 +295,7 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(
     process.communicate()
     assert 0 < num_sent() < 20_000
     assert Mirror.load(path).children["run"].offset == 0
-    monkeypatch.setattr("finetune.tracking.CLOSE_SECONDS", 300.0)
+    monkeypatch.setattr("finetune.tracking.tracker.CLOSE_SECONDS", 300.0)
     tracked = tracker(uri, tmp_path / "sweep")
     tracked.follow(run)
     assert tracked.close(state="finished") is None
@@ -309,7 +309,7 @@ def test_four_processes_on_a_cold_store_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     code = (
         "import sys; from pathlib import Path; from tests.test_tracking import *\n"
-        "import finetune.tracking; finetune.tracking.CLOSE_SECONDS = 300\n"
+        "import finetune.tracking; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
         "folder = Path(sys.argv[2]); run = recorded_run(folder / 'run')\n"
         "t = tracker(sys.argv[1], folder / 'sweep'); t.follow(run)\n"
         "behind = t.close(state='finished'); assert behind is None, behind"

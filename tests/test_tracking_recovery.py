@@ -12,11 +12,11 @@ import pytest
 
 from finetune import sync
 from finetune.config.schema import TrackingConfig
-from finetune.mirror import Mirror
-from finetune.mlflow_store import open_store
-from finetune.run_folder import RunFolder, Status
-from finetune.sweep_record import RunRecord, SweepRecord
-from finetune.tracking import build_tracker, send
+from finetune.tracking.mirror import Mirror
+from finetune.tracking.mlflow_store import open_store
+from finetune.tracking.run_folder import RunFolder, Status
+from finetune.tracking.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.tracker import build_tracker, send
 from tests.test_tracking import history, recorded_run, tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
@@ -154,7 +154,7 @@ def test_sync_ends_a_sweep_whose_store_went_away(
     sent_before: bool, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the end of the sweep said is kept: state, champion and view."""
-    monkeypatch.setattr("finetune.tracking.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("finetune.tracking.tracker.POLL_SECONDS", 0.05)
     if sent_before:
         tracked_sweep(uri, tmp_path)
     file = tmp_path / "mlflow.db"
@@ -257,7 +257,7 @@ def test_a_secret_of_the_environment_stands_in_no_file(
 ) -> None:
     """Nor is it printed, when the store is away; old files are masked when they are next saved."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("finetune.tracking.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("finetune.tracking.tracker.POLL_SECONDS", 0.05)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -20,14 +20,14 @@ from finetune.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.config import methods, optimizers
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.events import EventLog, read_events
 from finetune.label_loss import FrozenHeadLoss
 from finetune.models import find_model, load_base, load_tokenizer
 from finetune.precision import Precision, find_precision_problems
 from finetune.row_counts import RowCounts
-from finetune.run_folder import RunFolder
 from finetune.signals import StopSignals
 from finetune.steps import Diverged, TrainResult
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 from finetune.validation import Validations
 from tests.trainings import CPU, TINY, random_examples
 

@@ -23,8 +23,8 @@ from finetune.data import Examples, build_examples
 from finetune.models import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
-from finetune.run_folder import RunFolder
 from finetune.steps import Diverged, TrainResult
+from finetune.tracking.run_folder import RunFolder
 from finetune.validation import Validations
 from tests.test_grouping import job
 from tests.test_scoring import build

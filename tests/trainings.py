@@ -17,13 +17,13 @@ from finetune.adapter_training import AdapterSpec
 from finetune.adapters import LoraWeights
 from finetune.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.events import EventLog, read_events
 from finetune.models import find_model, load_base
 from finetune.multi_adapter import Outcome, train_together
 from finetune.precision import Precision
 from finetune.row_counts import RowCounts
-from finetune.run_folder import RunFolder
 from finetune.token_rows import Example
+from finetune.tracking.events import EventLog, read_events
+from finetune.tracking.run_folder import RunFolder
 
 TINY = ModelConfig(path="random://tiny")
 CPU = Precision(torch.device("cpu"), torch.float32)

@@ -19,16 +19,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import run_files
 from finetune.config.schema import Config, build_config
-from finetune.events import (
-    Measured,
-    State,
-    blank_damaged_lines,
-    read_events,
-    read_lines,
-    select_metric,
-)
 from finetune.files import (
     Damaged,
     is_obstructed,
@@ -39,8 +30,17 @@ from finetune.files import (
     write_atomic,
 )
 from finetune.problems import Refused
-from finetune.run_files import WEIGHTS
-from finetune.score_files import TaskScores, parse_scores
+from finetune.tracking import run_files
+from finetune.tracking.events import (
+    Measured,
+    State,
+    blank_damaged_lines,
+    read_events,
+    read_lines,
+    select_metric,
+)
+from finetune.tracking.run_files import WEIGHTS
+from finetune.tracking.score_files import TaskScores, parse_scores
 
 log = logging.getLogger("finetune")
 

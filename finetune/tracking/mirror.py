@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from finetune.config.store_address import masked
-from finetune.event_sending import END_STATES
-from finetune.events import State
 from finetune.files import Damaged, read_json, write_atomic
-from finetune.run_folder import RunFolder
+from finetune.tracking.event_sending import END_STATES
+from finetune.tracking.events import State
+from finetune.tracking.run_folder import RunFolder
 
 
 @dataclass

@@ -22,7 +22,7 @@ from finetune.files import (
     require_file,
     write_atomic,
 )
-from finetune.score_files import parse_scores
+from finetune.tracking.score_files import parse_scores
 
 DIGESTS = "digests.json"
 WEIGHTS = ("adapter", "model")  # the folders of what was trained

@@ -34,8 +34,8 @@ from finetune.config.store_address import (
     sqlite_file,
     without_secrets,
 )
-from finetune.mlflow_store import deleted_experiment, open_client
 from finetune.problems import Refused, first_line
+from finetune.tracking.mlflow_store import deleted_experiment, open_client
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

@@ -22,14 +22,14 @@ from finetune.config.store_address import (
     ui_command,
     without_secrets,
 )
-from finetune.event_sending import END_STATES, create_run, run_info, send_events
-from finetune.events import State, parse_events
 from finetune.files import Damaged, open_file, set_aside
-from finetune.mirror import Child, Mirror
-from finetune.mlflow_store import find_experiment, open_store
 from finetune.problems import first_line
-from finetune.run_folder import RunFolder
-from finetune.showcase import build_view, register_champion, save_view
+from finetune.tracking.event_sending import END_STATES, create_run, run_info, send_events
+from finetune.tracking.events import State, parse_events
+from finetune.tracking.mirror import Child, Mirror
+from finetune.tracking.mlflow_store import find_experiment, open_store
+from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.showcase import build_view, register_champion, save_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
