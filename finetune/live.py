@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from finetune.tables import add_row, build_table
+from finetune.reporting.tables import add_row, build_table
 from finetune.tracking.events import read_events, select_metric
 from finetune.tracking.run_folder import RunFolder
 

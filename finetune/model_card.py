@@ -16,16 +16,16 @@ from finetune.config.methods import METHODS
 from finetune.config.schema import ModelConfig
 from finetune.conversation import render_prompt
 from finetune.merging import Check
-from finetune.pages import build_pages
 from finetune.problems import Refused
 from finetune.prompts import PROMPT_FILE, load_template
-from finetune.run_comparison import compare_run
-from finetune.score_tables import NO_DIFFERENCE, show_range
+from finetune.reporting.rendering import build_pages
+from finetune.reporting.run_comparison import compare_run
+from finetune.reporting.score_tables import NO_DIFFERENCE, show_range
+from finetune.reporting.verdict import show_difference
 from finetune.statistics.metrics import Metric, show_score
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import MetricScore
 from finetune.trained import Trained
-from finetune.verdict import show_difference
 
 DIRECTIONS = {True: "higher", False: "lower", None: ""}
 QUESTION = "Why is the sky blue?"  # that a card asks

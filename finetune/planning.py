@@ -19,7 +19,7 @@ from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.grouping import Group, Limit, find_groups
 from finetune.jobs import Job
 from finetune.problems import Refused
-from finetune.tables import add_row, build_table
+from finetune.reporting.tables import add_row, build_table
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RunRecord, SweepRecord

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from finetune.escaping import for_terminal
-from finetune.report_pages import write_report
-from finetune.results import find_damage
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import find_damage
+from finetune.reporting.verdict import verdict
 from finetune.streams import keep_streams
-from finetune.verdict import verdict
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from finetune.config.foreign_runs import find_rerun_problems, find_settings_to_t
 from finetune.config.schema import build_config, flatten
 from finetune.jobs import Job
 from finetune.problems import Refused, first_line
-from finetune.reproduction import compare_runs, find_other_conditions, is_conduct
+from finetune.reporting.reproduction import compare_runs, find_other_conditions, is_conduct
 from finetune.streams import keep_streams
 from finetune.sweep import run_sweep
 from finetune.tracking.run_folder import REMEDY, RunFolder

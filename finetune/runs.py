@@ -13,17 +13,17 @@ from rich.table import Table
 
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
-from finetune.outcomes import read_answers
-from finetune.results import find_damage
-from finetune.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
+from finetune.reporting.outcomes import read_answers
+from finetune.reporting.results import find_damage
+from finetune.reporting.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
+from finetune.reporting.tables import add_row, build_table, print_table
+from finetune.reporting.verdict import show_difference
 from finetune.statistics.comparison import compare
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
 from finetune.streams import keep_streams
-from finetune.tables import add_row, build_table, print_table
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import MetricScore
-from finetune.verdict import show_difference
 
 
 def main() -> None:

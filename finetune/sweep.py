@@ -39,16 +39,16 @@ from finetune.planning import (
     sweep_name,
 )
 from finetune.problems import Refused, first_line
-from finetune.report_pages import write_report
-from finetune.results import Results, read_results, write_csv
-from finetune.score_tables import render_table
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import Results, read_results, write_csv
+from finetune.reporting.score_tables import render_table
+from finetune.reporting.tables import print_table
+from finetune.reporting.verdict import verdict
 from finetune.streams import keep_streams
-from finetune.tables import print_table
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.store_check import store_checked
 from finetune.tracking.tracker import Tracker, build_tracker
-from finetune.verdict import verdict
 from finetune.worker import AnyWorker, WorkerDied, build_worker
 
 log = logging.getLogger("finetune")

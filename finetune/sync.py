@@ -13,7 +13,7 @@ from finetune.config.schema import Config
 from finetune.config.store_address import URI_VARIABLE, needs_typing, sync_command, without_secrets
 from finetune.files import Damaged
 from finetune.problems import first_line
-from finetune.results import read_results
+from finetune.reporting.results import read_results
 from finetune.streams import keep_streams
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.tracker import send

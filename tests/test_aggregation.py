@@ -11,7 +11,7 @@ from lm_eval.api import metrics as stock
 
 from finetune.aggregation import RESAMPLES, SLOW_RESAMPLES, draw_resamples, find_definitions
 from finetune.evaluation import Item, TaskScore
-from finetune.outcomes import read_answers, read_resamples
+from finetune.reporting.outcomes import read_answers, read_resamples
 from finetune.scores import write_scores
 from finetune.scoring import Scoring
 from finetune.statistics.metric_names import MetricName

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from finetune import report, reproduction, runs
+from finetune import report, runs
 from finetune.config.foreign_runs import find_link_problems
 from finetune.config.schema import Config
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
 from finetune.live import read_progress
 from finetune.problems import Refused
-from finetune.report_pages import write_report
-from finetune.results import read_results, write_csv
+from finetune.reporting import reproduction
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import read_results, write_csv
 from finetune.tracking import run_files
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.mirror import Mirror
@@ -99,7 +100,7 @@ def complete(run: RunFolder) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a sweep's folder; its first run, outputs/run-0, has every file."""
-    monkeypatch.setattr("finetune.figures.draw_figures", lambda results: {})
+    monkeypatch.setattr("finetune.reporting.figures.draw_figures", lambda results: {})
     made = sweep(tmp_path, ["lora.r"], [["4"], ["8"]])
     complete(RunFolder(tmp_path / "outputs" / "run-0"))
     return made

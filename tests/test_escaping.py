@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from finetune.escaping import for_csv, for_markdown, for_terminal, keep_logs_plain
-from finetune.pages import build_pages
+from finetune.reporting.rendering import build_pages
 
 
 @pytest.mark.parametrize(

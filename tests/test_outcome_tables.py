@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.outcome_tables import read_table, read_tables
+from finetune.reporting.outcome_tables import read_table, read_tables
 from finetune.tracking.run_folder import RunFolder
 
 LINES: list[dict[str, Any]] = [

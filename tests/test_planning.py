@@ -14,7 +14,7 @@ from finetune.config.schema import Config, ModelConfig, SweepConfig
 from finetune.files import file_digest
 from finetune.jobs import Job
 from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_name
-from finetune.tables import print_table
+from finetune.reporting.tables import print_table
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 

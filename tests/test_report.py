@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.report_pages import write_report
-from finetune.results import read_results
-from finetune.score_tables import render_table
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import read_results
+from finetune.reporting.score_tables import render_table
+from finetune.reporting.verdict import verdict
 from finetune.tracking.sweep_record import RunRecord, SweepRecord
-from finetune.verdict import verdict
 
 TASK = "arc_easy"
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from finetune import rerun
 from finetune.config.schema import Config
 from finetune.problems import Refused
-from finetune.reproduction import compare_runs, find_other_conditions
+from finetune.reporting.reproduction import compare_runs, find_other_conditions
 from finetune.rerun import build_job, refuse_foreign, report
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_files import SECTIONS

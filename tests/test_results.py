@@ -14,16 +14,16 @@ import mlflow
 import pytest
 
 from finetune.config.schema import TrackingConfig
-from finetune.report_pages import write_report
-from finetune.results import Results, read_results
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import Results, read_results
+from finetune.reporting.score_tables import render_table
+from finetune.reporting.verdict import verdict
 from finetune.runs import render_list, render_pair
-from finetune.score_tables import render_table
 from finetune.statistics.metrics import Metric, compute
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RunRecord, SweepRecord
 from finetune.tracking.tracker import build_tracker
-from finetune.verdict import verdict
 
 LOWER = Metric("mean", higher_is_better=False)
 ACC = Metric("mean", higher_is_better=True)
@@ -32,7 +32,7 @@ ACC = Metric("mean", higher_is_better=True)
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write pages without pictures, which take most of a report's time."""
-    monkeypatch.setattr("finetune.figures.draw_figures", lambda _: {})
+    monkeypatch.setattr("finetune.reporting.figures.draw_figures", lambda _: {})
 
 
 Task = Mapping[str, tuple[Metric, Sequence[Any] | None, Sequence[Any]]]  # base's and tuned values

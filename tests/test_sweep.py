@@ -25,7 +25,7 @@ from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.lost_runs import write_failure
 from finetune.models import load_base
-from finetune.results import Results
+from finetune.reporting.results import Results
 from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.tables import add_row, build_table, print_table
+from finetune.reporting.tables import add_row, build_table, print_table
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from finetune.results import MEAN_LOSS, VALIDATION, Results, Row
+from finetune.reporting.results import MEAN_LOSS, VALIDATION, Results, Row
+from finetune.reporting.tables import add_row, build_table
+from finetune.reporting.verdict import show_detectable, show_difference
 from finetune.statistics.comparison import Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
-from finetune.tables import add_row, build_table
-from finetune.verdict import show_detectable, show_difference
 
 NO_DIFFERENCE = "no detectable difference"
 

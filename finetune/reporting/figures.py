@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finetune.results import Results, Row
+from finetune.reporting.results import Results, Row
 from finetune.statistics.metric_names import MetricName
 
 # Okabe and Ito's palette (2008).

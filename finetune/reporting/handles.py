@@ -11,15 +11,15 @@ from rich.console import Console
 
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
-from finetune.results import Results as SweepResults
-from finetune.results import list_columns
-from finetune.score_tables import render_table
+from finetune.reporting.results import Results as SweepResults
+from finetune.reporting.results import list_columns
+from finetune.reporting.score_tables import render_table
+from finetune.reporting.tables import WIDTH_OF_A_FILE
+from finetune.reporting.verdict import verdict
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import STDERR
-from finetune.tables import WIDTH_OF_A_FILE
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import ModelScore
-from finetune.verdict import verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame

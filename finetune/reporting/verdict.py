@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.results import VALIDATION, Results, Row
+from finetune.reporting.results import VALIDATION, Results, Row
 from finetune.statistics.comparison import LEVEL, Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score

@@ -17,7 +17,7 @@ def build_pages(name: str) -> Environment:
     """
     is_html = name.endswith(".html")
     pages = Environment(
-        loader=PackageLoader("finetune"),
+        loader=PackageLoader("finetune.reporting"),
         autoescape=is_html,  # noqa: S701  # Markdown has an escape of its own
         finalize=_visible if is_html else _markdown,
         undefined=StrictUndefined,

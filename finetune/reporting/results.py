@@ -14,8 +14,8 @@ from typing import Any
 
 from finetune.escaping import for_csv
 from finetune.files import Damaged, read_json, write_atomic
-from finetune.mixtures import find_machine_mixtures, find_mixtures
-from finetune.run_comparison import ScoredRuns, compare_runs
+from finetune.reporting.mixtures import find_machine_mixtures, find_mixtures
+from finetune.reporting.run_comparison import ScoredRuns, compare_runs
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import STDERR, MetricName
 from finetune.statistics.metrics import Metric

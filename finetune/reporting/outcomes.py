@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.outcome_tables import OutcomeTable, read_table
+from finetune.reporting.outcome_tables import OutcomeTable, read_table
 from finetune.statistics.comparison import Outcomes
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.resampling import Resampled

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import write_atomic
-from finetune.outcomes import read_outcomes
-from finetune.pages import build_pages
-from finetune.results import Results, read_results, write_csv
-from finetune.score_tables import build_score_table, describe_methods
+from finetune.reporting.outcomes import read_outcomes
+from finetune.reporting.rendering import build_pages
+from finetune.reporting.results import Results, read_results, write_csv
+from finetune.reporting.score_tables import build_score_table, describe_methods
+from finetune.reporting.verdict import show_difference, verdict
 from finetune.statistics.comparison import compare_seeds
 from finetune.statistics.metric_names import MetricName
 from finetune.tracking.run_folder import RunFolder
-from finetune.verdict import show_difference, verdict
 
 log = logging.getLogger("finetune")
 
@@ -34,7 +34,7 @@ def write_report(folder: Path) -> Results:
     Raises:
         ValueError: the folder is not a sweep's.
     """
-    from finetune.figures import draw_figures
+    from finetune.reporting.figures import draw_figures
 
     results = read_results(folder)
     write_csv(results)

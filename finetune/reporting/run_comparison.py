@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose, isfinite
 
-from finetune.outcome_tables import OutcomeTable, read_tables
-from finetune.outcomes import find_answers, read_resamples
+from finetune.reporting.outcome_tables import OutcomeTable, read_tables
+from finetune.reporting.outcomes import find_answers, read_resamples
 from finetune.statistics.comparison import Comparison, compare, compare_stored
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric

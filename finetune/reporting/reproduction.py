@@ -14,7 +14,7 @@ from typing import Literal
 
 from finetune.config.schema import CONDUCT, Config, flatten, marked
 from finetune.files import Damaged, file_digest, read_yaml
-from finetune.outcomes import read_sides
+from finetune.reporting.outcomes import read_sides
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder
 
