@@ -89,7 +89,7 @@ def start(case: str, way: str, path: Path) -> None:
 def measure(case: str, way: str, path: Path) -> None:
     """Prepare rows one way, and print what it took, without imports and the tokenizer."""
     from finetune.config.schema import ModelConfig
-    from finetune.models import find_model, load_tokenizer
+    from finetune.models.base_model import find_model, load_tokenizer
 
     model = ModelConfig(path=MODEL)
     tokenizer = load_tokenizer(model, find_model(model))

@@ -31,7 +31,7 @@ from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
 from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation import TaskScore, score
-from finetune.models import find_model, load_base, load_tokenizer
+from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.prefix_tree import count_tokens
 from finetune.scoring import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
 from finetune.tasks import LoadedTask, load_task

@@ -18,7 +18,7 @@ from transformers import (
 from finetune.config.schema import ModelConfig
 from finetune.files import replaced
 from finetune.home import cache_dir
-from finetune.models import find_model, load_tokenizer
+from finetune.models.base_model import find_model, load_tokenizer
 
 
 def mistral_shaped(tokenizer: Path | None = None) -> Path:

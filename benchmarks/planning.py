@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.config.schema import ModelConfig
-from finetune.models import find_model, load_tokenizer
+from finetune.models.base_model import find_model, load_tokenizer
 from finetune.statistics.metrics import Metric, Strata
 from finetune.statistics.resampling import resample_all
 from finetune.tracking.sweep_record import RunRecord, SweepRecord

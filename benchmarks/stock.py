@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune.models import settle_kernels
+from finetune.models.base_model import settle_kernels
 from finetune.token_rows import Example
 from finetune.training import Arguments
 

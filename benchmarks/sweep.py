@@ -83,8 +83,8 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from finetune import data, training
     from finetune.config.schema import build_config, conf_dir, register
     from finetune.evaluation import score
-    from finetune.models import find_model, load_base, load_tokenizer
-    from finetune.precision import find_precision
+    from finetune.models.base_model import find_model, load_base, load_tokenizer
+    from finetune.models.precision import find_precision
     from finetune.scoring import PLAIN_BATCH_SIZE
     from finetune.tasks import load_task
     from finetune.tracking.run_folder import RunFolder

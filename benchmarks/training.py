@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes, build_stock
-from finetune import adapters, process_memory, training
+from finetune import training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import (
@@ -47,9 +47,10 @@ from finetune.config.schema import (
     TrainingConfig,
 )
 from finetune.data import Examples, build_examples, find_sources, read_sources
-from finetune.models import find_model, load_base, load_tokenizer
+from finetune.models import adapters, process_memory
+from finetune.models.base_model import find_model, load_base, load_tokenizer
+from finetune.models.precision import Precision
 from finetune.multi_adapter import find_obstacle, train_together
-from finetune.precision import Precision
 from finetune.row_counts import RowCounts
 from finetune.token_rows import Example
 from finetune.tracking.events import EventLog, read_events

@@ -11,7 +11,7 @@ import torch
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.adapters import ADAPTER
+from finetune.models.adapters import ADAPTER
 
 RANK_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 

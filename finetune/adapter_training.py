@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
-from finetune import adapters
-from finetune.adapters import LoraWeights
 from finetune.config.schema import LoraConfig
 from finetune.data import Examples
 from finetune.files import write_atomic
+from finetune.models import adapters
+from finetune.models.adapters import LoraWeights
 from finetune.row_order import (
     num_steps,
     order_of_epoch,

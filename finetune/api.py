@@ -237,7 +237,7 @@ def base_path(path: str, revision: str | None = None) -> str:
         Refused: there is no such model.
     """
     from finetune.config.schema import ModelConfig
-    from finetune.models import find_model
+    from finetune.models.base_model import find_model
 
     try:
         return find_model(ModelConfig(path=path, revision=revision)).location

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import chat_messages
 from finetune.chat_messages import REASONING, SPEECH, Messages
-from finetune.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
 from finetune.config.schema import TEMPLATE_FILE
+from finetune.models.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
 from finetune.text_sections import count_common, encode_texts
 from finetune.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 

@@ -18,9 +18,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from finetune import models
 from finetune.chat_tokens import encode_chat
 from finetune.merging import find_merge_problem, load_own, merge
+from finetune.models import base_model
 from finetune.problems import Refused
 from finetune.prompts import Template, load_template
 from finetune.trained import Trained, find_difference, write_adapter
@@ -155,7 +155,7 @@ class Conversation:
 
     def _generate(self, tokens: list[int], sampling: Sampling, spoken: Spoken) -> None:
         room = sampling.max_new_tokens
-        longest = models.max_positions(self.model.config)
+        longest = base_model.max_positions(self.model.config)
         if longest is not None:
             room = min(room, longest - len(tokens))
         if room < 1:

@@ -23,7 +23,7 @@ from finetune import bootstrap
 from finetune.aggregation import find_definitions
 from finetune.config.schema import EvaluationConfig
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
-from finetune.precision import TORCH_DTYPES
+from finetune.models.precision import TORCH_DTYPES
 from finetune.scoring import Scoring, SharedContextLM
 from finetune.statistics.metrics import Metric
 from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet

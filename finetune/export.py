@@ -188,7 +188,7 @@ def push(folder: Path, repo: str, *, is_private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    from finetune.compatibility import HTTPError
+    from finetune.models.compatibility import HTTPError
 
     again = f"{folder} stays; later: hf upload {repo} {folder}"
     hub = HfApi()

@@ -21,12 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune import devices, distributed
+from finetune import distributed
 from finetune.config import rules
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import CONDUCT, Config, ModelConfig, SourceConfig, local_path, marked
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
+from finetune.models import devices
 from finetune.tracking.run_files import read_entries
 from finetune.tracking.run_folder import RunFolder
 

@@ -14,24 +14,17 @@ from typing import Any
 
 import torch
 
-from finetune import (
-    adapters,
-    data,
-    distributed,
-    identity_0_1,
-    models,
-    prompts,
-    quantization,
-)
-from finetune.chat_templates import find_chat_template, read_chat_template
+from finetune import data, distributed, identity_0_1, prompts
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.methods import METHODS
 from finetune.config.optimizers import OPTIMIZERS
 from finetune.config.schema import Config, DataConfig, ModelConfig, changed_settings
 from finetune.files import digest, slug
-from finetune.fused_kernels import FLASH
-from finetune.precision import Precision, compute_dtype, find_precision
-from finetune.quantization import BITSANDBYTES, GPTQ_PACKAGES
+from finetune.models import adapters, base_model, quantization
+from finetune.models.chat_templates import find_chat_template, read_chat_template
+from finetune.models.kernels import FLASH
+from finetune.models.precision import Precision, compute_dtype, find_precision
+from finetune.models.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.rows import find_source
 from finetune.session import Session
 from finetune.token_cache import TOKENS as TOKENS
@@ -50,8 +43,8 @@ def find_inputs(config: Config, session: Session | None = None) -> Inputs:
         config: the run's.
         session: what is loaded already; None begins with nothing.
     """
-    source = models.find_model(config.model)
-    model = quantization.as_loaded(config.model, models.load_config(config.model, source))
+    source = base_model.find_model(config.model)
+    model = quantization.as_loaded(config.model, base_model.load_config(config.model, source))
     found, files = data.find_sources(config.data), find_files(config)
     precision = find_precision(config)
     template = _find_chat_template(config, source, session or Session())
@@ -99,7 +92,9 @@ def find_changes(config: Config, inputs: Inputs) -> list[str]:
     files = find_files(config)
     changed += [key for key in sorted(inputs.files) if files.get(key) != inputs.files[key]]
     if not inputs.source.is_pinned:
-        changed += ["model.path"] * (models.find_model(config.model).digest != inputs.source.digest)
+        changed += ["model.path"] * (
+            base_model.find_model(config.model).digest != inputs.source.digest
+        )
     return [
         f"{name} has changed since the sweep was planned; start the command again for what it "
         "holds now"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from finetune.models import head_on_rows
+from finetune.models.base_model import head_on_rows
 
 CHUNK = 256  # labels whose logits exist at one time
 

@@ -26,8 +26,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import distributed
 from finetune.adalora import RankSchedule, load_rank_state, orthogonality, rank_state, ranks
-from finetune.adapters import base_of, num_prepended
 from finetune.label_loss import LabelLoss
+from finetune.models.adapters import base_of, num_prepended
 from finetune.row_order import EvenOrder
 from finetune.sequence_attention import SequenceAttention
 from finetune.sharding import (

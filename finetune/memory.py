@@ -11,10 +11,10 @@ from rich.table import Table
 
 from finetune.config.overrides import compose_job
 from finetune.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
+from finetune.models.quantization import as_loaded
+from finetune.models.shape import find_shape, load_config
 from finetune.problems import Refused, first_line
-from finetune.quantization import as_loaded
 from finetune.reporting.tables import add_row, build_table, print_table
-from finetune.shape import find_shape, load_config
 from finetune.streams import keep_streams
 
 

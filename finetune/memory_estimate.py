@@ -20,9 +20,9 @@ from finetune.config.schema import (
     ModelConfig,
 )
 from finetune.label_loss import CHUNK
-from finetune.precision import compute_dtype, pick_device
+from finetune.models.precision import compute_dtype, pick_device
+from finetune.models.shape import Shape
 from finetune.scoring import MOST_TOKENS
-from finetune.shape import Shape
 
 GIB = 2**30
 ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here

@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, models
+from finetune import data
 from finetune.config.methods import METHODS
-from finetune.precision import compute_dtype
+from finetune.models import adapters, base_model
+from finetune.models.precision import compute_dtype
 from finetune.problems import Refused
 from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
@@ -77,7 +78,7 @@ def write_merged(run: Trained, folder: Path) -> Check:
     tokenizer.save_pretrained(folder)
     del adapted, merged  # before the next one is loaded
     plain = replace(run.model, path=str(folder), revision=None, quantization="none")
-    written = models.load_base(plain, models.find_model(plain), run.device)
+    written = base_model.load_base(plain, base_model.find_model(plain), run.device)
     return compare(run, prompts, before, log_likelihoods(written, prompts))
 
 

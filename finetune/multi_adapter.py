@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
-from finetune.adapters import LoraWeights
-from finetune.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
-from finetune.precision import Precision
-from finetune.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
+from finetune.models.adapters import LoraWeights
+from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
+from finetune.models.precision import Precision
+from finetune.models.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.signals import StopSignals
 from finetune.steps import TrainResult, advance, open_bar

@@ -19,21 +19,22 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import adapters, data, distributed, models, multi_adapter, signals, training
+from finetune import data, distributed, multi_adapter, signals, training
 from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec
-from finetune.adapters import LoraWeights
 from finetune.config.inputs import Inputs, Source
 from finetune.config.methods import METHODS, build_settings
 from finetune.config.schema import Config
 from finetune.data import Examples
 from finetune.evaluation import TaskScore
-from finetune.fused_kernels import liger_kernels
 from finetune.grouping import find_obstacle
 from finetune.identity import find_changes
 from finetune.jobs import Job
-from finetune.precision import compute_dtype, find_precision, pick_device
-from finetune.process_memory import is_out_of_memory
+from finetune.models import adapters, base_model
+from finetune.models.adapters import LoraWeights
+from finetune.models.kernels import liger_kernels
+from finetune.models.precision import compute_dtype, find_precision, pick_device
+from finetune.models.process_memory import is_out_of_memory
 from finetune.prompts import save_prompt
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
@@ -289,7 +290,7 @@ def _keep(
     """Save what training came to; the checkpoints have done their work."""
     if isinstance(trained, PreTrainedModel):
         dtype = compute_dtype(run.config.model, torch.device(run.inputs.device))
-        models.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
+        base_model.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
     else:
         own, tokenizer = run.folder.prompt_template, _tokenizer(run, session)
         prompt = str(own) if own.is_file() else run.config.data.prompt_template
@@ -325,7 +326,7 @@ def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftM
         session.release()
         own = replace(config.model, path=str(run.folder.model), revision=None)
         device = torch.device(run.inputs.device)
-        yield models.load_base(own, Source(own.path, run.inputs.identity), device)
+        yield base_model.load_base(own, Source(own.path, run.inputs.identity), device)
         return
     with _restored(adapters.load(_base(run, session), folder), session) as adapted:
         yield adapted

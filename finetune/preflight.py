@@ -12,18 +12,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
-from finetune import (
-    adapters,
-    devices,
-    distributed,
-    fused_kernels,
-    memory_estimate,
-    models,
-    quantization,
-    saved_adapter,
-    tasks,
-)
-from finetune.chat_templates import read_chat_template
+from finetune import distributed, memory_estimate, tasks
 from finetune.config import optimizers
 from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
@@ -32,12 +21,19 @@ from finetune.config.schema import Config
 from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs
 from finetune.jobs import CheckedJob
+from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
+from finetune.models.chat_templates import read_chat_template
+from finetune.models.precision import (
+    compute_dtype,
+    find_precision,
+    find_precision_problems,
+    pick_device,
+)
+from finetune.models.shape import Shape
 from finetune.multi_adapter import find_precision_obstacle
-from finetune.precision import compute_dtype, find_precision, find_precision_problems, pick_device
 from finetune.problems import first_line
 from finetune.scores import forecasts, is_done
 from finetune.session import Session
-from finetune.shape import Shape
 from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
@@ -147,7 +143,7 @@ def _find_device_problems(config: Config, _: Session) -> list[str]:
 
 def _find_source_problems(config: Config, _: Session) -> list[str]:
     """Return whether the model is there and long enough, the least of _find_model_problems."""
-    model_config = models.load_config(config.model, models.find_model(config.model))
+    model_config = base_model.load_config(config.model, base_model.find_model(config.model))
     problems = _find_chat_template_problems(config)
     return problems + _find_length_problems(config, model_config)
 
@@ -162,7 +158,7 @@ def _find_chat_template_problems(config: Config) -> list[str]:
 
 
 def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> list[str]:
-    longest, length = models.max_positions(model_config), config.training.max_length
+    longest, length = base_model.max_positions(model_config), config.training.max_length
     if not longest or length <= longest:
         return []
     made_for = f"{config.model.path} was made for at most {longest} tokens"
@@ -170,22 +166,22 @@ def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> lis
 
 
 def _find_model_problems(config: Config, session: Session) -> list[str]:
-    source = models.find_model(config.model)
-    model_config = models.load_config(config.model, source)
+    source = base_model.find_model(config.model)
+    model_config = base_model.load_config(config.model, source)
     meta = session.meta_model(config.model, source)
     problems = adapters.find_problems(meta, config.peft, config.lora)
     problems += _find_chat_template_problems(config)
     if config.model.adapter is not None:
         folder = Path(config.model.adapter)
         adapters.saved_digest(folder)
-        own = models.load_meta_model(config.model, model_config)
+        own = base_model.load_meta_model(config.model, model_config)
         problems += saved_adapter.find_problems(own, folder)
     device = pick_device(config.training.device)
     dtype = compute_dtype(config.model, device)
     problems += quantization.find_problems(config.model, model_config, device)
-    problems += fused_kernels.find_flash_problems(config.model, meta, device, dtype)
+    problems += kernels.find_flash_problems(config.model, meta, device, dtype)
     if config.training.use_liger_kernel:
-        problems += fused_kernels.find_liger_problems(meta, device)
+        problems += kernels.find_liger_problems(meta, device)
     found = quantization.find_quantization(config.model, model_config)
     if METHODS[config.peft.method].trains_base and found != config.model.quantization:
         problems.append(
@@ -207,13 +203,13 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
 
 
 def _find_tokenizer_problems(config: Config, session: Session) -> list[str]:
-    return session.tokenizer_problems(config.model, models.find_model(config.model))
+    return session.tokenizer_problems(config.model, base_model.find_model(config.model))
 
 
 def _find_data_problems(config: Config, session: Session) -> list[str]:
     source = None
     with suppress(OSError, ValueError):  # a missing model is told by its own check
-        found = models.find_model(config.model)
+        found = base_model.find_model(config.model)
         session.tokenizer(config.model, found)
         source = found
     return session.row_problems(config, source)
@@ -227,7 +223,7 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
     source = None
     if config.evaluation.chat_template:
         try:
-            source = models.find_model(config.model)
+            source = base_model.find_model(config.model)
         except (OSError, ValueError):
             return []  # a missing model is told by its own check
         if session.tokenizer(config.model, source).chat_template is None:

@@ -17,12 +17,13 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from finetune import data, models
+from finetune import data
 from finetune.config.inputs import DataSource
 from finetune.config.overrides import compose_job
 from finetune.config.schema import Config
 from finetune.data import Examples
 from finetune.escaping import for_terminal
+from finetune.models import base_model
 from finetune.preflight import find_row_problems
 from finetune.problems import Refused
 from finetune.session import Session
@@ -72,7 +73,7 @@ def load_preview(overrides: Sequence[str]) -> Preview:
     problems = find_row_problems(config, session)
     if problems:
         raise Refused(problems)
-    tokenizer = session.tokenizer(config.model, models.find_model(config.model))
+    tokenizer = session.tokenizer(config.model, base_model.find_model(config.model))
     sources = data.find_sources(config.data)
     read = data.read_sources(sources)
     separate = replace(config.training, sequence_packing=False)

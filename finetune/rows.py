@@ -18,8 +18,8 @@ from finetune.config.schema import SourceConfig, local_path
 from finetune.data_paths import LocalData
 from finetune.file_formats import find_format, iterate_file
 from finetune.files import digest
-from finetune.hub import cached_folder, hub_commit
 from finetune.json_rows import Row
+from finetune.models.hub import cached_folder, hub_commit
 from finetune.text_lines import DEFAULT_ENCODING
 
 __all__ = ["Row", "RowStream", "find_source", "read_file", "read_rows"]

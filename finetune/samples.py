@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.models import autocast_dtype, autocast_to
+from finetune.models.base_model import autocast_dtype, autocast_to
 
 NUM_SAMPLES = 4  # on a CPU faster than three, whose products read the weights at 6 GB/s, not 9
 NEW_TOKENS = 32

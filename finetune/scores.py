@@ -26,7 +26,7 @@ from finetune.files import digest
 from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
-from finetune.precision import TORCH_DTYPES
+from finetune.models.precision import TORCH_DTYPES
 from finetune.scoring import SharedContextLM
 from finetune.session import Session
 from finetune.statistics.metric_names import MetricName

@@ -20,10 +20,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune.adapters import base_of
-from finetune.attention import find_obstacle
-from finetune.compatibility import attend_by_varlen
-from finetune.fused_kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
+from finetune.models.adapters import base_of
+from finetune.models.attention import find_obstacle
+from finetune.models.compatibility import attend_by_varlen
+from finetune.models.kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
 
 NAME = "finetune_sequences"
 WIDEST_HEAD = 256  # features, of flash attention

@@ -13,12 +13,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import data, models, multi_adapter, prompts, samples
+from finetune import data, multi_adapter, prompts, samples
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.finished_runs import FinishedRuns
-from finetune.precision import Precision
-from finetune.shape import Shape, describe_shape
+from finetune.models import base_model
+from finetune.models.precision import Precision
+from finetune.models.shape import Shape, describe_shape
 from finetune.tasks import LoadedTask, load_task
 
 Value = TypeVar("Value")
@@ -66,7 +67,7 @@ class Session:
 
         def load() -> PreTrainedModel:
             self.release()  # before another one takes its memory
-            return models.load_base(config.model, inputs.source, torch.device(inputs.device))
+            return base_model.load_base(config.model, inputs.source, torch.device(inputs.device))
 
         return self._base.get(_base_key(config, inputs), load)
 
@@ -79,15 +80,15 @@ class Session:
 
     def tokenizer(self, model: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
         return self._tokenizers.get(
-            (asdict(model), source), lambda: models.load_tokenizer(model, source)
+            (asdict(model), source), lambda: base_model.load_tokenizer(model, source)
         )
 
     def tokenizer_problems(self, model: ModelConfig, source: Source) -> list[str]:
         """Return whether the tokenizer has ids that the base has no embedding for."""
 
         def look() -> list[str]:
-            tokenizer, config = self.tokenizer(model, source), models.load_config(model, source)
-            return models.find_tokenizer_problems(model.path, tokenizer, config)
+            tokenizer, config = self.tokenizer(model, source), base_model.load_config(model, source)
+            return base_model.find_tokenizer_problems(model.path, tokenizer, config)
 
         return self._tokenizer_problems.get((asdict(model), source), look)
 
@@ -114,7 +115,7 @@ class Session:
         """Return the base without weights, to look at."""
 
         def build() -> PreTrainedModel:
-            return models.load_meta_model(model, models.load_config(model, source))
+            return base_model.load_meta_model(model, base_model.load_config(model, source))
 
         return self._meta.get((asdict(model), source), build)
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from finetune import distributed
 from finetune.checkpoints import Checkpoint, find_newest, find_step, write_checkpoint
-from finetune.process_memory import peak_memory_gib
+from finetune.models.process_memory import peak_memory_gib
 from finetune.row_order import steps_an_epoch
 from finetune.tracking.events import EventLog
 from finetune.validation import Validations

@@ -20,7 +20,7 @@ from statistics import fmean
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from finetune import devices, distributed, launchers, signals
+from finetune import distributed, launchers, signals
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
@@ -29,6 +29,7 @@ from finetune.jobs import Job
 from finetune.live import is_watched, live_table
 from finetune.logs import quieten_libraries
 from finetune.lost_runs import write_cut_off, write_failure
+from finetune.models import devices
 from finetune.planning import (
     Point,
     Sweep,

@@ -28,11 +28,11 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
-from finetune import hub
-from finetune.chat_templates import fix_date
 from finetune.config.schema import EvaluationConfig
 from finetune.files import digest
 from finetune.gold_answers import check_golds
+from finetune.models import hub
+from finetune.models.chat_templates import fix_date
 from finetune.prefix_tree import count_tokens
 from finetune.problems import nearest
 from finetune.rows import Row, read_file

@@ -17,16 +17,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import models, quantization
 from finetune.config.foreign_runs import find_config_problems
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, changes_base
 from finetune.config.schema import Config, ModelConfig
 from finetune.files import resolved
 from finetune.identity import model_identity
-from finetune.precision import pick_device
+from finetune.models import base_model, quantization
+from finetune.models.precision import pick_device
+from finetune.models.saved_adapter import find_code_problems
 from finetune.problems import Refused, nearest
-from finetune.saved_adapter import find_code_problems
 from finetune.tracking.run_folder import REMEDY, RunFolder
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -62,7 +62,7 @@ class Trained:
             Refused: the hub has the model, and this machine only a part of it.
         """
         try:
-            return models.load_base(self.model, self.source, self.device)
+            return base_model.load_base(self.model, self.source, self.device)
         except (OSError, ValueError) as error:
             raise _unloadable(self.model, error) from None
 
@@ -75,8 +75,8 @@ class Trained:
         try:
             if self.is_full and not (self.folder.model / TOKENIZER_FILE).is_file():
                 base = self.config.model
-                return models.load_tokenizer(base, models.find_model(base))
-            return models.load_tokenizer(self.model, self.source)
+                return base_model.load_tokenizer(base, base_model.find_model(base))
+            return base_model.load_tokenizer(self.model, self.source)
         except (OSError, ValueError) as error:
             raise _unloadable(self.model, error) from None
 
@@ -114,8 +114,8 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
     if is_full:
         model = replace(model, path=str(folder.model), revision=None, quantization="none")
     try:
-        source = models.find_model(model)
-        model = quantization.as_loaded(model, models.load_config(model, source))
+        source = base_model.find_model(model)
+        model = quantization.as_loaded(model, base_model.load_config(model, source))
     except FileNotFoundError as error:
         raise Refused([f"{path}: its base is missing: {error}"]) from None
     except (OSError, ValueError) as error:  # such as of a model that needs Python code of its own

@@ -23,17 +23,17 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from finetune import distributed
-from finetune.adapters import (
-    base_of,
-    num_trainable,
-)
 from finetune.callbacks import StepWatch
-from finetune.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.config.schema import OptimizerConfig, TrainingConfig
 from finetune.data import Examples
 from finetune.label_trainer import LabelTrainer
-from finetune.precision import Precision
-from finetune.process_memory import reset_peak_memory, return_freed_memory
+from finetune.models.adapters import (
+    base_of,
+    num_trainable,
+)
+from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
+from finetune.models.precision import Precision
+from finetune.models.process_memory import reset_peak_memory, return_freed_memory
 from finetune.row_order import filled_up, steps_between_validations, with_filler
 from finetune.sequence_attention import find_layout_problem
 from finetune.sharding import make_whole

@@ -17,10 +17,11 @@ from multiprocessing.connection import Connection
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune import devices, distributed, signals
+from finetune import distributed, signals
 from finetune.finished_runs import FinishedRuns
 from finetune.jobs import CheckedJob, Job
 from finetune.logs import quieten_libraries
+from finetune.models import devices
 from finetune.streams import keep_streams
 from finetune.tracking.events import State
 

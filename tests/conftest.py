@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.jobs import Job
-from finetune.models import find_model, load_tokenizer
+from finetune.models.base_model import find_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.mistral_shaped import write_mistral_shaped
 from finetune.config.schema import ModelConfig
-from finetune.models import find_model, load_base, load_tokenizer
-from finetune.quantization import find_quantization
-from finetune.shape import load_config
+from finetune.models.base_model import find_model, load_base, load_tokenizer
+from finetune.models.quantization import find_quantization
+from finetune.models.shape import load_config
 
 ROOT = Path(__file__).parents[1]
 

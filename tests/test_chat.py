@@ -14,9 +14,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import adapters, chat, conversation, logs
+from finetune import chat, conversation, logs
 from finetune.config.schema import DataConfig, LoraConfig
 from finetune.conversation import Conversation, Sampling, find_ends
+from finetune.models import adapters
 from finetune.problems import Refused
 from finetune.prompts import load_template
 from finetune.tracking import run_files

@@ -13,7 +13,6 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from finetune.chat_messages import render_chat
-from finetune.chat_templates import fix_date
 from finetune.chat_tokens import (
     JOINED,
     REWRITES,
@@ -22,6 +21,7 @@ from finetune.chat_tokens import (
     find_chat_problems,
     find_learned,
 )
+from finetune.models.chat_templates import fix_date
 from finetune.turns import SURROGATE, Encoded, Unusable
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import devices, fused_kernels, models, preflight, quantization, worker
+from finetune import preflight, worker
 from finetune.config.schema import Config, ModelConfig
-from finetune.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
+from finetune.models import base_model, devices, kernels, quantization
+from finetune.models.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
 from finetune.session import Session
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -103,11 +104,11 @@ def test_the_check_of_a_job_asks_torch(device: str, p100: None) -> None:
 
 def test_liger_and_int8_want_newer_cards(p100: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton from 7.0 on, LLM.int8 from 7.5 on."""
-    monkeypatch.setattr(fused_kernels, "find_spec", lambda _: True)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
     tiny = ModelConfig(path="random://tiny")
-    config = models.load_config(tiny, models.find_model(tiny))
-    meta = models.load_meta_model(tiny, config)
-    (problem,) = fused_kernels.find_liger_problems(meta, GPU)
+    config = base_model.load_config(tiny, base_model.find_model(tiny))
+    meta = base_model.load_meta_model(tiny, config)
+    (problem,) = kernels.find_liger_problems(meta, GPU)
     assert "needs compute capability 7.0 (Triton), and the GPU has 6.0" in problem
     tiny.quantization = "int8"
     (problem,) = quantization.find_problems(tiny, config, GPU)

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation import Item, ScoreStore, TaskScore, score
-from finetune.models import find_model, load_base, load_tokenizer
+from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.reporting.outcomes import read_outcomes
 from finetune.scores import write_scores
 from finetune.scoring import Scoring, SharedContextLM

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import finetune
-from finetune import adapters, export, logs, models
+from finetune import export, logs
 from finetune.config.inputs import Source
 from finetune.config.schema import LoraConfig, ModelConfig, PeftConfig
 from finetune.merging import find_prompts, log_likelihoods
+from finetune.models import adapters, base_model
 from finetune.trained import find_trained, load_as_published
 from tests.conftest import train_tiny
 from tests.test_chat import change, full_copy
@@ -92,7 +93,7 @@ def test_an_adapter_is_exported_with_all_it_takes_to_load_it(
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md",
     }  # fmt: skip
     settings = json.loads((into / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == models.find_model(TINY).location
+    assert settings["base_model_name_or_path"] == base_model.find_model(TINY).location
 
     card = (into / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
@@ -123,7 +124,7 @@ def test_an_adapter_is_exported_with_all_it_takes_to_load_it(
 
 def test_older_cards_load_their_base() -> None:
     """They name it by what was no public name then."""
-    from finetune.models import ModelConfig, find_model  # type: ignore[attr-defined]
+    from finetune.models.base_model import ModelConfig, find_model  # type: ignore[attr-defined]
 
     assert find_model(ModelConfig("random://tiny")).location == finetune.base_path("random://tiny")
 
@@ -132,16 +133,16 @@ def test_a_hub_base_is_named_by_id_and_commit(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Card and adapter say which base, and at which commit."""
-    local = models.find_model(TINY)
+    local = base_model.find_model(TINY)
     hub = Source("owner/base", "hub:owner/base@abc", "abc")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     change(copy, "model.path", "owner/base")
-    monkeypatch.setattr(models, "find_model", lambda _model: hub)
+    monkeypatch.setattr(base_model, "find_model", lambda _model: hub)
     # Only the config and the tokenizer are loaded; the hub is not asked.
     for name in ("load_config", "load_tokenizer"):
-        load = getattr(models, name)
-        monkeypatch.setattr(models, name, lambda model, _, load=load: load(model, local))
+        load = getattr(base_model, name)
+        monkeypatch.setattr(base_model, name, lambda model, _, load=load: load(model, local))
     assert call(monkeypatch, copy, "--into", tmp_path / "export") == 0
     settings = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "owner/base"
@@ -179,7 +180,7 @@ def test_a_merged_model_says_what_the_run_says(
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
 
     plain = replace(model, path=str(into), quantization="none")
-    merged = models.load_base(plain, models.find_model(plain), torch.device("cpu"))
+    merged = base_model.load_base(plain, base_model.find_model(plain), torch.device("cpu"))
     trained = find_trained(run)
     prompts = find_prompts(trained, trained.load_tokenizer())
     found, unmerged = log_likelihoods(merged, prompts), trained_log_likelihoods(run)

@@ -21,7 +21,7 @@ from finetune.config.schema import Config, DataConfig, ModelConfig, build_config
 from finetune.finished_runs import FinishedRuns
 from finetune.home import cache_dir
 from finetune.jobs import Job
-from finetune.models import find_model
+from finetune.models.base_model import find_model
 from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.worker import Worker

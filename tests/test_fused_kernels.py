@@ -16,12 +16,19 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 from transformers.models.llama import modeling_llama
 
-from finetune import adapters, fused_kernels, identity, pipeline, preflight, training
+from finetune import identity, pipeline, preflight, training
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, ModelConfig, TrainingConfig
-from finetune.fused_kernels import liger_kernels
-from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
-from finetune.precision import Precision, compute_dtype, pick_device
+from finetune.models import adapters, kernels
+from finetune.models.base_model import (
+    find_model,
+    load_base,
+    load_config,
+    load_meta_model,
+    load_tokenizer,
+)
+from finetune.models.kernels import liger_kernels
+from finetune.models.precision import Precision, compute_dtype, pick_device
 from finetune.sequence_attention import find_layout_problem
 from finetune.session import Session
 from finetune.steps import TrainResult
@@ -157,11 +164,11 @@ def test_flash_attention_is_refused_where_it_cannot_be(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(fused_kernels, "find_spec", lambda _: "there" if installed else None)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: "there" if installed else None)
     device = pick_device("auto")
     meta = load_meta_model(model, load_config(model, find_model(model)))
     dtype = compute_dtype(model, device)
-    problems = fused_kernels.find_flash_problems(model, meta, device, dtype)
+    problems = kernels.find_flash_problems(model, meta, device, dtype)
     assert len(problems) == (said is not None)
     assert all(str(said) in p and "or set model.attn_implementation=sdpa" in p for p in problems)
 
@@ -191,11 +198,11 @@ def test_liger_is_refused_where_it_cannot_be(
     """A model that Liger does not know would silently go without it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    monkeypatch.setattr(fused_kernels, "find_spec", lambda _: "there" if installed else None)
-    monkeypatch.setattr(fused_kernels, "_liger_models", lambda: {"llama": None})
+    monkeypatch.setattr(kernels, "find_spec", lambda _: "there" if installed else None)
+    monkeypatch.setattr(kernels, "_liger_models", lambda: {"llama": None})
     meta = load_meta_model(TINY, load_config(TINY, find_model(TINY)))
     cast(Any, meta.config).model_type = kind
-    problems = fused_kernels.find_liger_problems(meta, GPU)
+    problems = kernels.find_liger_problems(meta, GPU)
     assert len(problems) == (said is not None)
     assert all(str(said) in problem for problem in problems)
 

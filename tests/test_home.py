@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 import pytest
 from filelock import FileLock
 
-from finetune import forecast, home, identity, models, report, sync
+from finetune import forecast, home, identity, report, sync
 from finetune.config.schema import Config, ModelConfig
 from finetune.files import replaced
 from finetune.home import cache_dir
+from finetune.models import base_model
 from finetune.problems import Refused
 from finetune.sweep import _conducted_alone, _folder_problems
 from finetune.tracking.run_folder import RunFolder
@@ -175,9 +176,9 @@ def test_what_is_kept_is_as_open_as_the_folder_around(
 def test_a_cached_model_of_another_user_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock is taken for what is there already."""
     tiny = ModelConfig(path="random://tiny")
-    source = models.find_model(tiny)
-    monkeypatch.setattr(models, "FileLock", no_right)
-    assert models.find_model(tiny) == source
+    source = base_model.find_model(tiny)
+    monkeypatch.setattr(base_model, "FileLock", no_right)
+    assert base_model.find_model(tiny) == source
 
 
 def test_a_speed_that_cannot_be_kept_costs_no_score(

@@ -14,10 +14,11 @@ import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
-from finetune import hub, preflight
-from finetune.compatibility import HTTPError
+from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
-from finetune.models import find_model
+from finetune.models import hub
+from finetune.models.base_model import find_model
+from finetune.models.compatibility import HTTPError
 from finetune.rows import find_source
 from finetune.tasks import load_task
 

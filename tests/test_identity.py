@@ -305,7 +305,9 @@ def test_a_hub_branch_that_moves_is_taken_at_its_planned_commit(
     data = [replace(inputs.data[0], location="owner/rows", digest="hub:x@1", revision="1")]
     source = replace(inputs.source, location="owner/base", digest="hub:y@1", revision="1")
     planned = replace(inputs, data=data, source=source)
-    monkeypatch.setattr("finetune.models.hub_commit", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(
+        "finetune.models.base_model.hub_commit", lambda *_, **__: pytest.fail("asked")
+    )
     assert find_changes(config, planned) == []
 
 

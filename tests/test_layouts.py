@@ -11,12 +11,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adapters, multi_adapter, training
+from finetune import multi_adapter, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.models import find_model, load_tokenizer
+from finetune.models import adapters
+from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.sequence_attention import find_layout_problem

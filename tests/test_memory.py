@@ -13,7 +13,7 @@ from finetune import memory, memory_estimate, preflight
 from finetune.config.overrides import compose_job
 from finetune.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.memory_estimate import GIB, DeviceMemory, estimate, find_problem
-from finetune.shape import find_shape
+from finetune.models.shape import find_shape
 from tests.conftest import TINY, Command, write_rows
 
 CPU = DeviceMemory("cpu", 4, 64 * GIB)

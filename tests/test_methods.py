@@ -15,16 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import (
-    adalora,
-    adapters,
-    grouping,
-    memory_estimate,
-    merging,
-    models,
-    pipeline,
-    training,
-)
+from finetune import adalora, grouping, memory_estimate, merging, pipeline, training
 from finetune import trained as trained_module
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, Method, build_settings, target_sizes
@@ -39,11 +30,12 @@ from finetune.config.schema import (
 )
 from finetune.data import Examples
 from finetune.jobs import Job
-from finetune.models import find_model, load_base, load_tokenizer
+from finetune.models import adapters, base_model
+from finetune.models.base_model import find_model, load_base, load_tokenizer
+from finetune.models.shape import find_shape
 from finetune.problems import Refused
 from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
-from finetune.shape import find_shape
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
 from tests.trainings import CPU, TINY, random_examples
@@ -143,7 +135,7 @@ def test_a_method_learns_is_saved_and_leaves_the_base(tmp_path: Path, method: st
     learned = model(input_ids=IDS).logits
     if method == "full":
         tokenizer = load_tokenizer(TINY, find_model(TINY))
-        models.save_tuned(model, torch.float32, tokenizer, tmp_path / "saved")
+        base_model.save_tuned(model, torch.float32, tokenizer, tmp_path / "saved")
         again: Any = load_base(
             replace(TINY, path=str(tmp_path / "saved")),
             Source(str(tmp_path / "saved"), ""),

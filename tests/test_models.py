@@ -10,16 +10,17 @@ from typing import Any, cast
 import pytest
 import torch
 
-from finetune import adapters, models, preflight
+from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
-from finetune.models import (
+from finetune.models import adapters, base_model
+from finetune.models.base_model import (
     find_model,
     find_tokenizer_problems,
     load_base,
     load_config,
     load_tokenizer,
 )
-from finetune.precision import compute_dtype
+from finetune.models.precision import compute_dtype
 from finetune.preflight import find_row_problems
 from finetune.session import Session
 from tests.conftest import write_rows
@@ -113,7 +114,7 @@ def test_dtype_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_are_checked_one_by_one_against_the_model() -> None:
     """A wrong name beside right ones, and a rank wider than its layer, are found."""
-    model = models.load_meta_model(TINY, load_config(TINY, find_model(TINY)))
+    model = base_model.load_meta_model(TINY, load_config(TINY, find_model(TINY)))
     (unknown,) = adapters.find_target_problems(model, LoraConfig(target_modules=["q_proj", "qprj"]))
     assert "no linear layer 'qprj'; did you mean 'q_proj'?" in unknown
     (wide,) = adapters.find_target_problems(model, LoraConfig(r=33))

@@ -17,15 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from finetune import adapters, training
+from finetune import training
 from finetune.adapter_training import AdapterSpec, AdapterTraining
 from finetune.checkpoints import newest_step
-from finetune.compatibility import is_checkpointing
 from finetune.config import methods
 from finetune.config.schema import ModelConfig
-from finetune.models import find_model, load_tokenizer
+from finetune.models import adapters
+from finetune.models.base_model import find_model, load_tokenizer
+from finetune.models.compatibility import is_checkpointing
+from finetune.models.precision import Precision
 from finetune.multi_adapter import Outcome, SharedBase, train_together
-from finetune.precision import Precision
 from finetune.row_order import rows_of_step
 from finetune.scoring import SharedContextLM
 from finetune.steps import Diverged, TrainResult

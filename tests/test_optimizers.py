@@ -14,7 +14,7 @@ from finetune import grouping, identity, launchers, memory_estimate
 from finetune.config import optimizers
 from finetune.config.optimizers import OPTIMIZERS, Optimizer, find_optimizer_problems, supported
 from finetune.config.schema import Config, ModelConfig, OptimizerConfig
-from finetune.shape import find_shape
+from finetune.models.shape import find_shape
 
 NAMES = [str(item.value) for item in OptimizerNames]
 

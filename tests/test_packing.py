@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, preflight, training
+from finetune import preflight, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.inputs import DataSource
@@ -18,7 +18,8 @@ from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, 
 from finetune.data import Examples, build_examples
 from finetune.identity import find_inputs
 from finetune.memory_estimate import GIB, DeviceMemory
-from finetune.models import find_model, load_tokenizer
+from finetune.models import adapters
+from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.row_order import rows_of_step

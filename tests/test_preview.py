@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from finetune import preview
 from finetune.config.schema import ModelConfig
 from finetune.data import read_sources
-from finetune.models import find_model
+from finetune.models.base_model import find_model
 from finetune.row_preview import load_preview, print_preview
 from finetune.row_prompts import sample_prompts
 from tests.conftest import write_rows

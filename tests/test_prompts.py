@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from finetune import models, pipeline, preflight, samples
+from finetune import pipeline, preflight, samples
 from finetune.chat_messages import ROLES
 from finetune.chat_tokens import REWRITES, find_chat_problems
 from finetune.config.inputs import DataSource
@@ -30,7 +30,8 @@ from finetune.config.schema import (
 )
 from finetune.data import Examples, SourceRows, build_examples, find_problems
 from finetune.identity import data_identity
-from finetune.models import find_model, load_base, load_tokenizer
+from finetune.models import base_model
+from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.prompts import JINJA, load_template, save_prompt
 from finetune.row_prompts import last_prompts
 from finetune.session import Session
@@ -307,7 +308,7 @@ def test_a_base_that_nobody_asks_is_not_loaded_again(
         loaded.append(Path(model.path).name)
         return load_base(model, *given)
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(base_model, "load_base", load)
     train_tiny(tmp_path, peft=PeftConfig(method="full"))
     assert loaded == ["tiny", "model"]  # the base, and what it became
 
@@ -336,7 +337,7 @@ def test_a_chat_without_a_template_is_refused_in_the_pre_flight(
 ) -> None:
     """Checking a job tries the template on a conversation as long as the data's."""
     tokenizer.chat_template = None
-    monkeypatch.setattr(models, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(base_model, "load_tokenizer", lambda *_: tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}])
     config = Config(
         model=ModelConfig(path="random://tiny"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import adapters, grouping, memory_estimate, pipeline, preflight, quantization
+from finetune import grouping, memory_estimate, pipeline, preflight
 from finetune.config import methods
 from finetune.config.schema import (
     Config,
@@ -26,9 +26,16 @@ from finetune.config.schema import (
 from finetune.files import file_digest
 from finetune.identity import find_inputs
 from finetune.jobs import Job
-from finetune.models import cast_parameters, find_model, load_base, load_config, load_tokenizer
-from finetune.precision import compute_dtype, pick_device
-from finetune.shape import find_shape
+from finetune.models import adapters, quantization
+from finetune.models.base_model import (
+    cast_parameters,
+    find_model,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
+from finetune.models.precision import compute_dtype, pick_device
+from finetune.models.shape import find_shape
 from finetune.tracking.run_folder import RunFolder
 from tests.test_grouping import job
 

@@ -13,9 +13,15 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from finetune import adapters, saved_adapter
 from finetune.config.schema import ModelConfig
-from finetune.models import find_model, load_base, load_config, load_meta_model, load_tokenizer
+from finetune.models import adapters, saved_adapter
+from finetune.models.base_model import (
+    find_model,
+    load_base,
+    load_config,
+    load_meta_model,
+    load_tokenizer,
+)
 from finetune.scoring import SharedContextLM
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from finetune.adapters import foldable_layers, folded
 from finetune.config.schema import ModelConfig
-from finetune.models import cast_parameters, find_model, load_base, load_tokenizer
+from finetune.models.adapters import foldable_layers, folded
+from finetune.models.base_model import cast_parameters, find_model, load_base, load_tokenizer
 from finetune.prefix_tree import count_tokens
 from finetune.scoring import SharedContextLM
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune import models
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, EvaluationConfig, ModelConfig
-from finetune.models import find_model
+from finetune.models import base_model
+from finetune.models.base_model import find_model
 from finetune.session import Kept, Session
 
 TINY = ModelConfig(path="random://tiny")
@@ -43,13 +43,13 @@ def test_a_base_is_shared_until_it_is_released(
 ) -> None:
     """Another model takes its place, since there is room for one."""
     loaded: list[str] = []
-    real = models.load_base
+    real = base_model.load_base
 
     def load(model: ModelConfig, *given: Any) -> Any:
         loaded.append(model.dtype)
         return real(model, *given)
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(base_model, "load_base", load)
     session, config, inputs = Session(), Config(model=TINY), inputs_of(tmp_path)
     base = session.base(config, inputs)
     assert session.base(Config(model=replace(TINY)), inputs) is base

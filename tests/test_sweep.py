@@ -24,7 +24,7 @@ from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.identity import find_inputs
 from finetune.jobs import Job
 from finetune.lost_runs import write_failure
-from finetune.models import load_base
+from finetune.models.base_model import load_base
 from finetune.reporting.results import Results
 from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder, Status

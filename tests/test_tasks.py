@@ -17,9 +17,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from finetune import models, preflight
+from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from finetune.evaluation import score
+from finetune.models import base_model
 from finetune.tasks import find_task_file, find_task_problems, load_task
 from tests.conftest import TINY, Command, write_rows
 from tests.test_evaluation import plain_lm, tiny_lm
@@ -271,7 +272,7 @@ def test_a_chat_wants_a_template(
 ) -> None:
     """A tokenizer without a chat template is refused before anything is loaded, in one line."""
     tokenizer.chat_template = None
-    monkeypatch.setattr(models, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(base_model, "load_tokenizer", lambda *_: tokenizer)
     config = Config(
         model=ModelConfig(path="random://tiny"),
         data=DataConfig(path=str(write_rows(tmp_path / "rows.jsonl", list(gsm8k_rows()["test"]))),

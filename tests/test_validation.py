@@ -13,14 +13,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import adapters, label_trainer, pipeline, training
+from finetune import label_trainer, pipeline, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config, DataConfig, LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples, build_examples
-from finetune.models import find_model, load_tokenizer
+from finetune.models import adapters
+from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
 from finetune.row_counts import RowCounts
 from finetune.steps import Diverged, TrainResult

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from finetune import training
 from finetune.adapter_training import AdapterSpec
-from finetune.adapters import LoraWeights
 from finetune.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data import Examples
-from finetune.models import find_model, load_base
+from finetune.models.adapters import LoraWeights
+from finetune.models.base_model import find_model, load_base
+from finetune.models.precision import Precision
 from finetune.multi_adapter import Outcome, train_together
-from finetune.precision import Precision
 from finetune.row_counts import RowCounts
 from finetune.token_rows import Example
 from finetune.tracking.events import EventLog, read_events

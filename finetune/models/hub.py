@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from finetune.compatibility import HTTPError, InvalidURL
+from finetune.models.compatibility import HTTPError, InvalidURL
 
 FIRST_ANSWER_SECONDS = 3.0
 TIMEOUT_SECONDS = 10.0

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig
-from finetune.devices import OLDEST_TRITON, Capability, render
+from finetune.models.devices import OLDEST_TRITON, Capability, render
 
 # Implementation -> the module that it is imported as, the package that brings it.
 FLASH = {

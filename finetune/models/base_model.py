@@ -29,8 +29,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune import quantization
-from finetune.chat_templates import read_chat_template
 from finetune.config.inputs import Source
 from finetune.config.schema import ModelConfig, local_path
 from finetune.files import (
@@ -43,10 +41,12 @@ from finetune.files import (
     slug,
     write_atomic,
 )
-from finetune.fused_kernels import FLASH
 from finetune.home import cache_dir
-from finetune.hub import hub_commit
-from finetune.precision import compute_dtype
+from finetune.models import quantization
+from finetune.models.chat_templates import read_chat_template
+from finetune.models.hub import hub_commit
+from finetune.models.kernels import FLASH
+from finetune.models.precision import compute_dtype
 
 log = logging.getLogger("finetune")
 

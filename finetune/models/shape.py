@@ -9,9 +9,9 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune import models
 from finetune.config.schema import ModelConfig, conf_dir
-from finetune.quantization import gptq_bytes
+from finetune.models import base_model
+from finetune.models.quantization import gptq_bytes
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def find_shape(model: ModelConfig) -> Shape:
     Raises:
         FileNotFoundError: neither is there.
     """
-    return describe_shape(models.load_meta_model(model, load_config(model)))
+    return describe_shape(base_model.load_meta_model(model, load_config(model)))
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
     """Return the model's own config, or where it is out of reach the dimensions of its YAML."""
     try:
-        return models.load_config(model, models.find_model(model))
+        return base_model.load_config(model, base_model.find_model(model))
     except (OSError, ValueError):
         if not model.dimensions or _are_anothers(model):
             raise

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from finetune.adapters import base_of
-from finetune.fused_kernels import FLASH, FLASH_DTYPES
+from finetune.models.adapters import base_of
+from finetune.models.kernels import FLASH, FLASH_DTYPES
 
 ATTENTIONS = ("sdpa", "eager", *FLASH)  # whose place another one can take for a while
 

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.config.rules import QUANTIZATIONS
 from finetune.config.schema import ModelConfig
-from finetune.devices import OLDEST_INT8, Capability, render
+from finetune.models.devices import OLDEST_INT8, Capability, render
 
 FOUR_BIT = ("nf4", "fp4")
 BITSANDBYTES = (*FOUR_BIT, "int8")
