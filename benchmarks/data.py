@@ -114,8 +114,8 @@ def measure(case: str, way: str, path: Path) -> None:
 def by_ours(path: Path, tokenizer: Any, *, is_chat: bool, seed: int) -> tuple[int, int]:
     """Build a run's examples; the seed decides which rows are held out."""
     from finetune.config.schema import DataConfig, TrainingConfig
-    from finetune.data import build_examples, find_sources, read_sources
-    from finetune.token_rows import example_lengths
+    from finetune.data.dataset import build_examples, find_sources, read_sources
+    from finetune.data.token_rows import example_lengths
 
     columns = {} if is_chat else {"instruction": "prompt", "output": "completion"}
     template = "chat" if is_chat else "alpaca"
@@ -136,7 +136,7 @@ def by_stock(path: Path, tokenizer: Any, *, is_chat: bool, seed: int) -> tuple[i
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from finetune.prompts import ALPACA_WITHOUT_INPUT
+    from finetune.data.templates import ALPACA_WITHOUT_INPUT
 
     def as_asked(row: dict[str, str]) -> dict[str, str]:
         return {"prompt": ALPACA_WITHOUT_INPUT.format(instruction=row["prompt"])}

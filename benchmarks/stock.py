@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import SFTTrainer
 
+from finetune.data.token_rows import Example
 from finetune.models.base_model import settle_kernels
-from finetune.token_rows import Example
 from finetune.training import Arguments
 
 

@@ -80,8 +80,9 @@ def run_stock(overrides: list[str]) -> StockPoint:
 
     from benchmarks.evaluation import Stock
     from benchmarks.stock import build_stock
-    from finetune import data, training
+    from finetune import training
     from finetune.config.schema import build_config, conf_dir, register
+    from finetune.data import dataset
     from finetune.evaluation import score
     from finetune.models.base_model import find_model, load_base, load_tokenizer
     from finetune.models.precision import find_precision
@@ -95,8 +96,8 @@ def run_stock(overrides: list[str]) -> StockPoint:
     source, precision = find_model(config.model), find_precision(config)
     base = load_base(config.model, source, precision.device)
     tokenizer = load_tokenizer(config.model, source)
-    sources = data.read_sources(data.find_sources(config.data))
-    examples = data.build_examples(sources, config.data, config.training, tokenizer)
+    sources = dataset.read_sources(dataset.find_sources(config.data))
+    examples = dataset.build_examples(sources, config.data, config.training, tokenizer)
     task = load_task(config.evaluation.tasks[0], config.evaluation)
 
     def scored(model: Any) -> tuple[dict[str, float], float]:

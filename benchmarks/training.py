@@ -46,13 +46,13 @@ from finetune.config.schema import (
     OptimizerConfig,
     TrainingConfig,
 )
-from finetune.data import Examples, build_examples, find_sources, read_sources
+from finetune.data.dataset import Examples, build_examples, find_sources, read_sources
+from finetune.data.row_counts import RowCounts
+from finetune.data.token_rows import Example
 from finetune.models import adapters, process_memory
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.precision import Precision
 from finetune.multi_adapter import find_obstacle, train_together
-from finetune.row_counts import RowCounts
-from finetune.token_rows import Example
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
 

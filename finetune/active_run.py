@@ -11,9 +11,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from finetune import data, prompts
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, flatten
+from finetune.data import dataset, templates
 from finetune.files import keep_regular, slug
 from finetune.identity import describe_environment, find_changes, find_inputs
 from finetune.jobs import Job
@@ -34,7 +34,7 @@ class ActiveRun:
     events: EventLog
     started: float
     state: State | None = None
-    examples: data.Examples | None = None  # once they are built
+    examples: dataset.Examples | None = None  # once they are built
 
     @property
     def is_trained(self) -> bool:
@@ -92,7 +92,7 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
     told = flatten({name: settings[name] for name in sections})
     events.params({key: str(value) for key, value in told})
-    for source, rows in [] if job.config.training.is_skipped else data.read_sources(inputs.data):
+    for source, rows in [] if job.config.training.is_skipped else dataset.read_sources(inputs.data):
         events.dataset(
             slug(Path(source.location).stem),
             digest=source.digest,
@@ -101,7 +101,7 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
             rows=len(rows),
         )
     events.artifact("config.yaml", "config")
-    template = prompts.load_template(job.config.data.prompt_template)
+    template = templates.load_template(job.config.data.prompt_template)
     if template.file_text is not None:
         folder.write_text(folder.prompt_template.name, template.file_text)
         events.artifact(folder.prompt_template.name, "config")

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from finetune.config.schema import LoraConfig
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.token_rows import IGNORED, Example, example_lengths
 from finetune.files import write_atomic
 from finetune.models import adapters
 from finetune.models.adapters import LoraWeights
@@ -37,7 +38,6 @@ from finetune.steps import (
     record_validation,
     save_step,
 )
-from finetune.token_rows import IGNORED, Example, example_lengths
 from finetune.tracking.events import EventLog
 from finetune.training import Arguments
 from finetune.validation import Validations

@@ -18,13 +18,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from finetune.chat_tokens import encode_chat
+from finetune.data.chat_tokens import encode_chat
+from finetune.data.templates import Template, load_template
+from finetune.data.turns import Turn, Unusable
 from finetune.merging import find_merge_problem, load_own, merge
 from finetune.models import base_model
 from finetune.problems import Refused
-from finetune.prompts import Template, load_template
 from finetune.trained import Trained, find_difference, write_adapter
-from finetune.turns import Turn, Unusable
 
 BASE = "base"
 Fields = dict[str, Any]

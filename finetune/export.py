@@ -118,8 +118,8 @@ def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
 
     An adapter that is copied as it is needs no check.
     """
+    from finetune.data.templates import save_prompt
     from finetune.merging import check_adapter, write_merged
-    from finetune.prompts import save_prompt
     from finetune.trained import write_adapter
 
     check = None

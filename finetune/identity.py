@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from finetune import data, distributed, identity_0_1, prompts
+from finetune import distributed, identity_0_1
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.methods import METHODS
 from finetune.config.optimizers import OPTIMIZERS
 from finetune.config.schema import Config, DataConfig, ModelConfig, changed_settings
+from finetune.data import dataset, templates
+from finetune.data.sources import find_source
+from finetune.data.token_cache import TOKENS as TOKENS
 from finetune.files import digest, slug
 from finetune.models import adapters, base_model, quantization
 from finetune.models.chat_templates import find_chat_template, read_chat_template
 from finetune.models.kernels import FLASH
 from finetune.models.precision import Precision, compute_dtype, find_precision
 from finetune.models.quantization import BITSANDBYTES, GPTQ_PACKAGES
-from finetune.rows import find_source
 from finetune.session import Session
-from finetune.token_cache import TOKENS as TOKENS
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -45,7 +46,7 @@ def find_inputs(config: Config, session: Session | None = None) -> Inputs:
     """
     source = base_model.find_model(config.model)
     model = quantization.as_loaded(config.model, base_model.load_config(config.model, source))
-    found, files = data.find_sources(config.data), find_files(config)
+    found, files = dataset.find_sources(config.data), find_files(config)
     precision = find_precision(config)
     template = _find_chat_template(config, source, session or Session())
     named = _name_parts(config, Parts(source, model, found, files, precision, template))
@@ -70,7 +71,7 @@ class Parts:
 
 def find_files(config: Config) -> dict[str, str]:
     """Return the digests of the files that settings name beside model and rows."""
-    template = prompts.load_template(config.data.prompt_template)
+    template = templates.load_template(config.data.prompt_template)
     found = {}
     if template.file_text is not None:
         found["data.prompt_template"] = digest(template.file_text)
@@ -155,7 +156,7 @@ def _find_chat_template(config: Config, source: Source, session: Session) -> str
 
 def data_identity(settings: DataConfig, sources: list[DataSource]) -> dict[str, Any]:
     """Name the rows and the template by their content; a mix also by its shares."""
-    template = prompts.load_template(settings.prompt_template)
+    template = templates.load_template(settings.prompt_template)
     name = template.file_text and {"digest": digest(template.file_text)}
     named = {**changed_settings(settings), "prompt_template": name or settings.prompt_template}
     if settings.validation_path is not None:

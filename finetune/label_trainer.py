@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import distributed
 from finetune.adalora import RankSchedule, load_rank_state, orthogonality, rank_state, ranks
+from finetune.data.token_rows import IGNORED
 from finetune.label_loss import LabelLoss
 from finetune.models.adapters import base_of, num_prepended
 from finetune.row_order import EvenOrder
@@ -38,7 +39,6 @@ from finetune.sharding import (
     whole_tensors,
 )
 from finetune.steps import save_step
-from finetune.token_rows import IGNORED
 
 TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 

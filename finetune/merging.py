@@ -15,14 +15,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import data
 from finetune.config.methods import METHODS
+from finetune.data import dataset
+from finetune.data.row_prompts import last_prompts
+from finetune.data.turns import Prompt
 from finetune.models import adapters, base_model
 from finetune.models.precision import compute_dtype
 from finetune.problems import Refused
-from finetune.row_prompts import last_prompts
 from finetune.trained import Trained, load_as_published
-from finetune.turns import Prompt
 
 NUM_PROMPTS = 8
 # Of a prompt's log-likelihood a token. Measured for SmolLM2-135M, merged: fp32 2e-6, fp16 3e-3,
@@ -116,7 +116,7 @@ def find_prompts(run: Trained, tokenizer: PreTrainedTokenizerBase) -> list[Promp
     """
     settings = run.config.data, run.config.training
     try:
-        rows = data.read_sources(data.find_sources(run.config.data))
+        rows = dataset.read_sources(dataset.find_sources(run.config.data))
     except (FileNotFoundError, ValueError) as error:
         raise Refused([f"the export is checked on the run's own rows: {error}"]) from None
     found = last_prompts(rows, *settings, tokenizer, NUM_PROMPTS)

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.config.methods import METHODS
 from finetune.config.schema import ModelConfig
 from finetune.conversation import render_prompt
+from finetune.data.templates import PROMPT_FILE, load_template
 from finetune.merging import Check
 from finetune.problems import Refused
-from finetune.prompts import PROMPT_FILE, load_template
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.run_comparison import compare_run
 from finetune.reporting.score_tables import NO_DIFFERENCE, show_range

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
+from finetune.data.token_rows import IGNORED, Example, row_lengths
 from finetune.grouped_lora import GroupedLora, Part
 from finetune.label_loss import LabelLoss
 from finetune.models.adapters import LoraWeights
@@ -26,7 +27,6 @@ from finetune.models.process_memory import is_out_of_memory, reset_peak_memory, 
 from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.signals import StopSignals
 from finetune.steps import TrainResult, advance, open_bar
-from finetune.token_rows import IGNORED, Example, row_lengths
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 

@@ -19,13 +19,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import data, distributed, multi_adapter, signals, training
+from finetune import distributed, multi_adapter, signals, training
 from finetune.active_run import ActiveRun, open_runs
 from finetune.adapter_training import AdapterSpec
 from finetune.config.inputs import Inputs, Source
 from finetune.config.methods import METHODS, build_settings
 from finetune.config.schema import Config
-from finetune.data import Examples
+from finetune.data import dataset
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
+from finetune.data.row_prompts import RowPrompt, sample_prompts
+from finetune.data.templates import save_prompt
+from finetune.data.token_display import describe_first
 from finetune.evaluation import TaskScore
 from finetune.grouping import find_obstacle
 from finetune.identity import find_changes
@@ -35,10 +40,7 @@ from finetune.models.adapters import LoraWeights
 from finetune.models.kernels import liger_kernels
 from finetune.models.precision import compute_dtype, find_precision, pick_device
 from finetune.models.process_memory import is_out_of_memory
-from finetune.prompts import save_prompt
-from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
-from finetune.row_prompts import RowPrompt, sample_prompts
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -50,7 +52,6 @@ from finetune.scores import (
 from finetune.session import Session
 from finetune.steps import Diverged, TrainResult
 from finetune.tasks import LoadedTask
-from finetune.token_display import describe_first
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
 from finetune.tracking.run_folder import RunFolder
@@ -272,8 +273,8 @@ def _trainable(
 
 def _spec(run: ActiveRun, session: Session) -> AdapterSpec:
     config = run.config
-    rows = data.read_sources(run.inputs.data)
-    examples = data.build_examples(rows, config.data, config.training, _tokenizer(run, session))
+    rows = dataset.read_sources(run.inputs.data)
+    examples = dataset.build_examples(rows, config.data, config.training, _tokenizer(run, session))
     arguments = training.build_arguments(
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
@@ -365,7 +366,7 @@ def _choose_prompts(run: ActiveRun, session: Session) -> list[RowPrompt]:
     if run.examples is None:  # trained before this process began, or not at all
         skipped = run.config.training.is_skipped
         run.examples = Examples([], [], RowCounts()) if skipped else _spec(run, session).examples
-    rows, settings = data.read_sources(run.inputs.data), (run.config.data, run.config.training)
+    rows, settings = dataset.read_sources(run.inputs.data), (run.config.data, run.config.training)
     found = sample_prompts(rows, run.examples, *settings, _tokenizer(run, session))
     return list(islice(found, NUM_SAMPLES))[::-1]
 

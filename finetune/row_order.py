@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.token_rows import IGNORED, Example
+from finetune.data.token_rows import IGNORED, Example
 
 
 def rows_a_step(arguments: TrainingArguments) -> int:

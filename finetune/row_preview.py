@@ -17,17 +17,12 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from finetune import data
 from finetune.config.inputs import DataSource
 from finetune.config.overrides import compose_job
 from finetune.config.schema import Config
-from finetune.data import Examples
-from finetune.escaping import for_terminal
-from finetune.models import base_model
-from finetune.preflight import find_row_problems
-from finetune.problems import Refused
-from finetune.session import Session
-from finetune.token_display import (
+from finetune.data import dataset
+from finetune.data.dataset import Examples
+from finetune.data.token_display import (
     decode,
     describe_marks,
     find_spans,
@@ -35,7 +30,12 @@ from finetune.token_display import (
     render_colour,
     render_histogram,
 )
-from finetune.token_rows import IGNORED, Example, Origin, example_lengths
+from finetune.data.token_rows import IGNORED, Example, Origin, example_lengths
+from finetune.escaping import for_terminal
+from finetune.models import base_model
+from finetune.preflight import find_row_problems
+from finetune.problems import Refused
+from finetune.session import Session
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def load_preview(overrides: Sequence[str]) -> Preview:
     if problems:
         raise Refused(problems)
     tokenizer = session.tokenizer(config.model, base_model.find_model(config.model))
-    sources = data.find_sources(config.data)
-    read = data.read_sources(sources)
+    sources = dataset.find_sources(config.data)
+    read = dataset.read_sources(sources)
     separate = replace(config.training, sequence_packing=False)
     try:
-        examples = data.build_examples(read, config.data, separate, tokenizer)
+        examples = dataset.build_examples(read, config.data, separate, tokenizer)
     except ValueError as error:  # no row can be used
         raise Refused([str(error)]) from None
     if config.training.sequence_packing:
-        data.join_rows(examples, config.training.max_length)  # to count the sequences
+        dataset.join_rows(examples, config.training.max_length)  # to count the sequences
     return Preview(config, tokenizer, sources, examples, examples.counts.summary())
 
 

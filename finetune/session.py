@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import data, multi_adapter, prompts, samples
+from finetune import multi_adapter, samples
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from finetune.data import dataset, templates
 from finetune.finished_runs import FinishedRuns
 from finetune.models import base_model
 from finetune.models.precision import Precision
@@ -136,12 +137,12 @@ class Session:
         if source is not None:
             tokenizer = self.tokenizer(config.model, source)
         try:
-            contents = [one.digest for one in data.find_sources(rows)]
-            contents.append(prompts.load_template(rows.prompt_template).file_text or "")
+            contents = [one.digest for one in dataset.find_sources(rows)]
+            contents.append(templates.load_template(rows.prompt_template).file_text or "")
         except (OSError, ValueError):
-            return data.find_problems(rows, tokenizer, training)  # which says what is not there
+            return dataset.find_problems(rows, tokenizer, training)  # which says what is not there
         key = asdict(rows), training.max_length, asdict(config.model), source, contents
-        return self._row_problems.get(key, lambda: data.find_problems(rows, tokenizer, training))
+        return self._row_problems.get(key, lambda: dataset.find_problems(rows, tokenizer, training))
 
     def longest_batch(self, config: Config, source: Source, found: Sequence[DataSource]) -> int:
         """Return the tokens of the largest micro-batch that there can be."""
@@ -151,8 +152,8 @@ class Session:
         )
 
         def measure() -> int:
-            read = data.read_sources(found)
-            return data.longest_batch(read, rows, training, self.tokenizer(config.model, source))
+            read = dataset.read_sources(found)
+            return dataset.longest_batch(read, rows, training, self.tokenizer(config.model, source))
 
         digests = [one.digest for one in found]
         key = (asdict(rows), asdict(training), asdict(config.model), source, digests)

@@ -29,13 +29,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import EvaluationConfig
+from finetune.data.sources import Row, read_file
 from finetune.files import digest
 from finetune.gold_answers import check_golds
 from finetune.models import hub
 from finetune.models.chat_templates import fix_date
 from finetune.prefix_tree import count_tokens
 from finetune.problems import nearest
-from finetune.rows import Row, read_file
 from finetune.substitution import substituted, updated
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others

@@ -25,7 +25,8 @@ from trl.trainer.sft_config import SFTConfig
 from finetune import distributed
 from finetune.callbacks import StepWatch
 from finetune.config.schema import OptimizerConfig, TrainingConfig
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.token_rows import as_dataset, example_lengths
 from finetune.label_trainer import LabelTrainer
 from finetune.models.adapters import (
     base_of,
@@ -46,7 +47,6 @@ from finetune.steps import (
     find_kept,
     find_resume,
 )
-from finetune.token_rows import as_dataset, example_lengths
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
 from finetune.validation import Validations

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from finetune.arrow_cache import ArrowCache
+from finetune.data.arrow_cache import ArrowCache
 
 SCHEMA = pyarrow.schema([("n", pyarrow.int64())])
 
@@ -108,7 +108,7 @@ def test_without_a_writable_folder_the_table_is_made_in_memory(
 SLOW = """
 import sys, time, pyarrow
 from pathlib import Path
-from finetune.arrow_cache import ArrowCache
+from finetune.data.arrow_cache import ArrowCache
 SCHEMA = pyarrow.schema([("n", pyarrow.int64())])
 def make():
     with open(sys.argv[2], "a") as file:

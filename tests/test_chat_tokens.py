@@ -12,8 +12,8 @@ import trl
 from transformers import AddedToken, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from finetune.chat_messages import render_chat
-from finetune.chat_tokens import (
+from finetune.data.chat_messages import render_chat
+from finetune.data.chat_tokens import (
     JOINED,
     REWRITES,
     ask_chat,
@@ -21,8 +21,8 @@ from finetune.chat_tokens import (
     find_chat_problems,
     find_learned,
 )
+from finetune.data.turns import SURROGATE, Encoded, Unusable
 from finetune.models.chat_templates import fix_date
-from finetune.turns import SURROGATE, Encoded, Unusable
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # With a training variant in TRL, and those below without one.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig, SourceConfig, TrainingConfig
-from finetune.data import (
+from finetune.data.dataset import (
     Examples,
     build_examples,
     find_problems,
@@ -19,12 +19,12 @@ from finetune.data import (
     longest_batch,
     read_sources,
 )
-from finetune.plain_tokens import NO_EOS
-from finetune.row_draw import share_sizes
-from finetune.rows import read_file
-from finetune.token_rows import IGNORED
+from finetune.data.plain_tokens import NO_EOS
+from finetune.data.row_draw import share_sizes
+from finetune.data.sources import read_file
+from finetune.data.token_rows import IGNORED
+from finetune.data.turns import SURROGATE
 from finetune.tracking.events import read_events
-from finetune.turns import SURROGATE
 from tests.conftest import TINY, Command, write_rows
 from tests.tokenizer_kinds import WITHOUT_EOS
 

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from finetune.config.schema import DataConfig
-from finetune.data import find_sources
-from finetune.rows import read_rows
+from finetune.data.dataset import find_sources
+from finetune.data.sources import read_rows
 from tests.conftest import write_rows
 
 
@@ -147,10 +147,10 @@ def test_a_hub_data_set_is_read_from_the_hub_cache(
         return load(path, *args, **settings, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    monkeypatch.setattr("finetune.rows.hub_commit", lambda *_, **__: "c0ffee")
-    monkeypatch.setattr("finetune.rows.cached_folder", lambda *_, **__: snapshot)
+    monkeypatch.setattr("finetune.data.sources.hub_commit", lambda *_, **__: "c0ffee")
+    monkeypatch.setattr("finetune.data.sources.cached_folder", lambda *_, **__: snapshot)
     assert read("own/rows") == rows_of(1, 2)
     assert read("own/rows", split="test") == rows_of(3)
-    monkeypatch.setattr("finetune.rows.cached_folder", lambda *_, **__: None)
+    monkeypatch.setattr("finetune.data.sources.cached_folder", lambda *_, **__: None)
     with pytest.raises(ValueError, match="the hub cannot be reached; name a local folder"):
         read("own/rows")

@@ -22,11 +22,11 @@ from finetune import distributed, grouping, identity, launchers, worker
 from finetune.callbacks import is_stop_agreed
 from finetune.config.inputs import Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
+from finetune.data.token_rows import Example
 from finetune.models.precision import pick_device
 from finetune.row_order import EvenOrder, filled_up, rows_of_step, with_filler
 from finetune.signals import StopSignals
 from finetune.steps import Diverged
-from finetune.token_rows import Example
 from finetune.tracking.events import NullEventLog
 from tests.conftest import TINY, Command, last_of_each
 

@@ -17,7 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from finetune.file_formats import LONG_LINE, iterate_file
+from finetune.data.file_formats import LONG_LINE, iterate_file
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "é, ö; ü", "output": f"It is\n{i}."} for i in range(3)

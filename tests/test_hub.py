@@ -16,10 +16,10 @@ from huggingface_hub import close_session, constants
 
 from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
+from finetune.data.sources import find_source
 from finetune.models import hub
 from finetune.models.base_model import find_model
 from finetune.models.compatibility import HTTPError
-from finetune.rows import find_source
 from finetune.tasks import load_task
 
 CONFIG = Config(

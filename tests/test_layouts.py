@@ -15,11 +15,11 @@ from finetune import multi_adapter, training
 from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
-from finetune.row_counts import RowCounts
 from finetune.sequence_attention import find_layout_problem
 from finetune.steps import TrainResult
 from finetune.tracking.events import EventLog, read_events

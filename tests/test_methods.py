@@ -28,13 +28,13 @@ from finetune.config.schema import (
     PeftConfig,
     TrainingConfig,
 )
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
 from finetune.jobs import Job
 from finetune.models import adapters, base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.shape import find_shape
 from finetune.problems import Refused
-from finetune.row_counts import RowCounts
 from finetune.row_order import num_steps
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
-from finetune.plain_tokens import encode_pair, encode_pairs, encode_prompt
+from finetune.data.plain_tokens import encode_pair, encode_pairs, encode_prompt
 from tests.trl_preparation import alpaca_pairs, as_rows, as_texts, prepare, written_once
 
 pytestmark = pytest.mark.slow

@@ -15,15 +15,15 @@ from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
-from finetune.data import Examples, build_examples
+from finetune.data.dataset import Examples, build_examples
+from finetune.data.row_counts import RowCounts
+from finetune.data.token_rows import IGNORED, Example, pack, row_lengths
 from finetune.identity import find_inputs
 from finetune.memory_estimate import GIB, DeviceMemory
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
-from finetune.row_counts import RowCounts
 from finetune.row_order import rows_of_step
-from finetune.token_rows import IGNORED, Example, pack, row_lengths
 from finetune.tracking.run_folder import RunFolder
 from tests.conftest import write_rows
 from tests.test_scoring import build

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.plain_tokens import DOUBLED, encode_pair, encode_pairs, encode_prompt
-from finetune.turns import SURROGATE, Unusable, holds_surrogate
+from finetune.data.plain_tokens import DOUBLED, encode_pair, encode_pairs, encode_prompt
+from finetune.data.turns import SURROGATE, Unusable, holds_surrogate
 from tests.tokenizer_kinds import KINDS
 from tests.trl_preparation import (
     FROZEN,

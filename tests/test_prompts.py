@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from finetune import pipeline, preflight, samples
-from finetune.chat_messages import ROLES
-from finetune.chat_tokens import REWRITES, find_chat_problems
 from finetune.config.inputs import DataSource
 from finetune.config.schema import (
     Config,
@@ -28,14 +26,16 @@ from finetune.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
-from finetune.data import Examples, SourceRows, build_examples, find_problems
+from finetune.data.chat_messages import ROLES
+from finetune.data.chat_tokens import REWRITES, find_chat_problems
+from finetune.data.dataset import Examples, SourceRows, build_examples, find_problems
+from finetune.data.row_prompts import last_prompts
+from finetune.data.templates import JINJA, load_template, save_prompt
+from finetune.data.token_rows import IGNORED, Example
 from finetune.identity import data_identity
 from finetune.models import base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
-from finetune.prompts import JINJA, load_template, save_prompt
-from finetune.row_prompts import last_prompts
 from finetune.session import Session
-from finetune.token_rows import IGNORED, Example
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from finetune import chat, row_shapes
+from finetune import chat
 from finetune.config import rules
 from finetune.config.overrides import find_override_problems
 from finetune.config.rules import LARGEST_INT, LARGEST_SEED, MOST_ADAPTERS, find_problems
@@ -28,6 +28,7 @@ from finetune.config.schema import (
     build_config,
     register,
 )
+from finetune.data import row_shapes
 from tests.conftest import train_tiny
 
 HUGE = [10**30, 2**64, 99999999999999999999]

@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, SourceConfig, TrainingConfig
-from finetune.data import Examples, build_examples
-from finetune.row_counts import RowCounts
-from finetune.row_prompts import HELD_OUT, TRAINED, UNUSED, RowPrompt, sample_prompts
+from finetune.data.dataset import Examples, build_examples
+from finetune.data.row_counts import RowCounts
+from finetune.data.row_prompts import HELD_OUT, TRAINED, UNUSED, RowPrompt, sample_prompts
 from tests.test_data import source
 
 

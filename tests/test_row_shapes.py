@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune.prompts import load_template
-from finetune.row_shapes import Reading, find_reading, find_unknown_fields
-from finetune.turns import Unusable
+from finetune.data.row_shapes import Reading, find_reading, find_unknown_fields
+from finetune.data.templates import load_template
+from finetune.data.turns import Unusable
 
 TALK = [{"role": "user", "content": "Ask."}, {"role": "assistant", "content": "Say."}]
 LONGER = [

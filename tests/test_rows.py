@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from finetune.config.schema import DataConfig
-from finetune.data import find_problems, find_sources
-from finetune.rows import RowStream, read_rows
+from finetune.data.dataset import find_problems, find_sources
+from finetune.data.sources import RowStream, read_rows
 from tests.conftest import write_rows
 
 ROWS: list[dict[str, Any]] = [
@@ -66,7 +66,7 @@ def test_a_named_part_of_a_hub_data_set_is_read(monkeypatch: pytest.MonkeyPatch)
         return [{"text": f"{path} {name} {revision} {split}"}]
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr("finetune.rows.hub_commit", lambda *_, **__: "c0ffee")
+    monkeypatch.setattr("finetune.data.sources.hub_commit", lambda *_, **__: "c0ffee")
     (source,) = find_sources(DataConfig(path="a/b", subset="main", split="test"))
     assert read_rows(source) == [{"text": "a/b main c0ffee test"}]
     (source,) = find_sources(DataConfig(path="a/b"))

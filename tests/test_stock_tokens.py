@@ -12,8 +12,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import training
 from finetune.config.schema import DataConfig, OptimizerConfig, TrainingConfig
-from finetune.data import build_examples
-from finetune.prompts import render_alpaca
+from finetune.data.dataset import build_examples
+from finetune.data.templates import render_alpaca
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
 from tests.test_data import source

@@ -6,9 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.data import Examples, build_examples, longest_batch
-from finetune.text_pieces import piece_spans
-from finetune.token_rows import IGNORED
+from finetune.data.dataset import Examples, build_examples, longest_batch
+from finetune.data.text_pieces import piece_spans
+from finetune.data.token_rows import IGNORED
 from tests.test_data import source
 
 LONG = "".join(chr(97 + place % 26) for place in range(300))

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from finetune import text_sections
-from finetune.text_sections import encode_texts, has_sections, split
+from finetune.data import text_sections
+from finetune.data.text_sections import encode_texts, has_sections, split
 from tests.tokenizer_kinds import KINDS
 
 # What a split could take for the beginning or the end of something.

@@ -13,13 +13,19 @@ import pyarrow.ipc
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import prompts, row_encoding, token_cache
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.data import Examples, build_examples, find_sources, longest_batch, read_sources
-from finetune.prompts import load_template
-from finetune.token_rows import as_dataset, example_lengths
-from finetune.turns import Turn, Unusable
+from finetune.data import row_encoding, templates, token_cache
+from finetune.data.dataset import (
+    Examples,
+    build_examples,
+    find_sources,
+    longest_batch,
+    read_sources,
+)
+from finetune.data.templates import load_template
+from finetune.data.token_rows import as_dataset, example_lengths
+from finetune.data.turns import Turn, Unusable
 from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[Any] = [
@@ -248,7 +254,7 @@ def test_rows_that_are_not_drawn_are_not_rendered_anew(
         rendered.append(fields)
         return template.render(fields)
 
-    monkeypatch.setitem(prompts.BY_NAME, "alpaca", replace(template, render=render))
+    monkeypatch.setitem(templates.BY_NAME, "alpaca", replace(template, render=render))
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert build(path, tokenizer, num_examples=20).counts.drawn == 20
     assert len(rendered) == 300 + 20

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import Examples
-from finetune.row_counts import RowCounts
-from finetune.token_display import (
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
+from finetune.data.token_display import (
     Span,
     decode,
     describe_first,
@@ -19,7 +19,7 @@ from finetune.token_display import (
     render_histogram,
     render_line,
 )
-from finetune.token_rows import IGNORED, Example, Origin
+from finetune.data.token_rows import IGNORED, Example, Origin
 
 
 class Bytes:

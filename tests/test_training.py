@@ -18,13 +18,13 @@ from finetune import training
 from finetune.callbacks import StepWatch
 from finetune.config import methods, optimizers
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
 from finetune.label_loss import FrozenHeadLoss
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.models.precision import Precision, find_precision_problems
-from finetune.row_counts import RowCounts
 from finetune.signals import StopSignals
 from finetune.steps import Diverged, TrainResult
 from finetune.tracking.events import EventLog, read_events

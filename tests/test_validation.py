@@ -19,11 +19,11 @@ from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config, DataConfig, LoraConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples, build_examples
+from finetune.data.dataset import Examples, build_examples
+from finetune.data.row_counts import RowCounts
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.multi_adapter import train_together
-from finetune.row_counts import RowCounts
 from finetune.steps import Diverged, TrainResult
 from finetune.tracking.run_folder import RunFolder
 from finetune.validation import Validations

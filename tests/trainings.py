@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from finetune import training
 from finetune.adapter_training import AdapterSpec
 from finetune.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.row_counts import RowCounts
+from finetune.data.token_rows import Example
 from finetune.models.adapters import LoraWeights
 from finetune.models.base_model import find_model, load_base
 from finetune.models.precision import Precision
 from finetune.multi_adapter import Outcome, train_together
-from finetune.row_counts import RowCounts
-from finetune.token_rows import Example
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune.prompts import render_alpaca
+from finetune.data.templates import render_alpaca
 from tests.tokenizer_kinds import KINDS
 
 FROZEN = Path(__file__).parent / "trl_tokens.json"

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.file_formats import find_format, known_endings
+from finetune.data.file_formats import find_format, known_endings
 from finetune.files import digest, known_digest
 
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict and Dataset.save_to_disk

@@ -22,11 +22,11 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from finetune.chat_messages import render_chat
-from finetune.chat_tokens import ask_chat, encode_chat
 from finetune.config.schema import TEMPLATE_FILE, local_path
-from finetune.plain_tokens import encode_pair, encode_pairs, encode_prompt
-from finetune.turns import Encoded, Prompt, Turn, Unusable
+from finetune.data.chat_messages import render_chat
+from finetune.data.chat_tokens import ask_chat, encode_chat
+from finetune.data.plain_tokens import encode_pair, encode_pairs, encode_prompt
+from finetune.data.turns import Encoded, Prompt, Turn, Unusable
 
 # The wording of the Stanford Alpaca release (Taori et al. 2023).
 ALPACA_WITH_INPUT = (

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.chat_tokens import encode_chat, encode_chats, find_learned
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.prompts import Template, encode_plain, encode_plain_rows
-from finetune.text_pieces import fit_length
-from finetune.token_cache import RowTokens
-from finetune.token_rows import IGNORED, Example
-from finetune.turns import Encoded, Turn, Unusable
+from finetune.data.chat_tokens import encode_chat, encode_chats, find_learned
+from finetune.data.templates import Template, encode_plain, encode_plain_rows
+from finetune.data.text_pieces import fit_length
+from finetune.data.token_cache import RowTokens
+from finetune.data.token_rows import IGNORED, Example
+from finetune.data.turns import Encoded, Turn, Unusable
 
 
 def tokenise_rows(

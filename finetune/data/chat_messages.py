@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune.turns import Turn, Unusable
+from finetune.data.turns import Turn, Unusable
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant"}

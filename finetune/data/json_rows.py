@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
-from finetune.json_stream import JsonStream
+from finetune.data.json_stream import JsonStream
 
 Row = Mapping[str, Any]
 

@@ -14,9 +14,8 @@ from itertools import chain
 from typing import Any
 
 from finetune.config.schema import AUTO_FORMAT
-from finetune.json_rows import CONVERSATIONS, Row
-from finetune.prompts import Template
-from finetune.row_messages import (
+from finetune.data.json_rows import CONVERSATIONS, Row
+from finetune.data.row_messages import (
     build_messages,
     build_pairs,
     fields_of_messages,
@@ -24,7 +23,8 @@ from finetune.row_messages import (
     messages_of_fields,
     parse_json_text,
 )
-from finetune.turns import Unusable
+from finetune.data.templates import Template
+from finetune.data.turns import Unusable
 
 ROWS_LOOKED_AT = 200  # the first ones, which say the shape
 # A question's and an answer's columns, the first that a row has; each shape with its title.

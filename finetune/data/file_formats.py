@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finetune.json_rows import TEXT_COLUMN, Row, read_json_rows
-from finetune.text_lines import DEFAULT_ENCODING, read_lines, split_at_carriage_returns
+from finetune.data.json_rows import TEXT_COLUMN, Row, read_json_rows
+from finetune.data.text_lines import DEFAULT_ENCODING, read_lines, split_at_carriage_returns
 
 ROWS_AT_ONCE = 1000  # of a columnar file
 DELIMITERS = ",;\t|"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.token_rows import Integers
+from finetune.data.token_rows import Integers
 
 Spans = np.ndarray[Any, np.dtype[np.int64]]  # [row, first and end]
 

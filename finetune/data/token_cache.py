@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from finetune.arrow_cache import ArrowCache, Batches
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig
+from finetune.data.arrow_cache import ArrowCache, Batches
+from finetune.data.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 from finetune.files import digest
 from finetune.home import cache_dir
-from finetune.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 
 FOLDER = "tokens"
 # Raised when the same rows become other tokens: runs trained on others are not found again.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finetune.token_rows import Integers
+from finetune.data.token_rows import Integers
 
 
 @dataclass

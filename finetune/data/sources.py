@@ -12,15 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
-from finetune import data_paths
 from finetune.config.inputs import DataSource
 from finetune.config.schema import SourceConfig, local_path
-from finetune.data_paths import LocalData
-from finetune.file_formats import find_format, iterate_file
+from finetune.data import data_paths
+from finetune.data.data_paths import LocalData
+from finetune.data.file_formats import find_format, iterate_file
+from finetune.data.json_rows import Row
+from finetune.data.text_lines import DEFAULT_ENCODING
 from finetune.files import digest
-from finetune.json_rows import Row
 from finetune.models.hub import cached_folder, hub_commit
-from finetune.text_lines import DEFAULT_ENCODING
 
 __all__ = ["Row", "RowStream", "find_source", "read_file", "read_rows"]
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import Examples
+from finetune.data.dataset import Examples
+from finetune.data.token_rows import IGNORED, Example, unpacked
 from finetune.escaping import for_terminal
-from finetune.token_rows import IGNORED, Example, unpacked
 
 LEARNED = "black on green"  # a background, so that learned spaces are seen
 NEWLINE = "↵"  # before a learned newline, which has no background

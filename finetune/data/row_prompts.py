@@ -10,10 +10,10 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.data import Examples, SourceRows, sound_rows
-from finetune.prompts import Template, load_template
-from finetune.token_rows import Origin
-from finetune.turns import Prompt, Turn, Unusable
+from finetune.data.dataset import Examples, SourceRows, sound_rows
+from finetune.data.templates import Template, load_template
+from finetune.data.token_rows import Origin
+from finetune.data.turns import Prompt, Turn, Unusable
 
 HELD_OUT, UNUSED, TRAINED = "held out for validation", "not trained on", "trained on"
 MOST_TRIED = 1000  # of the last rows, since many may be too long to ask

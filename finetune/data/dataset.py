@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from finetune.chat_tokens import find_chat_problems
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.plain_tokens import find_plain_problems
-from finetune.prompts import BY_NAME, Template, load_template
-from finetune.row_counts import RowCounts
-from finetune.row_draw import Spans, expand_spans, find_spans, share_sizes
-from finetune.row_encoding import encode_row, tokenise_rows
-from finetune.row_shapes import ROWS_LOOKED_AT, Reading, find_reading, find_unknown_fields
-from finetune.rows import Row, RowStream, find_source
-from finetune.token_cache import Faults, TokenSource, rows_key
-from finetune.token_rows import (
+from finetune.data.chat_tokens import find_chat_problems
+from finetune.data.plain_tokens import find_plain_problems
+from finetune.data.row_counts import RowCounts
+from finetune.data.row_draw import Spans, expand_spans, find_spans, share_sizes
+from finetune.data.row_encoding import encode_row, tokenise_rows
+from finetune.data.row_shapes import ROWS_LOOKED_AT, Reading, find_reading, find_unknown_fields
+from finetune.data.sources import Row, RowStream, find_source
+from finetune.data.templates import BY_NAME, Template, load_template
+from finetune.data.token_cache import Faults, TokenSource, rows_key
+from finetune.data.token_rows import (
     Example,
     Integers,
     Origin,
@@ -35,7 +35,7 @@ from finetune.token_rows import (
     pack,
     unpacked,
 )
-from finetune.turns import Turn, Unusable
+from finetune.data.turns import Turn, Unusable
 
 SourceRows = tuple[DataSource, Sequence[Row]]
 # Of a mix, these counts are the sums of its sources'.

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.text_sections import count_common, encode_texts
-from finetune.turns import SURROGATE, Encoded, Unusable, holds_surrogate
+from finetune.data.text_sections import count_common, encode_texts
+from finetune.data.turns import SURROGATE, Encoded, Unusable, holds_surrogate
 
 NO_EOS = (
     "model.path: the tokenizer has no end-of-sequence token, so that no response would end; use a "

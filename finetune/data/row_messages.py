@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.chat_messages import ALIASES, LEARNS, SPEECH
-from finetune.turns import Unusable
+from finetune.data.chat_messages import ALIASES, LEARNS, SPEECH
+from finetune.data.turns import Unusable
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",

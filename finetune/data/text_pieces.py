@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.token_rows import IGNORED, Example
+from finetune.data.token_rows import IGNORED, Example
 
 
 def fit_length(example: Example, data: DataConfig, training: TrainingConfig) -> list[Example]:

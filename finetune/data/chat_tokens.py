@@ -19,12 +19,12 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from finetune import chat_messages
-from finetune.chat_messages import REASONING, SPEECH, Messages
 from finetune.config.schema import TEMPLATE_FILE
+from finetune.data import chat_messages
+from finetune.data.chat_messages import REASONING, SPEECH, Messages
+from finetune.data.text_sections import count_common, encode_texts
+from finetune.data.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 from finetune.models.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
-from finetune.text_sections import count_common, encode_texts
-from finetune.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 
 REWRITES = "the chat template writes earlier turns anew when others follow"
 NOT_SHOWN = "messages has no answer that the chat template shows"
