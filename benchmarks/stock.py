@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.data.token_rows import Example
 from finetune.models.base_model import settle_kernels
-from finetune.training import Arguments
+from finetune.training.trainer import Arguments
 
 
 @contextmanager

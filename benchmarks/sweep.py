@@ -80,7 +80,6 @@ def run_stock(overrides: list[str]) -> StockPoint:
 
     from benchmarks.evaluation import Stock
     from benchmarks.stock import build_stock
-    from finetune import training
     from finetune.config.schema import build_config, conf_dir, register
     from finetune.data import dataset
     from finetune.evaluation import score
@@ -89,6 +88,7 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from finetune.scoring import PLAIN_BATCH_SIZE
     from finetune.tasks import load_task
     from finetune.tracking.run_folder import RunFolder
+    from finetune.training import trainer as training
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

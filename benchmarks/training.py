@@ -36,8 +36,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes, build_stock
-from finetune import training
-from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import (
     DataConfig,
@@ -52,9 +50,11 @@ from finetune.data.token_rows import Example
 from finetune.models import adapters, process_memory
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.precision import Precision
-from finetune.multi_adapter import find_obstacle, train_together
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer as training
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.multi_adapter import find_obstacle, train_together
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_999.jsonl"
 TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 0.02, "nf4-bf16": 0.02}  # of each step's loss

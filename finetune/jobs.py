@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.grouping import NOT_TRAINED, Limit
+from finetune.training.grouping import NOT_TRAINED, Limit
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from finetune.config.schema import (
     Config,
     ModelConfig,
 )
-from finetune.label_loss import CHUNK
 from finetune.models.precision import compute_dtype, pick_device
 from finetune.models.shape import Shape
 from finetune.scoring import MOST_TOKENS
+from finetune.training.label_loss import CHUNK
 
 GIB = 2**30
 ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here

@@ -19,9 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import distributed, multi_adapter, signals, training
+from finetune import distributed, signals
 from finetune.active_run import ActiveRun, open_runs
-from finetune.adapter_training import AdapterSpec
 from finetune.config.inputs import Inputs, Source
 from finetune.config.methods import METHODS, build_settings
 from finetune.config.schema import Config
@@ -32,7 +31,6 @@ from finetune.data.row_prompts import RowPrompt, sample_prompts
 from finetune.data.templates import save_prompt
 from finetune.data.token_display import describe_first
 from finetune.evaluation import TaskScore
-from finetune.grouping import find_obstacle
 from finetune.identity import find_changes
 from finetune.jobs import Job
 from finetune.models import adapters, base_model
@@ -40,7 +38,6 @@ from finetune.models.adapters import LoraWeights
 from finetune.models.kernels import liger_kernels
 from finetune.models.precision import compute_dtype, find_precision, pick_device
 from finetune.models.process_memory import is_out_of_memory
-from finetune.row_order import num_steps
 from finetune.samples import NUM_SAMPLES, Sample, answer
 from finetune.scores import (
     build_scorers,
@@ -50,11 +47,15 @@ from finetune.scores import (
     write_scores,
 )
 from finetune.session import Session
-from finetune.steps import Diverged, TrainResult
 from finetune.tasks import LoadedTask
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import multi_adapter, trainer
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.grouping import find_obstacle
+from finetune.training.row_order import num_steps
+from finetune.training.steps import Diverged, TrainResult
 
 log = logging.getLogger("finetune")
 
@@ -234,7 +235,7 @@ def _train_alone(run: ActiveRun, spec: AdapterSpec, session: Session) -> None:
 def _train_by_trainer(
     spec: AdapterSpec, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> TrainResult:
-    return training.train(model, tokenizer, spec.examples, spec.arguments, spec.events)
+    return trainer.train(model, tokenizer, spec.examples, spec.arguments, spec.events)
 
 
 def take_part(config: Config, inputs: Inputs, session: Session) -> None:
@@ -275,7 +276,7 @@ def _spec(run: ActiveRun, session: Session) -> AdapterSpec:
     config = run.config
     rows = dataset.read_sources(run.inputs.data)
     examples = dataset.build_examples(rows, config.data, config.training, _tokenizer(run, session))
-    arguments = training.build_arguments(
+    arguments = trainer.build_arguments(
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
     )  # fmt: skip

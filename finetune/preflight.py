@@ -18,7 +18,6 @@ from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
-from finetune.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.identity import find_inputs
 from finetune.jobs import CheckedJob
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
@@ -30,11 +29,12 @@ from finetune.models.precision import (
     pick_device,
 )
 from finetune.models.shape import Shape
-from finetune.multi_adapter import find_precision_obstacle
 from finetune.problems import first_line
 from finetune.scores import forecasts, is_done
 from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder
+from finetune.training.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
+from finetune.training.multi_adapter import find_precision_obstacle
 
 log = logging.getLogger("finetune")
 

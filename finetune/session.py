@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import multi_adapter, samples
+from finetune import samples
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.data import dataset, templates
@@ -22,6 +22,7 @@ from finetune.models import base_model
 from finetune.models.precision import Precision
 from finetune.models.shape import Shape, describe_shape
 from finetune.tasks import LoadedTask, load_task
+from finetune.training import multi_adapter
 
 Value = TypeVar("Value")
 

@@ -17,7 +17,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import pipeline
-from finetune.checkpoints import (
+from finetune.config.schema import build_config
+from finetune.files import file_digest
+from finetune.jobs import Job
+from finetune.training.checkpoints import (
     MANIFEST,
     MARKER,
     find_newest,
@@ -26,9 +29,6 @@ from finetune.checkpoints import (
     newest_step,
     write_checkpoint,
 )
-from finetune.config.schema import build_config
-from finetune.files import file_digest
-from finetune.jobs import Job
 from tests.conftest import TINY, Command, last_of_each
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.

@@ -18,16 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import distributed, grouping, identity, launchers, worker
-from finetune.callbacks import is_stop_agreed
+from finetune import distributed, identity, launchers, worker
 from finetune.config.inputs import Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.data.token_rows import Example
 from finetune.models.precision import pick_device
-from finetune.row_order import EvenOrder, filled_up, rows_of_step, with_filler
 from finetune.signals import StopSignals
-from finetune.steps import Diverged
 from finetune.tracking.events import NullEventLog
+from finetune.training import grouping
+from finetune.training.callbacks import is_stop_agreed
+from finetune.training.row_order import EvenOrder, filled_up, rows_of_step, with_filler
+from finetune.training.steps import Diverged
 from tests.conftest import TINY, Command, last_of_each
 
 # Eighteen rows: the last step of each epoch is not full.

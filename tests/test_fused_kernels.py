@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 from transformers.models.llama import modeling_llama
 
-from finetune import identity, pipeline, preflight, training
+from finetune import identity, pipeline, preflight
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from finetune.models import adapters, kernels
@@ -29,10 +29,11 @@ from finetune.models.base_model import (
 )
 from finetune.models.kernels import liger_kernels
 from finetune.models.precision import Precision, compute_dtype, pick_device
-from finetune.sequence_attention import find_layout_problem
 from finetune.session import Session
-from finetune.steps import TrainResult
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer
+from finetune.training.sequence_attention import find_layout_problem
+from finetune.training.steps import TrainResult
 from tests.test_grouping import job
 from tests.test_quantization import adapter
 from tests.test_scoring import assert_equal, both, questions
@@ -119,7 +120,7 @@ def test_the_trainer_keeps_flash_sequences_apart(
         one = spec(run, Setting(training={"max_steps": 3}))
         adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(model, find_model(model))
-        result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+        result = trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
         one.events.close()
         found[name] = losses(tmp_path / name)
         if name == "flash":

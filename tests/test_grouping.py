@@ -15,15 +15,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import multi_adapter, pipeline
-from finetune.adapter_training import AdapterTraining
+from finetune import pipeline
 from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from finetune.training import multi_adapter
+from finetune.training.adapter_training import AdapterTraining
 
 from finetune.config.schema import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
-from finetune.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from finetune.jobs import Job
 from finetune.session import Session
+from finetune.training.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from tests.conftest import TINY, Command, last_of_each
 
 ROOM = Limit(8, "it is measured")

@@ -11,19 +11,20 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import multi_adapter, training
-from finetune.adapter_training import AdapterSpec
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data.dataset import Examples
 from finetune.data.row_counts import RowCounts
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
-from finetune.multi_adapter import train_together
-from finetune.sequence_attention import find_layout_problem
-from finetune.steps import TrainResult
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import multi_adapter
+from finetune.training import trainer as training
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.multi_adapter import train_together
+from finetune.training.sequence_attention import find_layout_problem
+from finetune.training.steps import TrainResult
 from tests.test_scoring import ARCHITECTURES, build
 from tests.trainings import CPU, TINY, random_examples
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import adalora, grouping, memory_estimate, merging, pipeline, training
+from finetune import memory_estimate, merging, pipeline
 from finetune import trained as trained_module
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, Method, build_settings, target_sizes
@@ -35,9 +35,10 @@ from finetune.models import adapters, base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.shape import find_shape
 from finetune.problems import Refused
-from finetune.row_order import num_steps
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import adalora, grouping, trainer
+from finetune.training.row_order import num_steps
 from tests.trainings import CPU, TINY, random_examples
 
 LORA = LoraConfig(r=4, alpha=8)
@@ -81,7 +82,7 @@ def spec(folder: Path, **changes: Any) -> tuple[Examples, Any, EventLog]:
     given = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 3.0, **changes}
     examples = Examples(random_examples(40), [], RowCounts())
     run = RunFolder(folder)
-    arguments = training.build_arguments(
+    arguments = trainer.build_arguments(
         run, OptimizerConfig(lr=3e-2), TrainingConfig(**given), CPU, validate=False
     )
     return examples, arguments, EventLog(run.events)
@@ -92,7 +93,7 @@ def train(method: str, folder: Path, **changes: Any) -> tuple[Any, list[float]]:
     examples, arguments, events = spec(folder, **changes)
     model = fresh(method, num_steps(len(examples.train), arguments))
     try:
-        training.train(model, load_tokenizer(TINY, find_model(TINY)), examples, arguments, events)
+        trainer.train(model, load_tokenizer(TINY, find_model(TINY)), examples, arguments, events)
     finally:
         events.close()
     log = read_events(folder / "events.jsonl")

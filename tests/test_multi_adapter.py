@@ -17,21 +17,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from finetune import training
-from finetune.adapter_training import AdapterSpec, AdapterTraining
-from finetune.checkpoints import newest_step
 from finetune.config import methods
 from finetune.config.schema import ModelConfig
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.models.compatibility import is_checkpointing
 from finetune.models.precision import Precision
-from finetune.multi_adapter import Outcome, SharedBase, train_together
-from finetune.row_order import rows_of_step
 from finetune.scoring import SharedContextLM
-from finetune.steps import Diverged, TrainResult
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer
+from finetune.training.adapter_training import AdapterSpec, AdapterTraining
+from finetune.training.checkpoints import newest_step
+from finetune.training.multi_adapter import Outcome, SharedBase, train_together
+from finetune.training.row_order import rows_of_step
+from finetune.training.steps import Diverged, TrainResult
 from tests.trainings import (
     CPU,
     TINY,
@@ -52,7 +52,7 @@ def trained_by_the_trainer(folder: Path, setting: Setting) -> tuple[dict[str, to
     one = spec(run, setting)
     adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
-    result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+    result = trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     one.events.close()
     tensors = {
         name.replace(".default.", "."): parameter.detach().clone()

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import preflight, training
-from finetune.adapter_training import AdapterSpec
+from finetune import preflight
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -22,9 +21,11 @@ from finetune.identity import find_inputs
 from finetune.memory_estimate import GIB, DeviceMemory
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
-from finetune.multi_adapter import train_together
-from finetune.row_order import rows_of_step
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.multi_adapter import train_together
+from finetune.training.row_order import rows_of_step
 from tests.conftest import write_rows
 from tests.test_scoring import build
 from tests.test_validation import WAYS, train_by
@@ -168,7 +169,7 @@ def test_a_model_that_must_be_padded_is_refused(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     with pytest.raises(ValueError, match=r"cannot keep rows apart .*sequence_packing=false"):
-        training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+        trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     one.events.close()
 
 

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import pytest
 
 from finetune import planning
-from finetune.checkpoints import MANIFEST, MARKER
 from finetune.config.schema import Config, ModelConfig, SweepConfig
 from finetune.files import file_digest
 from finetune.jobs import Job
@@ -17,6 +16,7 @@ from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_n
 from finetune.reporting.tables import print_table
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
+from finetune.training.checkpoints import MANIFEST, MARKER
 
 
 def name(

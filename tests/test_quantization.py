@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import grouping, memory_estimate, pipeline, preflight
+from finetune import memory_estimate, pipeline, preflight
 from finetune.config import methods
 from finetune.config.schema import (
     Config,
@@ -37,6 +37,7 @@ from finetune.models.base_model import (
 from finetune.models.precision import compute_dtype, pick_device
 from finetune.models.shape import find_shape
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import grouping
 from tests.test_grouping import job
 
 TINY = ModelConfig(path="random://tiny")

@@ -18,9 +18,9 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
 from finetune.lost_runs import write_cut_off
 from finetune.signals import Stopped, StopSignals
-from finetune.steps import Diverged
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder, Status
+from finetune.training.steps import Diverged
 from finetune.worker import Worker
 
 ENDS = {

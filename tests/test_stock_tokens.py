@@ -10,12 +10,12 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import training
 from finetune.config.schema import DataConfig, OptimizerConfig, TrainingConfig
 from finetune.data.dataset import build_examples
 from finetune.data.templates import render_alpaca
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer as training
 from tests.test_data import source
 from tests.tokenizer_kinds import KINDS
 from tests.trainings import CPU

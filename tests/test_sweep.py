@@ -345,7 +345,7 @@ load = builtins.__import__
 
 def patched(name, *args, **kwargs):
     module = load(name, *args, **kwargs)
-    training = sys.modules.get("finetune.adapter_training")
+    training = sys.modules.get("finetune.training.adapter_training")
     if training is not None and hasattr(training, "AdapterTraining"):
         builtins.__import__ = load
         learn = training.AdapterTraining.learn

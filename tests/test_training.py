@@ -14,22 +14,22 @@ from transformers import TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import training
-from finetune.callbacks import StepWatch
 from finetune.config import methods, optimizers
 from finetune.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from finetune.data.dataset import Examples
 from finetune.data.row_counts import RowCounts
-from finetune.label_loss import FrozenHeadLoss
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.compatibility import CHECKPOINTING, is_checkpointing
 from finetune.models.precision import Precision, find_precision_problems
 from finetune.signals import StopSignals
-from finetune.steps import Diverged, TrainResult
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
-from finetune.validation import Validations
+from finetune.training import trainer
+from finetune.training.callbacks import StepWatch
+from finetune.training.label_loss import FrozenHeadLoss
+from finetune.training.steps import Diverged, TrainResult
+from finetune.training.validation import Validations
 from tests.trainings import CPU, TINY, random_examples
 
 
@@ -44,13 +44,13 @@ def train(folder: Path, **changes: Any) -> tuple[Any, TrainResult, list[float]]:
     adapted = adapters.attach(model, methods.lora_settings(lora), settings.seed)
     run = RunFolder(folder)
     examples = Examples(random_examples(40), changes.pop("validation", []), RowCounts())
-    arguments = training.build_arguments(
+    arguments = trainer.build_arguments(
         run, optimizer, settings, CPU, validate=bool(examples.validation)
     )
     events = EventLog(run.events)
     tokenizer = load_tokenizer(TINY, find_model(TINY))
     try:
-        result = training.train(adapted, tokenizer, examples, arguments, events)
+        result = trainer.train(adapted, tokenizer, examples, arguments, events)
     finally:
         events.close()
     losses = [e["value"] for e in read_events(run.events) if e.get("key") == "train/loss"]
@@ -141,7 +141,7 @@ def test_a_step_skipped_for_its_loss_scale_is_no_divergence(
 ) -> None:
     """fp16 begins too high and halves the scale; below 1, or without a skip, it has diverged."""
     run = RunFolder(tmp_path)
-    arguments = training.build_arguments(
+    arguments = trainer.build_arguments(
         run, OptimizerConfig(), TrainingConfig(), CPU, validate=False
     )
     events, state = EventLog(run.events), TrainerState(max_steps=9, global_step=1)

@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import label_trainer, pipeline, training
-from finetune.adapter_training import AdapterSpec
+from finetune import pipeline
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.rules import find_problems
@@ -23,10 +22,12 @@ from finetune.data.dataset import Examples, build_examples
 from finetune.data.row_counts import RowCounts
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
-from finetune.multi_adapter import train_together
-from finetune.steps import Diverged, TrainResult
 from finetune.tracking.run_folder import RunFolder
-from finetune.validation import Validations
+from finetune.training import label_trainer, trainer
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.multi_adapter import train_together
+from finetune.training.steps import Diverged, TrainResult
+from finetune.training.validation import Validations
 from tests.test_grouping import job
 from tests.test_scoring import build
 from tests.trainings import (
@@ -80,7 +81,7 @@ def train_by(way: str, one: AdapterSpec) -> Trained:
             return copied(weights), result
         adapted = adapters.attach(load(), methods.lora_settings(one.lora), one.arguments.seed)
         tokenizer = load_tokenizer(TINY, find_model(TINY))
-        result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+        result = trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
         tensors = {
             name.replace(".default.", "."): parameter.detach().clone()
             for name, parameter in adapted.named_parameters()
@@ -180,7 +181,7 @@ def test_padded_rows_are_validated_by_labels_too(tmp_path: Path) -> None:
             build("bloom", {"n_layer": 3, "n_head": 4}), methods.lora_settings(lora), 1
         )
         tokenizer = load_tokenizer(TINY, find_model(TINY))
-        result = training.train(adapted, tokenizer, one.examples, one.arguments, one.events)
+        result = trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
         one.events.close()
         assert result.layout.startswith("padded")
         found.append(result.validation_loss)
@@ -259,7 +260,9 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(
         return record(*args, **given)._replace(metrics={"eval_loss": float("nan")})
 
     monkeypatch.setattr(label_trainer.LabelTrainer, "evaluation_loop", broken)
-    monkeypatch.setattr("finetune.multi_adapter.SharedBase.validate", lambda *_: float("nan"))
+    monkeypatch.setattr(
+        "finetune.training.multi_adapter.SharedBase.validate", lambda *_: float("nan")
+    )
     with pytest.raises(Diverged, match="validation loss became nan at step 1"):
         train_by(way, one)
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finetune import training
-from finetune.adapter_training import AdapterSpec
 from finetune.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from finetune.data.dataset import Examples
 from finetune.data.row_counts import RowCounts
@@ -21,9 +19,11 @@ from finetune.data.token_rows import Example
 from finetune.models.adapters import LoraWeights
 from finetune.models.base_model import find_model, load_base
 from finetune.models.precision import Precision
-from finetune.multi_adapter import Outcome, train_together
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import trainer
+from finetune.training.adapter_training import AdapterSpec
+from finetune.training.multi_adapter import Outcome, train_together
 
 TINY = ModelConfig(path="random://tiny")
 CPU = Precision(torch.device("cpu"), torch.float32)
@@ -56,7 +56,7 @@ def load(model: ModelConfig = TINY, device: str = "cpu") -> PreTrainedModel:
 
 def spec(run: RunFolder, setting: Setting, precision: Precision = CPU) -> AdapterSpec:
     shared = {"batch_size": 4, "gradient_accumulation_steps": 2, "data_seed": 42}
-    arguments = training.build_arguments(
+    arguments = trainer.build_arguments(
         run,
         OptimizerConfig(**{"weight_decay": 0.01, **setting.optimizer}),
         TrainingConfig(**{**shared, **setting.training}),

@@ -20,14 +20,15 @@ from finetune.data.token_rows import IGNORED, Example, example_lengths
 from finetune.files import write_atomic
 from finetune.models import adapters
 from finetune.models.adapters import LoraWeights
-from finetune.row_order import (
+from finetune.tracking.events import EventLog
+from finetune.training.row_order import (
     num_steps,
     order_of_epoch,
     rows_of_step,
     steps_an_epoch,
     steps_between_validations,
 )
-from finetune.steps import (
+from finetune.training.steps import (
     Totals,
     TrainResult,
     build_result,
@@ -38,9 +39,8 @@ from finetune.steps import (
     record_validation,
     save_step,
 )
-from finetune.tracking.events import EventLog
-from finetune.training import Arguments
-from finetune.validation import Validations
+from finetune.training.trainer import Arguments
+from finetune.training.validation import Validations
 
 STATE = "state.json"
 

@@ -9,9 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune import distributed
 from finetune.signals import StopSignals
-from finetune.steps import advance, open_bar, record_size, record_step, record_validation
 from finetune.tracking.events import EventLog
-from finetune.validation import Validations
+from finetune.training.steps import advance, open_bar, record_size, record_step, record_validation
+from finetune.training.validation import Validations
 
 
 class StepWatch(TrainerCallback):

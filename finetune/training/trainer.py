@@ -23,11 +23,9 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from finetune import distributed
-from finetune.callbacks import StepWatch
 from finetune.config.schema import OptimizerConfig, TrainingConfig
 from finetune.data.dataset import Examples
 from finetune.data.token_rows import as_dataset, example_lengths
-from finetune.label_trainer import LabelTrainer
 from finetune.models.adapters import (
     base_of,
     num_trainable,
@@ -35,11 +33,15 @@ from finetune.models.adapters import (
 from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
 from finetune.models.precision import Precision
 from finetune.models.process_memory import reset_peak_memory, return_freed_memory
-from finetune.row_order import filled_up, steps_between_validations, with_filler
-from finetune.sequence_attention import find_layout_problem
-from finetune.sharding import make_whole
 from finetune.signals import StopSignals
-from finetune.steps import (
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
+from finetune.training.callbacks import StepWatch
+from finetune.training.fsdp import make_whole
+from finetune.training.label_trainer import LabelTrainer
+from finetune.training.row_order import filled_up, steps_between_validations, with_filler
+from finetune.training.sequence_attention import find_layout_problem
+from finetune.training.steps import (
     END_TO_END,
     Totals,
     TrainResult,
@@ -47,9 +49,7 @@ from finetune.steps import (
     find_kept,
     find_resume,
 )
-from finetune.tracking.events import EventLog
-from finetune.tracking.run_folder import RunFolder
-from finetune.validation import Validations
+from finetune.training.validation import Validations
 
 log = logging.getLogger("finetune")
 

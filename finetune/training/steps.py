@@ -14,11 +14,11 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from finetune import distributed
-from finetune.checkpoints import Checkpoint, find_newest, find_step, write_checkpoint
 from finetune.models.process_memory import peak_memory_gib
-from finetune.row_order import steps_an_epoch
 from finetune.tracking.events import EventLog
-from finetune.validation import Validations
+from finetune.training.checkpoints import Checkpoint, find_newest, find_step, write_checkpoint
+from finetune.training.row_order import steps_an_epoch
+from finetune.training.validation import Validations
 
 log = logging.getLogger("finetune")
 END_TO_END = "end to end"  # the layout of batches without padding

@@ -25,20 +25,26 @@ from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STA
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune import distributed
-from finetune.adalora import RankSchedule, load_rank_state, orthogonality, rank_state, ranks
 from finetune.data.token_rows import IGNORED
-from finetune.label_loss import LabelLoss
 from finetune.models.adapters import base_of, num_prepended
-from finetune.row_order import EvenOrder
-from finetune.sequence_attention import SequenceAttention
-from finetune.sharding import (
+from finetune.training.adalora import (
+    RankSchedule,
+    load_rank_state,
+    orthogonality,
+    rank_state,
+    ranks,
+)
+from finetune.training.fsdp import (
     put_back,
     trained_parameters,
     use_fsdp,
     whole_optimizer_state,
     whole_tensors,
 )
-from finetune.steps import save_step
+from finetune.training.label_loss import LabelLoss
+from finetune.training.row_order import EvenOrder
+from finetune.training.sequence_attention import SequenceAttention
+from finetune.training.steps import save_step
 
 TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 

@@ -16,17 +16,17 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finetune.adapter_training import AdapterSpec, AdapterTraining, num_labels
 from finetune.data.token_rows import IGNORED, Example, row_lengths
-from finetune.grouped_lora import GroupedLora, Part
-from finetune.label_loss import LabelLoss
 from finetune.models.adapters import LoraWeights
 from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
 from finetune.models.precision import Precision
 from finetune.models.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
-from finetune.sequence_attention import SequenceAttention, find_layout_problem, positions
 from finetune.signals import StopSignals
-from finetune.steps import TrainResult, advance, open_bar
+from finetune.training.adapter_training import AdapterSpec, AdapterTraining, num_labels
+from finetune.training.grouped_lora import GroupedLora, Part
+from finetune.training.label_loss import LabelLoss
+from finetune.training.sequence_attention import SequenceAttention, find_layout_problem, positions
+from finetune.training.steps import TrainResult, advance, open_bar
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 
