@@ -30,11 +30,11 @@ from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
 from finetune.config.schema import EvaluationConfig, ModelConfig
-from finetune.evaluation import TaskScore, score
+from finetune.evaluation.harness import TaskScore, score
+from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
+from finetune.evaluation.prefix_tree import count_tokens
+from finetune.evaluation.tasks import LoadedTask, load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
-from finetune.prefix_tree import count_tokens
-from finetune.scoring import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
-from finetune.tasks import LoadedTask, load_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROUNDS = 2  # in the second, ours goes first

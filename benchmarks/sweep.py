@@ -82,11 +82,11 @@ def run_stock(overrides: list[str]) -> StockPoint:
     from benchmarks.stock import build_stock
     from finetune.config.schema import build_config, conf_dir, register
     from finetune.data import dataset
-    from finetune.evaluation import score
+    from finetune.evaluation.harness import score
+    from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE
+    from finetune.evaluation.tasks import load_task
     from finetune.models.base_model import find_model, load_base, load_tokenizer
     from finetune.models.precision import find_precision
-    from finetune.scoring import PLAIN_BATCH_SIZE
-    from finetune.tasks import load_task
     from finetune.tracking.run_folder import RunFolder
     from finetune.training import trainer as training
 

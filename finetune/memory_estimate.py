@@ -19,9 +19,9 @@ from finetune.config.schema import (
     Config,
     ModelConfig,
 )
+from finetune.evaluation.loglikelihood import MOST_TOKENS
 from finetune.models.precision import compute_dtype, pick_device
 from finetune.models.shape import Shape
-from finetune.scoring import MOST_TOKENS
 from finetune.training.label_loss import CHUNK
 
 GIB = 2**30

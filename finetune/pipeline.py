@@ -30,7 +30,8 @@ from finetune.data.row_counts import RowCounts
 from finetune.data.row_prompts import RowPrompt, sample_prompts
 from finetune.data.templates import save_prompt
 from finetune.data.token_display import describe_first
-from finetune.evaluation import TaskScore
+from finetune.evaluation.harness import TaskScore
+from finetune.evaluation.tasks import LoadedTask
 from finetune.identity import find_changes
 from finetune.jobs import Job
 from finetune.models import adapters, base_model
@@ -47,7 +48,6 @@ from finetune.scores import (
     write_scores,
 )
 from finetune.session import Session
-from finetune.tasks import LoadedTask
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
 from finetune.tracking.run_folder import RunFolder

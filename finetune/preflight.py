@@ -12,12 +12,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
-from finetune import distributed, memory_estimate, tasks
+from finetune import distributed, memory_estimate
 from finetune.config import optimizers
 from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
+from finetune.evaluation import tasks
 from finetune.identity import find_inputs
 from finetune.jobs import CheckedJob
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter

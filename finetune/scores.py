@@ -17,20 +17,20 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import evaluation
-from finetune.aggregation import draw_resamples
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.evaluation import ScoreStore, TaskScore
+from finetune.evaluation import harness
+from finetune.evaluation.aggregation import draw_resamples
+from finetune.evaluation.forecast import Speeds
+from finetune.evaluation.harness import ScoreStore, TaskScore
+from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.tasks import SEED, LoadedTask
 from finetune.files import digest
-from finetune.forecast import Speeds
 from finetune.home import cache_dir
 from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.models.precision import TORCH_DTYPES
-from finetune.scoring import SharedContextLM
 from finetune.session import Session
 from finetune.statistics.metric_names import MetricName
-from finetune.tasks import SEED, LoadedTask
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
 
@@ -137,7 +137,7 @@ class Scorer:
                         base_passed=task.key in passed,
                     )
                     log.info("scoring %s: %s", side, speeds.forecast(task))
-                    score = evaluation.score(lm, task, settings)
+                    score = harness.score(lm, task, settings)
                     self.store.write(identity, score)
                     speeds.record(task, score.seconds)
                     log.info("%s: %s", side, score.describe())

@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics as stock
 
-from finetune.aggregation import RESAMPLES, SLOW_RESAMPLES, draw_resamples, find_definitions
-from finetune.evaluation import Item, TaskScore
+from finetune.evaluation.aggregation import (
+    RESAMPLES,
+    SLOW_RESAMPLES,
+    draw_resamples,
+    find_definitions,
+)
+from finetune.evaluation.harness import Item, TaskScore
+from finetune.evaluation.loglikelihood import Scoring
+from finetune.evaluation.tasks import LoadedTask
 from finetune.reporting.outcomes import read_answers, read_resamples
 from finetune.scores import write_scores
-from finetune.scoring import Scoring
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
 from finetune.statistics.resampling import Resampled
-from finetune.tasks import LoadedTask
 from finetune.tracking.run_folder import RunFolder
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lm_eval.api import metrics
 
-from finetune import bootstrap
+from finetune.evaluation import bootstrap
 
 PAIRS = [(i % 2, (i // 2) % 2) for i in range(23)]
 NUMBERS = [-i / 7 for i in range(40)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.forecast import Speeds
-from finetune.tasks import load_task
+from finetune.evaluation.forecast import Speeds
+from finetune.evaluation.tasks import load_task
 from tests.test_tasks import arc_rows, gsm8k_rows, local
 
 

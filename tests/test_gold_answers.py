@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import EvaluationConfig
-from finetune.forecast import Speeds
-from finetune.gold_answers import _can_extract, _is_met
-from finetune.tasks import load_task
+from finetune.evaluation.forecast import Speeds
+from finetune.evaluation.gold_answers import _can_extract, _is_met
+from finetune.evaluation.tasks import load_task
 from tests.conftest import write_rows
 from tests.test_tasks import arc_rows, gsm8k_rows, hellaswag_rows, local, mmlu_rows
 

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import pytest
 from filelock import FileLock
 
-from finetune import forecast, home, identity, report, sync
+from finetune import home, identity, report, sync
 from finetune.config.schema import Config, ModelConfig
+from finetune.evaluation import forecast
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.models import base_model

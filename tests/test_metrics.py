@@ -10,11 +10,11 @@ import pytest
 from lm_eval.api import metrics as stock
 from scipy import stats
 
-from finetune.evaluation import TaskScore, score
+from finetune.evaluation.harness import TaskScore, score
+from finetune.evaluation.tasks import load_task
 from finetune.statistics.comparison import compare
 from finetune.statistics.metrics import AGGREGATES, Metric, Strata, compute, guess_metric
 from finetune.statistics.resampling import holm, max_t, resample
-from finetune.tasks import load_task
 from tests.test_evaluation import plain_lm, tiny_lm
 from tests.test_tasks import Rows, all_of_mmlu, arc_rows, ask_stock, local
 

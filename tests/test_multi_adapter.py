@@ -19,11 +19,11 @@ from lm_eval.api.instance import Instance
 
 from finetune.config import methods
 from finetune.config.schema import ModelConfig
+from finetune.evaluation.loglikelihood import SharedContextLM
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.models.compatibility import is_checkpointing
 from finetune.models.precision import Precision
-from finetune.scoring import SharedContextLM
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.prefix_tree import (
+from finetune.evaluation.prefix_tree import (
     Tokens,
     build_blocks,
     build_tree,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune.config.schema import ModelConfig
+from finetune.evaluation.loglikelihood import SharedContextLM
 from finetune.models import adapters, saved_adapter
 from finetune.models.base_model import (
     find_model,
@@ -22,7 +23,6 @@ from finetune.models.base_model import (
     load_meta_model,
     load_tokenizer,
 )
-from finetune.scoring import SharedContextLM
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}

@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.config.schema import ModelConfig
+from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.prefix_tree import count_tokens
 from finetune.models.adapters import foldable_layers, folded
 from finetune.models.base_model import cast_parameters, find_model, load_base, load_tokenizer
-from finetune.prefix_tree import count_tokens
-from finetune.scoring import SharedContextLM
 
 TINY = ModelConfig(path="random://tiny")
 SIZES = {

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
-from finetune.evaluation import score
+from finetune.evaluation.harness import score
+from finetune.evaluation.tasks import find_task_file, find_task_problems, load_task
 from finetune.models import base_model
-from finetune.tasks import find_task_file, find_task_problems, load_task
 from tests.conftest import TINY, Command, write_rows
 from tests.test_evaluation import plain_lm, tiny_lm
 
@@ -131,7 +131,7 @@ def told(requests: list[Instance]) -> list[Any]:
 )
 def test_tasks_are_found_without_the_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shipped options nor any other task pays for indexing all of lm-eval."""
-    monkeypatch.setattr("finetune.tasks.stock_index", lambda: pytest.fail("indexed"))
+    monkeypatch.setattr("finetune.evaluation.tasks.stock_index", lambda: pytest.fail("indexed"))
     path = find_task_file(name)
     assert path is not None
     assert path.suffix == ".yaml"
@@ -343,7 +343,7 @@ def test_a_task_file_is_told_what_is_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, without the index of all tasks, for a file, a missing file and a folder."""
-    monkeypatch.setattr("finetune.tasks.stock_index", lambda: pytest.fail("indexed"))
+    monkeypatch.setattr("finetune.evaluation.tasks.stock_index", lambda: pytest.fail("indexed"))
     monkeypatch.chdir(tmp_path)
     Path("my_task.yaml").write_text("task: my_task\n", encoding="utf-8")
     Path("own/tasks").mkdir(parents=True)

@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from finetune.evaluation.prefix_tree import Tree, build_blocks
 from finetune.models.adapters import base_of
-from finetune.prefix_tree import Tree, build_blocks
 
 BLOCK_TOKENS = {"cpu": 64, "cuda": 512}  # smaller ones waste less, larger ones launch less
 NAME = "finetune_blocks"

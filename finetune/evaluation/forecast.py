@@ -16,8 +16,8 @@ from pathlib import Path
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from finetune.evaluation.tasks import LoadedTask
 from finetune.files import Damaged, read_json, write_atomic
-from finetune.tasks import LoadedTask
 
 
 @dataclass(frozen=True)

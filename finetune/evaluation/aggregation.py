@@ -14,9 +14,9 @@ import numpy as np
 from lm_eval.api.metrics import mean
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
+from finetune.evaluation.tasks import LoadedTask
 from finetune.statistics.metrics import Grouping, Metric
 from finetune.statistics.resampling import SEED
-from finetune.tasks import LoadedTask
 
 Function = Callable[[Sequence[Any]], float]
 

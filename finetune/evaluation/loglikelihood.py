@@ -26,13 +26,13 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.block_attention import BlockAttention
+from finetune.evaluation.block_attention import BlockAttention
+from finetune.evaluation.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.models.adapters import base_of, foldable_layers, folded
 from finetune.models.attention import attention_in, find_obstacle
 from finetune.models.base_model import autocast_dtype, autocast_to, cast_parameters, head_on_rows
 from finetune.models.process_memory import is_out_of_memory
 from finetune.models.quantization import is_castable
-from finetune.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.substitution import substituted
 
 log = logging.getLogger("finetune")

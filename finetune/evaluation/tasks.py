@@ -30,11 +30,11 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import EvaluationConfig
 from finetune.data.sources import Row, read_file
+from finetune.evaluation.gold_answers import check_golds
+from finetune.evaluation.prefix_tree import count_tokens
 from finetune.files import digest
-from finetune.gold_answers import check_golds
 from finetune.models import hub
 from finetune.models.chat_templates import fix_date
-from finetune.prefix_tree import count_tokens
 from finetune.problems import nearest
 from finetune.substitution import substituted, updated
 

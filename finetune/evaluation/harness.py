@@ -19,14 +19,14 @@ import torch
 from filelock import FileLock
 from lm_eval import evaluator
 
-from finetune import bootstrap
-from finetune.aggregation import find_definitions
 from finetune.config.schema import EvaluationConfig
+from finetune.evaluation import bootstrap
+from finetune.evaluation.aggregation import find_definitions
+from finetune.evaluation.loglikelihood import Scoring, SharedContextLM
+from finetune.evaluation.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
 from finetune.models.precision import TORCH_DTYPES
-from finetune.scoring import Scoring, SharedContextLM
 from finetune.statistics.metrics import Metric
-from finetune.tasks import SEED, LoadedTask, chat_settings, quick_and_quiet
 
 log = logging.getLogger("finetune")
 
