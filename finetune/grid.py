@@ -36,7 +36,7 @@ from finetune.config.composition import (
 from finetune.config.grammar import rewrite, without_null
 from finetune.config.overrides import find_override_problems, with_grid
 from finetune.config.schema import conf_dir, register
-from finetune.jobs import Job
+from finetune.pipeline.jobs import Job
 from finetune.planning import build_job, sweep_name
 from finetune.problems import Refused
 

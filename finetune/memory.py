@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from rich.table import Table
 
 from finetune.config.overrides import compose_job
-from finetune.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
 from finetune.models.quantization import as_loaded
 from finetune.models.shape import find_shape, load_config
+from finetune.pipeline.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
 from finetune.problems import Refused, first_line
 from finetune.reporting.tables import add_row, build_table, print_table
 from finetune.streams import keep_streams

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from finetune.config.schema import Config, build_config
 from finetune.files import digest, distinct_slug, resolved, slug
-from finetune.jobs import Job
+from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.reporting.tables import add_row, build_table
 from finetune.tracking.events import State

@@ -52,8 +52,8 @@ def _show(given: argparse.Namespace) -> None:
     from hydra.errors import HydraException
     from rich.console import Console
 
+    from finetune.pipeline.row_preview import load_preview, print_preview, write_json
     from finetune.problems import first_line
-    from finetune.row_preview import load_preview, print_preview, write_json
 
     try:
         preview = load_preview(given.overrides)

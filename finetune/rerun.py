@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune import signals
 from finetune.config.foreign_runs import find_rerun_problems, find_settings_to_type
 from finetune.config.schema import build_config, flatten
-from finetune.jobs import Job
+from finetune.pipeline.jobs import Job
 from finetune.problems import Refused, first_line
 from finetune.reporting.reproduction import compare_runs, find_other_conditions, is_conduct
 from finetune.streams import keep_streams

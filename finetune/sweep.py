@@ -25,11 +25,11 @@ from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
-from finetune.jobs import Job
 from finetune.live import is_watched, live_table
 from finetune.logs import quieten_libraries
 from finetune.lost_runs import write_cut_off, write_failure
 from finetune.models import devices
+from finetune.pipeline.jobs import Job
 from finetune.planning import (
     Point,
     Sweep,
@@ -259,11 +259,11 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
 def run_alone(composed: DictConfig) -> State:
     """Run one job in the process that another launcher gave it."""
     os.environ.update(devices.see_one_gpu(os.environ))
-    from finetune import pipeline  # loads torch, which the sweep's own process never does
+    from finetune.pipeline import run_jobs
 
     keep_streams()
     quieten_libraries()
-    return pipeline.run([build_job(composed, swept=[])])[0]
+    return run_jobs.run([build_job(composed, swept=[])])[0]
 
 
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:

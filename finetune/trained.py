@@ -22,10 +22,10 @@ from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, changes_base
 from finetune.config.schema import Config, ModelConfig
 from finetune.files import resolved
-from finetune.identity import model_identity
 from finetune.models import base_model, quantization
 from finetune.models.precision import pick_device
 from finetune.models.saved_adapter import find_code_problems
+from finetune.pipeline.identity import model_identity
 from finetune.problems import Refused, nearest
 from finetune.tracking.run_folder import REMEDY, RunFolder
 

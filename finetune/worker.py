@@ -18,15 +18,15 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune import distributed, signals
-from finetune.finished_runs import FinishedRuns
-from finetune.jobs import CheckedJob, Job
 from finetune.logs import quieten_libraries
 from finetune.models import devices
+from finetune.pipeline.finished_runs import FinishedRuns
+from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.streams import keep_streams
 from finetune.tracking.events import State
 
 if TYPE_CHECKING:
-    from finetune.session import Session
+    from finetune.pipeline.session import Session
 
 STOP_SECONDS = 5.0  # that an idle worker has to end by itself
 ALIVE_SECONDS = 5.0  # between two looks whether a silent worker still lives
@@ -179,7 +179,7 @@ class LaunchedWorker:
 
     @cached_property
     def _session(self) -> Session:
-        from finetune.session import Session  # loads torch
+        from finetune.pipeline.session import Session  # loads torch
 
         return Session()
 
@@ -193,7 +193,7 @@ class LaunchedWorker:
 
     def prepare(self, job: Job) -> CheckedJob:
         """Check a job and name its run."""
-        from finetune import preflight
+        from finetune.pipeline import preflight
 
         return preflight.prepare(job.config, self._session)
 
@@ -203,10 +203,10 @@ class LaunchedWorker:
         Raises:
             KeyboardInterrupt: they were interrupted, checkpoints written.
         """
-        from finetune import pipeline
+        from finetune.pipeline import run_jobs
 
         assert timeout_seconds is None, "launchers.find_problems refuses it"
-        states = pipeline.run(jobs, self._session)
+        states = run_jobs.run(jobs, self._session)
         if "interrupted" in states:
             raise signals.first_stop()
         return states
@@ -245,8 +245,8 @@ def follow() -> int:
     distributed.join()
     for number in signals.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the first process decides, and tells
-    from finetune import pipeline
-    from finetune.session import Session
+    from finetune.pipeline import run_jobs
+    from finetune.pipeline.session import Session
 
     session = Session()
     while True:
@@ -258,7 +258,7 @@ def follow() -> int:
             return cast(int, given)
         assert verb == "train", verb
         config, inputs = given
-        pipeline.take_part(config, inputs, session)
+        run_jobs.take_part(config, inputs, session)
 
 
 def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
@@ -291,13 +291,13 @@ def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
     """Import torch and the rest, on one GPU; return what a worker can be asked to do."""
     os.environ.update(devices.see_one_gpu(os.environ))
     quieten_libraries(is_quiet=is_quiet)
-    from finetune import pipeline, preflight
-    from finetune.session import Session
+    from finetune.pipeline import preflight, run_jobs
+    from finetune.pipeline.session import Session
 
     session = Session()
     return {
         "prepare": lambda job: preflight.prepare(job.config, session),
-        "run": lambda jobs: pipeline.run(jobs, session),
+        "run": lambda jobs: run_jobs.run(jobs, session),
     }
 
 

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import Config, DataConfig, ModelConfig
-from finetune.jobs import Job
 from finetune.models.base_model import find_model, load_tokenizer
+from finetune.pipeline.jobs import Job
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,7 +45,7 @@ def write_rows(path: Path, rows: list[object]) -> Path:
 
 def train_tiny(folder: Path, session: Any = None, **changes: Any) -> Path:
     """Train the tiny model on a few rows in this process, and return the run's folder."""
-    from finetune import pipeline
+    from finetune.pipeline import run_jobs
 
     config = Config(model=ModelConfig(path="random://tiny"), output_dir=str(folder))
     config.data = DataConfig(path="package://finetune/demo/rows.jsonl", num_examples=8)
@@ -54,7 +54,7 @@ def train_tiny(folder: Path, session: Any = None, **changes: Any) -> Path:
     config.evaluation.tasks = []
     config = replace(config, **changes)
     job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-    assert pipeline.run([job], session) == ["finished"]
+    assert run_jobs.run([job], session) == ["finished"]
     (status,) = folder.glob("*/status.json")
     return status.parent
 

@@ -18,8 +18,8 @@ from finetune.evaluation.aggregation import (
 from finetune.evaluation.harness import Item, TaskScore
 from finetune.evaluation.loglikelihood import Scoring
 from finetune.evaluation.tasks import LoadedTask
+from finetune.pipeline.scores import write_scores
 from finetune.reporting.outcomes import read_answers, read_resamples
-from finetune.scores import write_scores
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
 from finetune.statistics.resampling import Resampled

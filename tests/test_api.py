@@ -25,7 +25,7 @@ from finetune import api, conversation, distributed, planning
 from finetune.config.schema import Config, LoraConfig
 from finetune.data.turns import Turn
 from finetune.grid import Grid, compose_grid
-from finetune.jobs import CheckedJob, Job
+from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.tracking.run_folder import Status
 from finetune.worker import Worker
 from tests.conftest import ROOT, TINY, Command, train_tiny

@@ -10,11 +10,11 @@ import trl
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
-from finetune.identity import find_inputs
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.models.chat_templates import find_chat_template, fix_date, read_chat_template
+from finetune.pipeline import preflight
+from finetune.pipeline.identity import find_inputs
 from tests.conftest import train_tiny, write_rows
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import pipeline
 from finetune.config.schema import build_config
 from finetune.files import file_digest
-from finetune.jobs import Job
+from finetune.pipeline import run_jobs
+from finetune.pipeline.jobs import Job
 from finetune.training.checkpoints import (
     MANIFEST,
     MARKER,
@@ -285,7 +285,7 @@ def test_a_harmed_checkpoint_costs_steps_but_no_bit(
     composed.output_dir = str(tmp_path / "outputs")
     job = Job(build_config(composed), OmegaConf.to_yaml(composed), [], {})
     with caplog.at_level("INFO", logger="finetune"):
-        assert pipeline.run([job]) == ["finished"]
+        assert run_jobs.run([job]) == ["finished"]
     assert "passing over the checkpoint" in caplog.text
     assert adapters(tmp_path) == adapters(killed[method] / "whole")
 

@@ -17,8 +17,8 @@ from finetune.evaluation.harness import Item, ScoreStore, TaskScore, score
 from finetune.evaluation.loglikelihood import Scoring, SharedContextLM
 from finetune.evaluation.tasks import load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
+from finetune.pipeline.scores import write_scores
 from finetune.reporting.outcomes import read_outcomes
-from finetune.scores import write_scores
 from finetune.tracking.run_folder import RunFolder
 from tests.conftest import TINY, Command, write_rows
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import finished_runs, pipeline, preflight
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, DataConfig, ModelConfig, build_config
-from finetune.finished_runs import FinishedRuns
 from finetune.home import cache_dir
-from finetune.jobs import Job
 from finetune.models.base_model import find_model
-from finetune.session import Session
+from finetune.pipeline import finished_runs, preflight, run_jobs
+from finetune.pipeline.finished_runs import FinishedRuns
+from finetune.pipeline.jobs import Job
+from finetune.pipeline.session import Session
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.worker import Worker
 from tests.conftest import TINY, Command, write_rows
@@ -70,7 +70,7 @@ def config(trained: Config, session: Session, tmp_path: Path) -> Iterator[Config
 
 def run(config: Config, session: Session) -> None:
     job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-    assert pipeline.run([job], session) == ["finished"]
+    assert run_jobs.run([job], session) == ["finished"]
 
 
 def folder_of(config: Config) -> Path:
@@ -230,7 +230,7 @@ def test_an_input_that_changed_while_it_ran_is_not_recorded(
     config: Config, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record says what the run was made from, not what is there by its end."""
-    monkeypatch.setattr(pipeline, "find_changes", lambda *_: ["data.path has changed"])
+    monkeypatch.setattr(run_jobs, "find_changes", lambda *_: ["data.path has changed"])
     for path in (cache_dir() / "finished").glob("*.json"):
         path.unlink()
     run(config, session)

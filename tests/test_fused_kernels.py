@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 from transformers.models.llama import modeling_llama
 
-from finetune import identity, pipeline, preflight
 from finetune.config import methods
 from finetune.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from finetune.models import adapters, kernels
@@ -29,7 +28,8 @@ from finetune.models.base_model import (
 )
 from finetune.models.kernels import liger_kernels
 from finetune.models.precision import Precision, compute_dtype, pick_device
-from finetune.session import Session
+from finetune.pipeline import identity, preflight, run_jobs
+from finetune.pipeline.session import Session
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import trainer
 from finetune.training.sequence_attention import find_layout_problem
@@ -261,8 +261,8 @@ def test_a_run_by_liger_leaves_nothing_to_the_next(
     by_liger = job(tmp_path / "a", training=replace(plain, use_liger_kernel=True), lora=lora)
     after, alone = (job(tmp_path / name, training=plain, lora=lora) for name in ("b", "c"))
     session = Session()
-    assert pipeline.run([by_liger], session) == pipeline.run([after], session) == ["finished"]
-    assert pipeline.run([alone]) == ["finished"]
+    assert run_jobs.run([by_liger], session) == run_jobs.run([after], session) == ["finished"]
+    assert run_jobs.run([alone]) == ["finished"]
     assert len(liger) == 1
     assert adapter(tmp_path / "a") != adapter(tmp_path / "b") == adapter(tmp_path / "c")
     ours, theirs = (next((tmp_path / name).iterdir()).name for name in "ab")

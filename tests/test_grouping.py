@@ -15,15 +15,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import pipeline
 from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from finetune.pipeline import run_jobs
 from finetune.training import multi_adapter
 from finetune.training.adapter_training import AdapterTraining
 
 from finetune.config.schema import PeftConfig, TrainingConfig  # isort: skip
 from finetune.files import file_digest
-from finetune.jobs import Job
-from finetune.session import Session
+from finetune.pipeline.jobs import Job
+from finetune.pipeline.session import Session
 from finetune.training.grouping import Group, Limit, find_groups, find_limit, find_obstacle
 from tests.conftest import TINY, Command, last_of_each
 
@@ -208,7 +208,7 @@ def test_too_many_adapters_for_the_memory_are_halved(
 
     monkeypatch.setattr(multi_adapter, "train_together", greedy)
     jobs = [job(tmp_path, lora=LoraConfig(r=rank)) for rank in (1, 2, 3, 4)]
-    assert pipeline.run(jobs) == ["finished"] * 4
+    assert run_jobs.run(jobs) == ["finished"] * 4
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
 
 
@@ -231,11 +231,11 @@ def test_one_failing_run_of_a_group_is_recorded_alone(
     monkeypatch.setattr(AdapterTraining, "__init__", begin)
     monkeypatch.setattr(AdapterTraining, "learn", learn)
     jobs = [job(tmp_path / "together", lora=LoraConfig(r=rank)) for rank in (1, 2, 3)]
-    assert pipeline.run(jobs) == ["failed", "finished", "failed"]
+    assert run_jobs.run(jobs) == ["failed", "finished", "failed"]
     told = [json.loads(path.read_text()) for path in tmp_path.glob("together/*/status.json")]
     reasons = {one["reason"] for one in told if one["state"] == "failed"}
     assert reasons == {"RuntimeError: no such thing", "RuntimeError: it broke"}
-    assert pipeline.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
+    assert run_jobs.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
     assert adapters(tmp_path / "together") == adapters(tmp_path / "alone") != {}
 
 
@@ -243,7 +243,7 @@ def test_one_diverging_run_of_a_group_is_recorded_alone(tmp_path: Path) -> None:
     """States and reasons are each run's own."""
     wild = OptimizerConfig(lr=1e25, warmup_ratio=0.0)
     jobs = [job(tmp_path), job(tmp_path, optimizer=wild), job(tmp_path, lora=LoraConfig(r=2))]
-    assert pipeline.run(jobs) == ["finished", "diverged", "finished"]
+    assert run_jobs.run(jobs) == ["finished", "diverged", "finished"]
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*/status.json")]
     assert sorted(status["state"] for status in told) == ["diverged", "finished", "finished"]
 
@@ -257,7 +257,7 @@ def test_an_initialisation_that_changes_the_base_leaves_none_behind(
     plain = job(tmp_path / "after", lora=LoraConfig(r=2))
     session = Session()
     changing = job(tmp_path, lora=LoraConfig(r=2, init=init))
-    assert pipeline.run([changing], session) == ["finished"]
-    assert pipeline.run([plain], session) == ["finished"]
-    assert pipeline.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
+    assert run_jobs.run([changing], session) == ["finished"]
+    assert run_jobs.run([plain], session) == ["finished"]
+    assert run_jobs.run([job(tmp_path / "alone", lora=LoraConfig(r=2))]) == ["finished"]
     assert adapters(tmp_path / "after") == adapters(tmp_path / "alone") != {}

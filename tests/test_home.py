@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 import pytest
 from filelock import FileLock
 
-from finetune import home, identity, report, sync
+from finetune import home, report, sync
 from finetune.config.schema import Config, ModelConfig
 from finetune.evaluation import forecast
 from finetune.files import replaced
 from finetune.home import cache_dir
 from finetune.models import base_model
+from finetune.pipeline import identity
 from finetune.problems import Refused
 from finetune.sweep import _conducted_alone, _folder_problems
 from finetune.tracking.run_folder import RunFolder

@@ -14,13 +14,13 @@ import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
-from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from finetune.data.sources import find_source
 from finetune.evaluation.tasks import load_task
 from finetune.models import hub
 from finetune.models.base_model import find_model
 from finetune.models.compatibility import HTTPError
+from finetune.pipeline import preflight
 
 CONFIG = Config(
     model=ModelConfig(path="owner/model"),

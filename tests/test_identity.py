@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import identity, identity_0_1, pipeline, preflight
 from finetune.config.schema import (
     NEUTRAL,
     Config,
@@ -24,8 +23,9 @@ from finetune.config.schema import (
     changed_settings,
     setting,
 )
-from finetune.identity import find_changes, find_inputs
-from finetune.jobs import Job
+from finetune.pipeline import identity, identity_0_1, preflight, run_jobs
+from finetune.pipeline.identity import find_changes, find_inputs
+from finetune.pipeline.jobs import Job
 from finetune.tracking.run_folder import RunFolder
 from tests.conftest import write_rows
 
@@ -286,7 +286,7 @@ def test_an_input_that_changed_after_planning_fails_the_run_in_its_folder(
     assert change.startswith(key)
     assert "start the command again" in change
     job = Job(config, "", [], {}, plan.inputs)
-    assert pipeline.run([replace(job, yaml=_yaml(config))]) == ["failed"]
+    assert run_jobs.run([replace(job, yaml=_yaml(config))]) == ["failed"]
     status = RunFolder(plan.inputs.folder).status()
     assert status is not None
     assert (status.state, status.reason) == ("failed", f"ValueError: {change}")
@@ -318,7 +318,7 @@ def test_a_run_does_not_name_itself_anew(config: Config, tmp_path: Path) -> None
     elsewhere = replace(plan.inputs, folder=tmp_path / "outputs" / "planned")
     config.training.max_length, config.training.max_steps = 400, 1
     job = Job(config, _yaml(config), [], {}, elsewhere)
-    assert pipeline.run([job]) == ["finished"]
+    assert run_jobs.run([job]) == ["finished"]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["planned"]
 
 

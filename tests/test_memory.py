@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import memory, memory_estimate, preflight
+from finetune import memory
 from finetune.config.overrides import compose_job
 from finetune.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from finetune.memory_estimate import GIB, DeviceMemory, estimate, find_problem
 from finetune.models.shape import find_shape
+from finetune.pipeline import memory_estimate, preflight
+from finetune.pipeline.memory_estimate import GIB, DeviceMemory, estimate, find_problem
 from tests.conftest import TINY, Command, write_rows
 
 CPU = DeviceMemory("cpu", 4, 64 * GIB)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import memory_estimate, merging, pipeline
+from finetune import merging
 from finetune import trained as trained_module
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, Method, build_settings, target_sizes
@@ -30,10 +30,11 @@ from finetune.config.schema import (
 )
 from finetune.data.dataset import Examples
 from finetune.data.row_counts import RowCounts
-from finetune.jobs import Job
 from finetune.models import adapters, base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.shape import find_shape
+from finetune.pipeline import memory_estimate, run_jobs
+from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
@@ -268,7 +269,7 @@ def run_all(tmp_path: Path, config: Config) -> RunFolder:
     config.data.num_examples, config.training.max_length = 8, 400
     config.evaluation.limit = 8
     job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-    assert pipeline.run([job]) == ["finished"]
+    assert run_jobs.run([job]) == ["finished"]
     (status,) = tmp_path.glob("*/status.json")
     return RunFolder(status.parent)
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 
-from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from finetune.models import adapters, base_model
 from finetune.models.base_model import (
@@ -21,8 +20,9 @@ from finetune.models.base_model import (
     load_tokenizer,
 )
 from finetune.models.precision import compute_dtype
-from finetune.preflight import find_row_problems
-from finetune.session import Session
+from finetune.pipeline import preflight
+from finetune.pipeline.preflight import find_row_problems
+from finetune.pipeline.session import Session
 from tests.conftest import write_rows
 
 TINY = ModelConfig(path="random://tiny")

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune import preflight
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from finetune.data.dataset import Examples, build_examples
 from finetune.data.row_counts import RowCounts
 from finetune.data.token_rows import IGNORED, Example, pack, row_lengths
-from finetune.identity import find_inputs
-from finetune.memory_estimate import GIB, DeviceMemory
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
+from finetune.pipeline import preflight
+from finetune.pipeline.identity import find_inputs
+from finetune.pipeline.memory_estimate import GIB, DeviceMemory
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import trainer
 from finetune.training.adapter_training import AdapterSpec

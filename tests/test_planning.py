@@ -11,7 +11,7 @@ import pytest
 from finetune import planning
 from finetune.config.schema import Config, ModelConfig, SweepConfig
 from finetune.files import file_digest
-from finetune.jobs import Job
+from finetune.pipeline.jobs import Job
 from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_name
 from finetune.reporting.tables import print_table
 from finetune.tracking.events import State

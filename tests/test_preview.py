@@ -20,7 +20,7 @@ from finetune.config.schema import ModelConfig
 from finetune.data.dataset import read_sources
 from finetune.data.row_prompts import sample_prompts
 from finetune.models.base_model import find_model
-from finetune.row_preview import load_preview, print_preview
+from finetune.pipeline.row_preview import load_preview, print_preview
 from tests.conftest import write_rows
 
 ROWS: list[object] = [

@@ -14,7 +14,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from finetune import pipeline, preflight, samples
 from finetune.config.inputs import DataSource
 from finetune.config.schema import (
     Config,
@@ -32,10 +31,11 @@ from finetune.data.dataset import Examples, SourceRows, build_examples, find_pro
 from finetune.data.row_prompts import last_prompts
 from finetune.data.templates import JINJA, load_template, save_prompt
 from finetune.data.token_rows import IGNORED, Example
-from finetune.identity import data_identity
 from finetune.models import base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
-from finetune.session import Session
+from finetune.pipeline import preflight, run_jobs, samples
+from finetune.pipeline.identity import data_identity
+from finetune.pipeline.session import Session
 from tests.conftest import TINY, Command, train_tiny, write_rows
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -280,7 +280,7 @@ def test_the_base_answers_once_for_all_runs(
         asked.append(isinstance(model, PeftModel))
         return said(model, *given)
 
-    monkeypatch.setattr(pipeline, "answer", answer)
+    monkeypatch.setattr(run_jobs, "answer", answer)
     monkeypatch.setattr(samples, "answer", answer)
     session = Session()
     evaluation = EvaluationConfig(["demo_science"], limit=4)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetune import memory_estimate, pipeline, preflight
 from finetune.config import methods
 from finetune.config.schema import (
     Config,
@@ -24,8 +23,6 @@ from finetune.config.schema import (
     TrainingConfig,
 )
 from finetune.files import file_digest
-from finetune.identity import find_inputs
-from finetune.jobs import Job
 from finetune.models import adapters, quantization
 from finetune.models.base_model import (
     cast_parameters,
@@ -36,6 +33,9 @@ from finetune.models.base_model import (
 )
 from finetune.models.precision import compute_dtype, pick_device
 from finetune.models.shape import find_shape
+from finetune.pipeline import memory_estimate, preflight, run_jobs
+from finetune.pipeline.identity import find_inputs
+from finetune.pipeline.jobs import Job
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import grouping
 from tests.test_grouping import job
@@ -97,12 +97,12 @@ def test_a_quantised_base_trains_resumes_and_is_evaluated(
     whole = job(tmp_path / "whole", **settings)
     killed = job(tmp_path / "killed", **settings, evaluation=asked)
     assert preflight.prepare(whole.config).problems == []
-    assert pipeline.run([whole]) == ["finished"]
+    assert run_jobs.run([whole]) == ["finished"]
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="finetune"):
-        patch.setattr(pipeline, "_keep", lambda *_: 1 / 0)
-        assert pipeline.run([killed]) == ["failed"]
+        patch.setattr(run_jobs, "_keep", lambda *_: 1 / 0)
+        assert run_jobs.run([killed]) == ["failed"]
     with caplog.at_level(logging.INFO, logger="finetune"):
-        assert pipeline.run([killed]) == ["finished"]
+        assert run_jobs.run([killed]) == ["finished"]
     assert "resuming at step" in caplog.text
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
     (path,) = tmp_path.glob("killed/*/evaluation/demo_science.json")
@@ -203,7 +203,7 @@ def test_lora_is_trained_on_a_quantised_checkpoint(tmp_path: Path, kind: str) ->
     plan = preflight.prepare(found.config)
     assert plan.problems == []
     assert plan.limit.most == (8 if kind == "nf4" else 1)
-    assert pipeline.run([found]) == pipeline.run([made]) == ["finished"]
+    assert run_jobs.run([found]) == run_jobs.run([made]) == ["finished"]
     assert adapter(tmp_path / "found") == adapter(tmp_path / "made")
     (environment,) = tmp_path.glob("found/*/environment.json")
     assert json.loads(environment.read_text())["base"] == kind
@@ -336,7 +336,7 @@ def test_a_quantised_base_trains_and_is_evaluated_on_cuda(
         evaluation=EvaluationConfig(limit=4),
     )
     assert preflight.prepare(on_cuda.config).problems == []
-    assert pipeline.run([on_cuda]) == ["finished"]
+    assert run_jobs.run([on_cuda]) == ["finished"]
     losses = losses_of(tmp_path)
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])

@@ -10,7 +10,7 @@ import pytest
 from finetune.evaluation.harness import Item, TaskScore
 from finetune.evaluation.loglikelihood import Scoring
 from finetune.files import Damaged
-from finetune.scores import write_scores
+from finetune.pipeline.scores import write_scores
 from finetune.statistics.metrics import Metric
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import MetricScore, parse_scores

@@ -11,7 +11,7 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, EvaluationConfig, ModelConfig
 from finetune.models import base_model
 from finetune.models.base_model import find_model
-from finetune.session import Kept, Session
+from finetune.pipeline.session import Kept, Session
 
 TINY = ModelConfig(path="random://tiny")
 

@@ -19,14 +19,14 @@ from typing import Any, NoReturn, cast
 import pytest
 from omegaconf import OmegaConf
 
-from finetune import pipeline, preflight
 from finetune.config.schema import Config, DataConfig, ModelConfig
-from finetune.identity import find_inputs
-from finetune.jobs import Job
 from finetune.lost_runs import write_failure
 from finetune.models.base_model import load_base
+from finetune.pipeline import preflight, run_jobs
+from finetune.pipeline.identity import find_inputs
+from finetune.pipeline.jobs import Job
+from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
-from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
 from finetune.worker import Worker, WorkerDied
@@ -471,7 +471,7 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     for rank in (2, 4):
         config.lora.r = rank
         job = Job(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [], {})
-        assert pipeline.run([job], session) == ["finished"]
+        assert run_jobs.run([job], session) == ["finished"]
         inputs = find_inputs(config)
         bases.append(session.base(config, inputs))
     assert bases[0] is bases[1]

@@ -17,11 +17,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from finetune import preflight
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from finetune.evaluation.harness import score
 from finetune.evaluation.tasks import find_task_file, find_task_problems, load_task
 from finetune.models import base_model
+from finetune.pipeline import preflight
 from tests.conftest import TINY, Command, write_rows
 from tests.test_evaluation import plain_lm, tiny_lm
 

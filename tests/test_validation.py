@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import pipeline
 from finetune.config import methods
 from finetune.config.inputs import DataSource
 from finetune.config.rules import find_problems
@@ -22,6 +21,7 @@ from finetune.data.dataset import Examples, build_examples
 from finetune.data.row_counts import RowCounts
 from finetune.models import adapters
 from finetune.models.base_model import find_model, load_tokenizer
+from finetune.pipeline import run_jobs
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import label_trainer, trainer
 from finetune.training.adapter_training import AdapterSpec
@@ -275,7 +275,7 @@ def test_the_runs_files_tell_of_the_kept_adapter(tmp_path: Path, use_dora: bool)
     told.config.training = replace(
         told.config.training, sequence_packing=True, validate_every=1, early_stopping=1, epochs=9.0
     )
-    assert pipeline.run([told]) == ["finished"]
+    assert run_jobs.run([told]) == ["finished"]
     (run,) = (RunFolder(path) for path in tmp_path.iterdir())
     trained, seen = run.read_json("training.json"), losses(run.path, "validation/loss")
     assert trained["validation_loss"] == min(seen) < seen[-1]

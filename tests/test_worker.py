@@ -14,7 +14,7 @@ import pytest
 
 from finetune import planning, worker
 from finetune.config.schema import Config, ModelConfig
-from finetune.jobs import Job
+from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.worker import Worker, WorkerDied
 

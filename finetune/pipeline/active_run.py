@@ -15,9 +15,9 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, flatten
 from finetune.data import dataset, templates
 from finetune.files import keep_regular, slug
-from finetune.identity import describe_environment, find_changes, find_inputs
-from finetune.jobs import Job
 from finetune.models.chat_templates import read_chat_template
+from finetune.pipeline.identity import describe_environment, find_changes, find_inputs
+from finetune.pipeline.jobs import Job
 from finetune.tracking.events import EventLog, State
 from finetune.tracking.run_folder import RunFolder, Status
 

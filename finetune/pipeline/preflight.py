@@ -12,15 +12,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
-from finetune import distributed, memory_estimate
+from finetune import distributed
 from finetune.config import optimizers
 from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
 from finetune.evaluation import tasks
-from finetune.identity import find_inputs
-from finetune.jobs import CheckedJob
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import (
@@ -30,9 +28,12 @@ from finetune.models.precision import (
     pick_device,
 )
 from finetune.models.shape import Shape
+from finetune.pipeline import memory_estimate
+from finetune.pipeline.identity import find_inputs
+from finetune.pipeline.jobs import CheckedJob
+from finetune.pipeline.scores import forecasts, is_done
+from finetune.pipeline.session import Session
 from finetune.problems import first_line
-from finetune.scores import forecasts, is_done
-from finetune.session import Session
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.training.multi_adapter import find_precision_obstacle

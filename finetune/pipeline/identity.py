@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune import distributed, identity_0_1
+from finetune import distributed
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.methods import METHODS
 from finetune.config.optimizers import OPTIMIZERS
@@ -28,7 +28,8 @@ from finetune.models.chat_templates import find_chat_template, read_chat_templat
 from finetune.models.kernels import FLASH
 from finetune.models.precision import Precision, compute_dtype, find_precision
 from finetune.models.quantization import BITSANDBYTES, GPTQ_PACKAGES
-from finetune.session import Session
+from finetune.pipeline import identity_0_1
+from finetune.pipeline.session import Session
 
 # The versions that can change a number; bitsandbytes only where it is used.
 TRAINING_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")

@@ -20,7 +20,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import distributed, signals
-from finetune.active_run import ActiveRun, open_runs
 from finetune.config.inputs import Inputs, Source
 from finetune.config.methods import METHODS, build_settings
 from finetune.config.schema import Config
@@ -32,22 +31,23 @@ from finetune.data.templates import save_prompt
 from finetune.data.token_display import describe_first
 from finetune.evaluation.harness import TaskScore
 from finetune.evaluation.tasks import LoadedTask
-from finetune.identity import find_changes
-from finetune.jobs import Job
 from finetune.models import adapters, base_model
 from finetune.models.adapters import LoraWeights
 from finetune.models.kernels import liger_kernels
 from finetune.models.precision import compute_dtype, find_precision, pick_device
 from finetune.models.process_memory import is_out_of_memory
-from finetune.samples import NUM_SAMPLES, Sample, answer
-from finetune.scores import (
+from finetune.pipeline.active_run import ActiveRun, open_runs
+from finetune.pipeline.identity import find_changes
+from finetune.pipeline.jobs import Job
+from finetune.pipeline.samples import NUM_SAMPLES, Sample, answer
+from finetune.pipeline.scores import (
     build_scorers,
     is_done,
     tell_artifacts,
     tell_scores,
     write_scores,
 )
-from finetune.session import Session
+from finetune.pipeline.session import Session
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
 from finetune.tracking.run_folder import RunFolder

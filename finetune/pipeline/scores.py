@@ -27,9 +27,9 @@ from finetune.evaluation.loglikelihood import SharedContextLM
 from finetune.evaluation.tasks import SEED, LoadedTask
 from finetune.files import digest
 from finetune.home import cache_dir
-from finetune.identity import EVALUATION_VERSIONS, find_versions, model_identity
 from finetune.models.precision import TORCH_DTYPES
-from finetune.session import Session
+from finetune.pipeline.identity import EVALUATION_VERSIONS, find_versions, model_identity
+from finetune.pipeline.session import Session
 from finetune.statistics.metric_names import MetricName
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder

@@ -13,15 +13,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import samples
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.data import dataset, templates
 from finetune.evaluation.tasks import LoadedTask, load_task
-from finetune.finished_runs import FinishedRuns
 from finetune.models import base_model
 from finetune.models.precision import Precision
 from finetune.models.shape import Shape, describe_shape
+from finetune.pipeline import samples
+from finetune.pipeline.finished_runs import FinishedRuns
 from finetune.training import multi_adapter
 
 Value = TypeVar("Value")

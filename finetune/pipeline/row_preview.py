@@ -33,9 +33,9 @@ from finetune.data.token_display import (
 from finetune.data.token_rows import IGNORED, Example, Origin, example_lengths
 from finetune.escaping import for_terminal
 from finetune.models import base_model
-from finetune.preflight import find_row_problems
+from finetune.pipeline.preflight import find_row_problems
+from finetune.pipeline.session import Session
 from finetune.problems import Refused
-from finetune.session import Session
 
 
 @dataclass(frozen=True)
