@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from finetune.trained import Trained
+    from finetune.inference.trained import Trained
 
 __all__ = [
     "Config", "Refused", "Results", "Run", "base_path", "check", "compose", "load", "open_run",
@@ -191,7 +191,7 @@ def load(
         >>> print(tokenizer.decode(model.generate(**tokens, max_new_tokens=60)[0]))
     """
     trained = _trained(path, trust_remote_code=trust_remote_code)
-    from finetune.conversation import load_to_generate
+    from finetune.inference.conversation import load_to_generate
 
     return load_to_generate(trained, is_merged=merged)
 
@@ -216,7 +216,7 @@ def prompt(run: Run | str | Path, text: str | Mapping[str, Any]) -> str:
         '### Instruction:\nName a colour.\n\n### Response:\n'
     """
     trained = _trained(run)
-    from finetune.conversation import render_prompt
+    from finetune.inference.conversation import render_prompt
 
     return render_prompt(trained, text)
 
@@ -294,7 +294,7 @@ def _conduct(grid: Grid) -> Ending:
 
 
 def _trained(run: Run | str | Path, *, trust_remote_code: bool = False) -> Trained:
-    from finetune.trained import find_trained
+    from finetune.inference.trained import find_trained
 
     path = run.path if isinstance(run, Run) else Path(run)
     return find_trained(path, trusts_remote_code=trust_remote_code)

@@ -17,7 +17,7 @@ from finetune.problems import Refused
 from finetune.streams import is_gone, keep_streams
 
 if TYPE_CHECKING:
-    from finetune.conversation import Conversation, Sampling
+    from finetune.inference.conversation import Conversation, Sampling
 
 HELP = """\
 A line is asked as the run was trained: as an instruction, in a chat, as the beginning of a text,
@@ -62,7 +62,7 @@ def main() -> None:
     quieten_libraries()
     from transformers import set_seed
 
-    from finetune import conversation, trained
+    from finetune.inference import conversation, trained
 
     try:
         runs = [

@@ -21,8 +21,8 @@ from finetune.problems import Refused
 from finetune.streams import keep_streams
 
 if TYPE_CHECKING:
-    from finetune.merging import Check
-    from finetune.trained import Trained
+    from finetune.inference.merging import Check
+    from finetune.inference.trained import Trained
 
 
 class NotExported(Exception):
@@ -94,9 +94,9 @@ def export(
     from finetune.logs import quieten_libraries
 
     quieten_libraries()
-    from finetune.merging import find_merge_problem
-    from finetune.model_card import render_card
-    from finetune.trained import find_trained
+    from finetune.inference.merging import find_merge_problem
+    from finetune.inference.model_card import render_card
+    from finetune.inference.trained import find_trained
 
     if problems := [*find_link_problems(path)]:
         raise Refused(problems)
@@ -119,8 +119,8 @@ def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
     An adapter that is copied as it is needs no check.
     """
     from finetune.data.templates import save_prompt
-    from finetune.merging import check_adapter, write_merged
-    from finetune.trained import write_adapter
+    from finetune.inference.merging import check_adapter, write_merged
+    from finetune.inference.trained import write_adapter
 
     check = None
     if is_merged:

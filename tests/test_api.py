@@ -21,10 +21,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 import finetune
-from finetune import api, conversation, distributed, planning
+from finetune import api, distributed, planning
 from finetune.config.schema import Config, LoraConfig
 from finetune.data.turns import Turn
 from finetune.grid import Grid, compose_grid
+from finetune.inference import conversation
 from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.tracking.run_folder import Status
 from finetune.worker import Worker
@@ -416,8 +417,8 @@ def test_an_adapter_that_changed_its_base_is_loaded(
 ) -> None:
     """PiSSA's, as the run was scored; on a quantised base too."""
     from finetune.config.schema import ModelConfig
-    from finetune.merging import load_own
-    from finetune.trained import find_trained
+    from finetune.inference.merging import load_own
+    from finetune.inference.trained import find_trained
 
     path = train_tiny(
         tmp_path,
@@ -448,7 +449,7 @@ def test_a_prompt_is_tokenised_as_in_training(
     """Its text gives the tokens that stood before a response."""
     from dataclasses import replace
 
-    from finetune.trained import find_trained
+    from finetune.inference.trained import find_trained
 
     if template == "question.jinja":
         lines = "Q: {{ question }}\n{% for one in choices %}- {{ one }}\n{% endfor %}A: "

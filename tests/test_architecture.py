@@ -23,16 +23,12 @@ ROOMS = [
     "pipeline", "inference", "sweeps",
 ]  # fmt: skip
 WAITING = [  # to be moved into their rooms
-    "conversation",
     "grid",
     "launchers",
     "live",
     "lost_runs",
-    "merging",
-    "model_card",
     "planning",
     "sweep",
-    "trained",
     "worker",
 ]
 ORDER = [

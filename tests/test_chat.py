@@ -14,16 +14,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from finetune import chat, conversation, logs
+from finetune import chat, logs
 from finetune.config.schema import DataConfig, LoraConfig
-from finetune.conversation import Conversation, Sampling, find_ends
 from finetune.data.templates import load_template
 from finetune.data.turns import Unusable
+from finetune.inference import conversation
+from finetune.inference.conversation import Conversation, Sampling, find_ends
+from finetune.inference.trained import Trained, find_trained
 from finetune.models import adapters
 from finetune.problems import Refused
 from finetune.tracking import run_files
 from finetune.tracking.run_folder import RunFolder
-from finetune.trained import Trained, find_trained
 from tests.conftest import train_tiny, write_rows
 
 FEW = Sampling(max_new_tokens=12, temperature=0.0)

@@ -134,7 +134,7 @@ def test_a_date_in_any_format_is_fixed() -> None:
 
 def test_a_run_keeps_its_chat_template(tmp_path: Path) -> None:
     """The file may be gone when the run is talked to."""
-    from finetune.trained import find_trained
+    from finetune.inference.trained import find_trained
 
     name = template_file(tmp_path, TURNS)
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 4)

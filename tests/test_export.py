@@ -26,9 +26,9 @@ import finetune
 from finetune import export, logs
 from finetune.config.inputs import Source
 from finetune.config.schema import LoraConfig, ModelConfig, PeftConfig
-from finetune.merging import find_prompts, log_likelihoods
+from finetune.inference.merging import find_prompts, log_likelihoods
+from finetune.inference.trained import find_trained, load_as_published
 from finetune.models import adapters, base_model
-from finetune.trained import find_trained, load_as_published
 from tests.conftest import train_tiny
 from tests.test_chat import change, full_copy
 
@@ -253,7 +253,7 @@ def test_what_does_not_pass_its_check_is_not_exported(
                 parameter.data /= 2
         return adapted
 
-    monkeypatch.setattr("finetune.merging.load_as_published", halved)
+    monkeypatch.setattr("finetune.inference.merging.load_as_published", halved)
     assert call(monkeypatch, run, "--merge", "--into", tmp_path / "merged") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("not exported, it is not what was trained: log-likelihoods of 8")

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from finetune import chat, export, rerun
 from finetune.config.foreign_runs import find_config_problems, find_rerun_problems
 from finetune.config.schema import Config, ModelConfig, local_path
+from finetune.inference.trained import find_trained
 from finetune.models.base_model import find_model
 from finetune.models.saved_adapter import find_code_problems, find_problems
 from finetune.problems import Refused
 from finetune.tracking.run_folder import RunFolder, Status
-from finetune.trained import find_trained
 
 RERUN = "python -m finetune.rerun RUN"
 

@@ -15,8 +15,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune import merging
-from finetune import trained as trained_module
 from finetune.config.inputs import Source
 from finetune.config.methods import METHODS, Method, build_settings, target_sizes
 from finetune.config.rules import find_problems
@@ -30,6 +28,8 @@ from finetune.config.schema import (
 )
 from finetune.data.dataset import Examples
 from finetune.data.row_counts import RowCounts
+from finetune.inference import merging
+from finetune.inference import trained as trained_module
 from finetune.models import adapters, base_model
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.shape import find_shape

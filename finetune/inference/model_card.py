@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.methods import METHODS
 from finetune.config.schema import ModelConfig
-from finetune.conversation import render_prompt
 from finetune.data.templates import PROMPT_FILE, load_template
-from finetune.merging import Check
+from finetune.inference.conversation import render_prompt
+from finetune.inference.merging import Check
+from finetune.inference.trained import Trained
 from finetune.problems import Refused
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.run_comparison import compare_run
@@ -25,7 +26,6 @@ from finetune.reporting.verdict import show_difference
 from finetune.statistics.metrics import Metric, show_score
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import MetricScore
-from finetune.trained import Trained
 
 DIRECTIONS = {True: "higher", False: "lower", None: ""}
 QUESTION = "Why is the sky blue?"  # that a card asks

@@ -19,10 +19,10 @@ from finetune.config.methods import METHODS
 from finetune.data import dataset
 from finetune.data.row_prompts import last_prompts
 from finetune.data.turns import Prompt
+from finetune.inference.trained import Trained, load_as_published
 from finetune.models import adapters, base_model
 from finetune.models.precision import compute_dtype
 from finetune.problems import Refused
-from finetune.trained import Trained, load_as_published
 
 NUM_PROMPTS = 8
 # Of a prompt's log-likelihood a token. Measured for SmolLM2-135M, merged: fp32 2e-6, fp16 3e-3,

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from finetune.data.chat_tokens import encode_chat
 from finetune.data.templates import Template, load_template
 from finetune.data.turns import Turn, Unusable
-from finetune.merging import find_merge_problem, load_own, merge
+from finetune.inference.merging import find_merge_problem, load_own, merge
+from finetune.inference.trained import Trained, find_difference, write_adapter
 from finetune.models import base_model
 from finetune.problems import Refused
-from finetune.trained import Trained, find_difference, write_adapter
 
 BASE = "base"
 Fields = dict[str, Any]
