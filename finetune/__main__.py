@@ -40,7 +40,7 @@ def main() -> None:
         run_command(name)
         return
     if not distributed.is_main():
-        from finetune.worker import follow
+        from finetune.sweeps.worker import follow
 
         distributed.leave(follow())
     with signals.stops_raised(), distributed.leading():
@@ -90,8 +90,8 @@ def compose_and_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def run(composed: DictConfig) -> None:
     """Run a single job as a sweep of one."""
-    from finetune.planning import build_job
-    from finetune.sweep import run_sweep
+    from finetune.sweeps.planning import build_job
+    from finetune.sweeps.run_sweep import run_sweep
 
     try:
         refuse_any(find_grid_problems(HydraConfig.get()))

@@ -20,15 +20,15 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from finetune import distributed, signals
 from finetune.config import rules
 from finetune.config.schema import Config
-from finetune.grid import Grid, compose_grid
 from finetune.home import complete_environment
-from finetune.live import is_watched
 from finetune.problems import Refused
 from finetune.reporting.handles import Results, Run, view_results
 from finetune.reporting.results import read_results as read_sweep
-from finetune.sweep import Ending, check_sweep, conduct
+from finetune.sweeps.grid import Grid, compose_grid
+from finetune.sweeps.live import is_watched
+from finetune.sweeps.run_sweep import Ending, check_sweep, conduct
+from finetune.sweeps.worker import build_worker
 from finetune.tracking.run_folder import RunFolder
-from finetune.worker import build_worker
 
 if TYPE_CHECKING:
     from peft import PeftModel

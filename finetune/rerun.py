@@ -24,7 +24,7 @@ from finetune.pipeline.jobs import Job
 from finetune.problems import Refused, first_line
 from finetune.reporting.reproduction import compare_runs, find_other_conditions, is_conduct
 from finetune.streams import keep_streams
-from finetune.sweep import run_sweep
+from finetune.sweeps.run_sweep import run_sweep
 from finetune.tracking.run_folder import REMEDY, RunFolder
 
 SWEEP = "rerun"

@@ -45,8 +45,8 @@ class FinetuneSweeper(Sweeper):
 
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
-        from finetune.grid import build_jobs
-        from finetune.sweep import run_alone, run_sweep
+        from finetune.sweeps.grid import build_jobs
+        from finetune.sweeps.run_sweep import run_alone, run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None

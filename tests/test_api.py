@@ -21,14 +21,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 import finetune
-from finetune import api, distributed, planning
+from finetune import api, distributed
 from finetune.config.schema import Config, LoraConfig
 from finetune.data.turns import Turn
-from finetune.grid import Grid, compose_grid
 from finetune.inference import conversation
 from finetune.pipeline.jobs import CheckedJob, Job
+from finetune.sweeps import planning
+from finetune.sweeps.grid import Grid, compose_grid
+from finetune.sweeps.worker import Worker
 from finetune.tracking.run_folder import Status
-from finetune.worker import Worker
 from tests.conftest import ROOT, TINY, Command, train_tiny
 
 # What users' programs and model cards rely on: a change here breaks them.

@@ -16,11 +16,11 @@ from finetune import report, runs
 from finetune.config.foreign_runs import find_link_problems
 from finetune.config.schema import Config
 from finetune.files import ASIDE, Damaged, parse_lines, read_json
-from finetune.live import read_progress
 from finetune.problems import Refused
 from finetune.reporting import reproduction
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import read_results, write_csv
+from finetune.sweeps.live import read_progress
 from finetune.tracking import run_files
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.mirror import Mirror

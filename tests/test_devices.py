@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import worker
 from finetune.config.schema import Config, ModelConfig
 from finetune.models import base_model, devices, kernels, quantization
 from finetune.models.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
 from finetune.pipeline import preflight
 from finetune.pipeline.session import Session
+from finetune.sweeps import worker
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]

@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import distributed, launchers, worker
+from finetune import distributed
 from finetune.config.inputs import Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, PeftConfig, SweepConfig
 from finetune.data.token_rows import Example
 from finetune.models.precision import pick_device
 from finetune.pipeline import identity
 from finetune.signals import StopSignals
+from finetune.sweeps import launchers, worker
 from finetune.tracking.events import NullEventLog
 from finetune.training import grouping
 from finetune.training.callbacks import is_stop_agreed

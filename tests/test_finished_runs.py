@@ -23,8 +23,8 @@ from finetune.pipeline import finished_runs, preflight, run_jobs
 from finetune.pipeline.finished_runs import FinishedRuns
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
+from finetune.sweeps.worker import Worker
 from finetune.tracking.run_folder import RunFolder, Status
-from finetune.worker import Worker
 from tests.conftest import TINY, Command, write_rows
 
 ROWS: list[object] = [{"instruction": f"ask {n}", "output": f"answer {n}"} for n in range(8)]

@@ -24,7 +24,7 @@ from finetune.home import cache_dir
 from finetune.models import base_model
 from finetune.pipeline import identity
 from finetune.problems import Refused
-from finetune.sweep import _conducted_alone, _folder_problems
+from finetune.sweeps.run_sweep import _conducted_alone, _folder_problems
 from finetune.tracking.run_folder import RunFolder
 
 

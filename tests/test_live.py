@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune.live import live_table, read_progress, render_runs
+from finetune.sweeps.live import live_table, read_progress, render_runs
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder, Status
 from tests.conftest import TINY, last_of_each

@@ -10,12 +10,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from finetune import launchers
 from finetune.config import optimizers
 from finetune.config.optimizers import OPTIMIZERS, Optimizer, find_optimizer_problems, supported
 from finetune.config.schema import Config, ModelConfig, OptimizerConfig
 from finetune.models.shape import find_shape
 from finetune.pipeline import identity, memory_estimate
+from finetune.sweeps import launchers
 from finetune.training import grouping
 
 NAMES = [str(item.value) for item in OptimizerNames]

@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from finetune import planning
 from finetune.config.schema import Config, ModelConfig, SweepConfig
 from finetune.files import file_digest
 from finetune.pipeline.jobs import Job
-from finetune.planning import Action, Point, Sweep, decide, render_plan, sweep_name
 from finetune.reporting.tables import print_table
+from finetune.sweeps import planning
+from finetune.sweeps.planning import Action, Point, Sweep, decide, render_plan, sweep_name
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.checkpoints import MANIFEST, MARKER

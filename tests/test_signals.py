@@ -16,12 +16,12 @@ import pytest
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.lost_runs import write_cut_off
 from finetune.signals import Stopped, StopSignals
+from finetune.sweeps.lost_runs import write_cut_off
+from finetune.sweeps.worker import Worker
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.training.steps import Diverged
-from finetune.worker import Worker
 
 ENDS = {
     signal.SIGINT: (130, "interrupted by the user"),

@@ -20,16 +20,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune.config.schema import Config, DataConfig, ModelConfig
-from finetune.lost_runs import write_failure
 from finetune.models.base_model import load_base
 from finetune.pipeline import preflight, run_jobs
 from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
+from finetune.sweeps.lost_runs import write_failure
+from finetune.sweeps.worker import Worker, WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
-from finetune.worker import Worker, WorkerDied
 from tests.conftest import TINY, Command
 
 sweep = import_module("finetune.sweep")  # finetune.sweep is the function

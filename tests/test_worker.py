@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import pytest
 
-from finetune import planning, worker
 from finetune.config.schema import Config, ModelConfig
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
-from finetune.worker import Worker, WorkerDied
+from finetune.sweeps import planning, worker
+from finetune.sweeps.worker import Worker, WorkerDied
 
 # Put into the worker by PYTHONPATH: what becomes of its start, once it imports what torch needs.
 START = """

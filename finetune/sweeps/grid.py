@@ -37,8 +37,8 @@ from finetune.config.grammar import rewrite, without_null
 from finetune.config.overrides import find_override_problems, with_grid
 from finetune.config.schema import conf_dir, register
 from finetune.pipeline.jobs import Job
-from finetune.planning import build_job, sweep_name
 from finetune.problems import Refused
+from finetune.sweeps.planning import build_job, sweep_name
 
 # What Hydra keeps for the process, of the program that it runs.
 STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)

@@ -18,12 +18,12 @@ from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.reporting.tables import add_row, build_table
+from finetune.sweeps.worker import AnyWorker, WorkerDied
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RunRecord, SweepRecord
 from finetune.training.checkpoints import newest_step
 from finetune.training.grouping import Group, Limit, find_groups
-from finetune.worker import AnyWorker, WorkerDied
 
 log = logging.getLogger("finetune")
 

@@ -20,17 +20,25 @@ from statistics import fmean
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from finetune import distributed, launchers, signals
+from finetune import distributed, signals
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
-from finetune.live import is_watched, live_table
 from finetune.logs import quieten_libraries
-from finetune.lost_runs import write_cut_off, write_failure
 from finetune.models import devices
 from finetune.pipeline.jobs import Job
-from finetune.planning import (
+from finetune.problems import Refused, first_line
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import Results, read_results, write_csv
+from finetune.reporting.score_tables import render_table
+from finetune.reporting.tables import print_table
+from finetune.reporting.verdict import verdict
+from finetune.streams import keep_streams
+from finetune.sweeps import launchers
+from finetune.sweeps.live import is_watched, live_table
+from finetune.sweeps.lost_runs import write_cut_off, write_failure
+from finetune.sweeps.planning import (
     Point,
     Sweep,
     build_job,
@@ -39,18 +47,11 @@ from finetune.planning import (
     render_plan,
     sweep_name,
 )
-from finetune.problems import Refused, first_line
-from finetune.reporting.pages import write_report
-from finetune.reporting.results import Results, read_results, write_csv
-from finetune.reporting.score_tables import render_table
-from finetune.reporting.tables import print_table
-from finetune.reporting.verdict import verdict
-from finetune.streams import keep_streams
+from finetune.sweeps.worker import AnyWorker, WorkerDied, build_worker
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.store_check import store_checked
 from finetune.tracking.tracker import Tracker, build_tracker
-from finetune.worker import AnyWorker, WorkerDied, build_worker
 
 log = logging.getLogger("finetune")
 
