@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,18 +39,6 @@ __all__ = [
     "run",
     "sweep",
 ]
-
-
-class _Package(ModuleType):
-    """This package, whose public names stay when a module of the same name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # An import of the module finetune.sweep would else hide the function finetune.sweep.
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

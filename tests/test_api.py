@@ -93,7 +93,7 @@ def test_an_unknown_name_is_no_attribute() -> None:
     """As of any module; a module of the package is still one."""
     with pytest.raises(AttributeError, match="has no attribute 'train'"):
         getattr(finetune, "train")  # noqa: B009  # mypy knows that there is none
-    assert inspect.ismodule(import_module("finetune.config"))
+    assert inspect.ismodule(import_module("finetune.config.schema"))
 
 
 def test_importing_the_package_loads_nothing() -> None:
@@ -105,7 +105,7 @@ def test_importing_the_package_loads_nothing() -> None:
         "finetune.compose('model=tiny')\n"
         "loaded = {'torch', 'transformers', 'mlflow', 'pandas', 'lm_eval'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
-        "import finetune.sweep\n"
+        "import finetune.sweeps.run_sweep\n"
         "assert callable(finetune.sweep)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -193,7 +193,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Grid:
         seen.append(Grid(list(jobs), list(arguments), planning.sweep_name(jobs, arguments)))
         return 0
 
-    monkeypatch.setattr(import_module("finetune.sweep"), "run_sweep", run_sweep)
+    monkeypatch.setattr("finetune.sweeps.run_sweep.run_sweep", run_sweep)
     monkeypatch.setattr(sys, "argv", ["finetune", *arguments])
     with pytest.raises(SystemExit):
         command.command()

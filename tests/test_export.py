@@ -124,7 +124,7 @@ def test_an_adapter_is_exported_with_all_it_takes_to_load_it(
 
 def test_older_cards_load_their_base() -> None:
     """They name it by what was no public name then."""
-    from finetune.models.base_model import ModelConfig, find_model  # type: ignore[attr-defined]
+    from finetune.models import ModelConfig, find_model
 
     assert find_model(ModelConfig("random://tiny")).location == finetune.base_path("random://tiny")
 

@@ -25,7 +25,7 @@ from finetune.training.adapter_training import AdapterSpec
 from finetune.training.multi_adapter import train_together
 from finetune.training.sequence_attention import find_layout_problem
 from finetune.training.steps import TrainResult
-from tests.test_scoring import ARCHITECTURES, build
+from tests.test_loglikelihood import ARCHITECTURES, build
 from tests.trainings import CPU, TINY, random_examples
 
 ALL = ["all-linear"]

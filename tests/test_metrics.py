@@ -15,7 +15,7 @@ from finetune.evaluation.tasks import load_task
 from finetune.statistics.comparison import compare
 from finetune.statistics.metrics import AGGREGATES, Metric, Strata, compute, guess_metric
 from finetune.statistics.resampling import holm, max_t, resample
-from tests.test_evaluation import plain_lm, tiny_lm
+from tests.test_harness import plain_lm, tiny_lm
 from tests.test_tasks import Rows, all_of_mmlu, arc_rows, ask_stock, local
 
 WORDS = "the cat sat on a mat while rain fell and birds sang of iron milk".split()  # noqa: SIM905

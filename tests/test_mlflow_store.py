@@ -19,7 +19,7 @@ from finetune.tracking.mlflow_store import NETWORK, make_sqlite_store, network_t
 from finetune.tracking.store_check import find_store_problems
 from finetune.tracking.tracker import send
 from tests.test_store_address import PLACES
-from tests.test_tracking import recorded_run
+from tests.test_tracker import recorded_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 

@@ -27,7 +27,7 @@ from finetune.training.adapter_training import AdapterSpec
 from finetune.training.multi_adapter import train_together
 from finetune.training.row_order import rows_of_step
 from tests.conftest import write_rows
-from tests.test_scoring import build
+from tests.test_loglikelihood import build
 from tests.test_validation import WAYS, train_by
 from tests.trainings import (
     CPU,

@@ -11,7 +11,7 @@ from finetune.config.schema import DataConfig, SourceConfig, TrainingConfig
 from finetune.data.dataset import Examples, build_examples
 from finetune.data.row_counts import RowCounts
 from finetune.data.row_prompts import HELD_OUT, TRAINED, UNUSED, RowPrompt, sample_prompts
-from tests.test_data import source
+from tests.test_dataset import source
 
 
 def ask(

@@ -94,7 +94,8 @@ def test_two_threads_write_one_file_whole(tmp_path: Path) -> None:
 def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     """The second process waits; a killed holder's lock is free."""
     code = (
-        "import sys, time; from pathlib import Path; from finetune.tracking.run_folder import RunFolder\n"
+        "import sys, time; from pathlib import Path\n"
+        "from finetune.tracking.run_folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n"
         "    time.sleep(60)"
     )

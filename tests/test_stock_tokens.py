@@ -16,7 +16,7 @@ from finetune.data.templates import render_alpaca
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.run_folder import RunFolder
 from finetune.training import trainer as training
-from tests.test_data import source
+from tests.test_dataset import source
 from tests.tokenizer_kinds import KINDS
 from tests.trainings import CPU
 from tests.trl_preparation import as_rows

@@ -23,7 +23,7 @@ from finetune.evaluation.tasks import find_task_file, find_task_problems, load_t
 from finetune.models import base_model
 from finetune.pipeline import preflight
 from tests.conftest import TINY, Command, write_rows
-from tests.test_evaluation import plain_lm, tiny_lm
+from tests.test_harness import plain_lm, tiny_lm
 
 Rows = Mapping[str, list[dict[str, Any]]]  # by split
 

@@ -9,7 +9,7 @@ from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.data.dataset import Examples, build_examples, longest_batch
 from finetune.data.text_pieces import piece_spans
 from finetune.data.token_rows import IGNORED
-from tests.test_data import source
+from tests.test_dataset import source
 
 LONG = "".join(chr(97 + place % 26) for place in range(300))
 ROWS = [{"text": LONG}, {"text": "short"}, {"text": LONG[::-1]}]

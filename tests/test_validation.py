@@ -29,7 +29,7 @@ from finetune.training.multi_adapter import train_together
 from finetune.training.steps import Diverged, TrainResult
 from finetune.training.validation import Validations
 from tests.test_grouping import job
-from tests.test_scoring import build
+from tests.test_loglikelihood import build
 from tests.trainings import (
     CPU,
     TINY,

@@ -247,7 +247,7 @@ def _describe_environment() -> str:
         for folder in folders
         for path in sorted((*folder.glob("*.dist-info"), *folder.glob("*.egg-info")))
     ]
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     code = sorted(path for path in here.rglob("*") if path.suffix not in ("", ".pyc"))
     gpus = sorted(path for pattern in GPU_FILES for path in glob.glob(pattern))
     return digest(

@@ -309,7 +309,7 @@ def _why_not_started(error: BaseException) -> str:
         )
     return (
         f"the worker process cannot start: {fault}; mend the installation, "
-        "python -c 'import finetune.pipeline' shows where it fails"
+        "python -c 'import finetune.pipeline.run_jobs' shows where it fails"
     )
 
 

@@ -273,9 +273,10 @@ def test_a_mirror_killed_at_work_goes_on_where_it_was(
     """Kill -9 in the middle of sending: the next one completes it, each step once."""
     run = recorded_run(tmp_path / "run", num_steps=20_000)
     code = (
-        "import sys, time; from pathlib import Path; from finetune.tracking.run_folder import RunFolder\n"
-        "from tests.test_tracking import tracker\n"
-        "import finetune.tracking; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
+        "import sys, time; from pathlib import Path\n"
+        "from finetune.tracking.run_folder import RunFolder\n"
+        "from tests.test_tracker import tracker\n"
+        "import finetune.tracking.tracker; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
         "t = tracker(sys.argv[1], Path(sys.argv[2]))\nt.follow(RunFolder(Path(sys.argv[3])))\n"
         "print('following', flush=True); t.close(state='finished')"
     )
@@ -308,8 +309,8 @@ def test_four_processes_on_a_cold_store_lose_nothing(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     (tmp_path / "new").mkdir()
     code = (
-        "import sys; from pathlib import Path; from tests.test_tracking import *\n"
-        "import finetune.tracking; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
+        "import sys; from pathlib import Path; from tests.test_tracker import *\n"
+        "import finetune.tracking.tracker; finetune.tracking.tracker.CLOSE_SECONDS = 300\n"
         "folder = Path(sys.argv[2]); run = recorded_run(folder / 'run')\n"
         "t = tracker(sys.argv[1], folder / 'sweep'); t.follow(run)\n"
         "behind = t.close(state='finished'); assert behind is None, behind"

@@ -17,7 +17,7 @@ from finetune.tracking.mlflow_store import open_store
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import RunRecord, SweepRecord
 from finetune.tracking.tracker import build_tracker, send
-from tests.test_tracking import history, recorded_run, tracker
+from tests.test_tracker import history, recorded_run, tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 

@@ -35,8 +35,8 @@ from finetune.training import trainer
 from finetune.training.sequence_attention import find_layout_problem
 from finetune.training.steps import TrainResult
 from tests.test_grouping import job
+from tests.test_loglikelihood import assert_equal, both, questions
 from tests.test_quantization import adapter
-from tests.test_scoring import assert_equal, both, questions
 from tests.trainings import CPU, TINY, Setting, losses, random_examples, spec, train
 
 FLASH = replace(TINY, attn_implementation="flash_attention_2")

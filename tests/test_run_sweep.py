@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -26,13 +25,12 @@ from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
+from finetune.sweeps import run_sweep
 from finetune.sweeps.lost_runs import write_failure
 from finetune.sweeps.worker import Worker, WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
 from tests.conftest import TINY, Command
-
-sweep = import_module("finetune.sweep")  # finetune.sweep is the function
 
 
 def results(folder: Path) -> list[dict[str, str]]:
@@ -193,12 +191,12 @@ def test_a_report_that_cannot_be_written_is_told(
 
     of = cast(Any, SimpleNamespace(folder=tmp_path))
     results = Results(tmp_path, SweepRecord("a", [], [], [], []), [], [])
-    monkeypatch.setattr(sweep, "write_report", full)
-    monkeypatch.setattr(sweep, "read_results", lambda _: results)
-    assert sweep._write_report(of) == (results, True)
+    monkeypatch.setattr(run_sweep, "write_report", full)
+    monkeypatch.setattr(run_sweep, "read_results", lambda _: results)
+    assert run_sweep._write_report(of) == (results, True)
     assert (tmp_path / "results.csv").is_file()
-    monkeypatch.setattr(sweep, "write_csv", full)
-    assert sweep._write_report(of) == (results, False)
+    monkeypatch.setattr(run_sweep, "write_csv", full)
+    assert run_sweep._write_report(of) == (results, False)
     assert "results.csv cannot be written: [Errno 28]" in caplog.text
 
 
@@ -210,7 +208,7 @@ def test_a_mirror_that_cannot_be_kept_stops_no_run(
     def follow(_: RunFolder) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    sweep._follow(cast(Any, SimpleNamespace(follow=follow)), RunFolder(tmp_path))
+    run_sweep._follow(cast(Any, SimpleNamespace(follow=follow)), RunFolder(tmp_path))
     assert "No space left on device" in caplog.text
 
 
