@@ -95,7 +95,7 @@ def measure(case: str, way: str, path: Path) -> None:
     tokenizer = load_tokenizer(model, find_model(model))
     os.environ["FINETUNE_CACHE"] = str(path.parent / "cache")  # the model's is in the usual one
     prepare = by_stock if way == "SFTTrainer" else by_ours
-    import_module("trl.trainer.sft_trainer" if way == "SFTTrainer" else "finetune.data")
+    import_module("trl.trainer.sft_trainer" if way == "SFTTrainer" else "finetune.data.dataset")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, worked = time.perf_counter(), time.process_time()
     seed = 1 if way == "drawn anew" else 42

@@ -256,8 +256,10 @@ def _pair_maker(title: str, asked: str, answer: str, known: set[str], wanted: Wa
         if _is_turns(fields["instruction"]) or _is_turns(fields["output"]):
             messages = _join(fields["instruction"], fields["output"], asked, answer)
             return _filled(row, wanted, lambda: fields_of_messages(messages), lambda: messages)
-        fields |= {name: _as_text(fields[name]) for name in ("input", "output")}
-        fields["history"] = build_pairs(fields["history"])
+        for name in ("input", "output"):
+            fields[name] = _as_text(fields[name])
+        history = fields["history"]
+        fields["history"] = [] if history is None else build_pairs(history)
         return _filled(row, wanted, lambda: fields, lambda: messages_of_fields(fields))
 
     used = _used(wanted, chain.from_iterable(taken.values()))

@@ -38,6 +38,10 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+ALPACA_PARTS = {  # whether there is an input -> first sentences, what is asked
+    has_input: tuple(prompt.split("\n\n", 1))
+    for has_input, prompt in ((True, ALPACA_WITH_INPUT), (False, ALPACA_WITHOUT_INPUT))
+}
 ALPACA_EARLIER = "### Instruction:\n{}\n\n### Response:\n{}\n\n"
 # The same, for who renders it without this project; a test holds both equal.
 ALPACA_JINJA = """\
@@ -121,12 +125,11 @@ def render_alpaca(fields: Fields) -> list[Turn]:
     As in LLaMA-Factory, a `system` text stands for the first sentences, and the pairs of `history`
     stand before the instruction.
     """
-    fields = {"system": None, "history": None, **fields}
     texts = _texts(fields, required=("instruction", "output"), optional=("input", "system"))
-    prompt = ALPACA_WITH_INPUT if texts["input"] else ALPACA_WITHOUT_INPUT
-    preface, asked = prompt.split("\n\n", 1)
-    earlier = (ALPACA_EARLIER.format(*pair) for pair in fields["history"] or ())
-    asked = "".join((*earlier, asked.format(**texts)))
+    preface, asked = ALPACA_PARTS[bool(texts["input"])]
+    asked = asked.format(**texts)
+    if history := fields.get("history"):
+        asked = "".join((*(ALPACA_EARLIER.format(*pair) for pair in history), asked))
     preface = texts["system"] or preface
     return [Turn("user", f"{preface}\n\n{asked}"), Turn("assistant", texts["output"])]
 
@@ -140,7 +143,7 @@ def _texts(
     fields: Fields, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, str]:
     for name in (*required, *optional):
-        value = fields[name]
+        value = fields.get(name)
         if value is None:
             if name in required:
                 raise Unusable(f"{name} is null")
@@ -148,7 +151,7 @@ def _texts(
             raise Unusable(f"{name} is not text")
         elif name in required and not value.strip():
             raise Unusable(f"{name} is empty")
-    return {name: fields[name] or "" for name in (*required, *optional)}
+    return {name: fields.get(name) or "" for name in (*required, *optional)}
 
 
 def _pair(turns: Sequence[Turn]) -> tuple[str, str]:

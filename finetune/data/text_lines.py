@@ -97,14 +97,14 @@ def _decode(file: IO[bytes], encoding: str, longest: int) -> Iterator[str]:
         return
     number, line = 1, first
     while line:
-        describe = partial(_describe, number=number, encoding=encoding)
         try:
             if len(line) == longest and not line.endswith(b"\n"):
+                describe = partial(_describe, number=number, encoding=encoding)
                 yield from _decode_pieces(line, file, codec, describe)
             else:
                 yield line.decode(codec)
         except UnicodeDecodeError as error:
-            raise ValueError(describe(error)) from None
+            raise ValueError(_describe(error, number=number, encoding=encoding)) from None
         number, line, codec = number + 1, file.readline(longest), codec.removesuffix("-sig")
 
 

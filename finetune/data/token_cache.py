@@ -284,7 +284,10 @@ def _without_collection(batches: Batches) -> Batches:
 
 
 def _size(turns: Sequence[Any]) -> int:
-    return sum(len(turn.content or "") + len(str(turn.extra or "")) for turn in turns)
+    size = 0
+    for turn in turns:
+        size += len(turn.content or "") + (len(str(turn.extra)) if turn.extra else 0)
+    return size
 
 
 def rows_key(source: DataSource, data: DataConfig, template: str | None) -> dict[str, Any] | None:
