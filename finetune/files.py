@@ -13,12 +13,12 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,7 +99,7 @@ def resolved(path: Path) -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file or nothing: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -231,6 +231,18 @@ def _open_like(around: Path, folder: Path) -> None:
         path.chmod(rights | 0o700 if path.is_dir() else rights & 0o666 | 0o600)
 
 
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Let a folder stand in for another one, which is renamed before it is removed.
+
+    On NFS a file that somebody reads outlives its removal, and would keep its folder there.
+    """
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
+    with suppress(FileNotFoundError):
+        os.replace(folder, aside)
+    os.replace(temporary, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
@@ -240,7 +252,6 @@ def replaced(folder: Path) -> Iterator[Path]:
         _open_like(folder.parent, temporary)
         if is_obstructed(folder):
             set_aside(folder, "it is no folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from finetune.config.schema import Config
 from finetune.config.store_address import URI_VARIABLE, needs_typing, sync_command, without_secrets
@@ -15,6 +15,7 @@ from finetune.files import Damaged
 from finetune.problems import first_line
 from finetune.reporting.results import read_results
 from finetune.streams import keep_streams
+from finetune.tracking.claims import CLAIM_FILE, claimed
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.tracker import send
 
@@ -69,7 +70,7 @@ def _is_refused(folder: Path) -> bool:
 def _sync(folder: Path) -> bool:
     path = folder / "mlflow.json"
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with claimed(folder / CLAIM_FILE, wait=False):
             return _send_rest(folder, Mirror.load(path), path)
     except Damaged as damage:
         print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from filelock import FileLock
+from filelock import SoftFileLease
 
 from finetune import home, report, sync
 from finetune.config.schema import Config, ModelConfig
@@ -176,10 +176,10 @@ def test_what_is_kept_is_as_open_as_the_folder_around(
 
 
 def test_a_cached_model_of_another_user_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No lock is taken for what is there already."""
+    """Nothing is claimed where the model is there already."""
     tiny = ModelConfig(path="random://tiny")
     source = base_model.find_model(tiny)
-    monkeypatch.setattr(base_model, "FileLock", no_right)
+    monkeypatch.setattr(base_model, "claimed", no_right)
     assert base_model.find_model(tiny) == source
 
 
@@ -202,11 +202,11 @@ def test_commands_say_what_they_cannot_write(
     with pytest.raises(SystemExit) as end:
         report.main()
     assert end.value.code == 2
-    monkeypatch.setattr(sync, "FileLock", no_right)
+    monkeypatch.setattr(sync, "claimed", no_right)
     assert not sync._sync(tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(str(tmp_path) in line and "cannot be written to" in line for line in lines)
-    monkeypatch.setattr(FileLock, "acquire", no_right)
+    monkeypatch.setattr(SoftFileLease, "acquire", no_right)
     with pytest.raises(Refused, match="cannot be written to"), _conducted_alone(tmp_path):
         pass

@@ -96,7 +96,7 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
     code = (
         "import sys, time; from pathlib import Path\n"
         "from finetune.tracking.run_folder import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n"
+        "with RunFolder(Path(sys.argv[1])).claimed():\n    print('held', flush=True)\n"
         "    time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -106,7 +106,7 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
     assert holder.stdout.readline() == "held\n"
     started = time.monotonic()
     threading.Timer(1, holder.kill).start()
-    with RunFolder(tmp_path).locked():
+    with RunFolder(tmp_path).claimed():
         assert time.monotonic() - started > 0.5
     holder.wait()
     holder.stdout.close()

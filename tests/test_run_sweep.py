@@ -213,11 +213,11 @@ def test_a_mirror_that_cannot_be_kept_stops_no_run(
 
 
 def test_a_run_that_another_process_ended_stays_as_it_is(tmp_path: Path) -> None:
-    """Whoever lost its own process on the run finds out when it gets the run's lock."""
-    run, started = RunFolder(tmp_path), time.time()
-    run.write_status(Status("finished", None, started, started + 1))
-    assert write_failure(run, "its worker died", started) == "finished"
-    assert write_failure(run, "its worker died", started + 2) == "failed"
+    """Whoever lost its own process on the run finds out when it gets the run's claim."""
+    run, before = RunFolder(tmp_path), Status("interrupted", "stopped by SIGTERM", 1.0, 2.0)
+    run.write_status(Status("finished", None, 3.0, 4.0))
+    assert write_failure(run, "its worker died", before) == "finished"
+    assert write_failure(run, "its worker died", run.status()) == "failed"
     assert run.status() is not None
     assert run.read_json("status.json")["reason"] == "its worker died"
 

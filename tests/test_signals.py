@@ -143,7 +143,7 @@ def test_a_run_that_is_ended_at_once_is_recorded(tmp_path: Path, is_locked: bool
     run = RunFolder(tmp_path)
     run.write_status(Status("running", started=1.0))
     if is_locked:
-        with run.locked():
+        with run.claimed():
             write_cut_off(run, "stopped by SIGTERM")
         assert run.status() == Status("running", started=1.0)
         return

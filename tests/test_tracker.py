@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from finetune import sync
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config, DataConfig, TrackingConfig
+from finetune.tracking.claims import CLAIM_FILE, claimed
 from finetune.tracking.events import EventLog
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.mlflow_store import open_store
@@ -130,7 +130,7 @@ def test_sync_leaves_a_sweep_at_work_alone(
     """Both would make the sweep's runs in MLflow."""
     Mirror("sqlite:///none/mlflow.db", "e", "s", []).save(tmp_path / "mlflow.json")
     monkeypatch.setattr("sys.argv", ["finetune.sync", str(tmp_path)])
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit) as ended:
+    with claimed(tmp_path / CLAIM_FILE), pytest.raises(SystemExit) as ended:
         sync.main()
     assert ended.value.code == 1
     assert "its sweep is running" in capsys.readouterr().err

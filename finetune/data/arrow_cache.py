@@ -11,22 +11,23 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.ipc
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from finetune.files import describe_fault, digest, file_digest
+from finetune.tracking.claims import CLAIM_FILE, claimed
 
 log = logging.getLogger("finetune")
 
 MOST_BYTES = 8 * 2**30
 NAME_LENGTH = 32  # hexadecimal digits of the key's digest
-ENDING, WRITING, LOCK = ".arrow", ".writing", ".lock"
+ENDING, WRITING = ".arrow", ".writing"
 
 Batches = Iterator[pyarrow.RecordBatch]
 
@@ -92,13 +93,9 @@ class ArrowCache:
     def _locked(self, name: str) -> AbstractContextManager[Any]:
         """Return the lock of a table, taken; says so where another process has it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f"{name}{LOCK}")
-            try:
-                return lock.acquire(timeout=0)
-            except Timeout:
-                log.info("another process tokenises the same rows; waiting for it")
-                return lock.acquire()
+            stack = ExitStack()
+            stack.enter_context(claimed(self.folder / f"{name}{CLAIM_FILE}", waiting=_tell_waiting))
+            return stack
         except OSError as error:
             raise Unwritable(error.strerror or str(error)) from None
 
@@ -146,7 +143,7 @@ class ArrowCache:
         for path in self.folder.glob(f"*{WRITING}"):
             name = path.name.partition(".")[0]
             try:
-                with FileLock(self.folder / f"{name}{LOCK}", timeout=0):
+                with claimed(self.folder / f"{name}{CLAIM_FILE}", wait=False):
                     self._remove_leftovers(name)
             except (Timeout, OSError):
                 continue
@@ -159,6 +156,10 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise Unwritable(error.strerror or str(error)) from None
+
+
+def _tell_waiting() -> None:
+    log.info("another process tokenises the same rows; waiting for it")
 
 
 def _open(path: Path) -> pyarrow.Table:

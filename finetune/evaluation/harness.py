@@ -10,13 +10,13 @@ import json
 import logging
 import random
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from lm_eval import evaluator
 
 from finetune.config.schema import EvaluationConfig
@@ -27,6 +27,7 @@ from finetune.evaluation.tasks import SEED, LoadedTask, chat_settings, quick_and
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic
 from finetune.models.precision import TORCH_DTYPES
 from finetune.statistics.metrics import Metric
+from finetune.tracking.claims import CLAIM_FILE, Claim, claimed
 
 log = logging.getLogger("finetune")
 
@@ -200,10 +201,9 @@ class ScoreStore:
             set_aside(path, "it holds no such score")
         write_atomic(path, text)
 
-    def locked(self, task: str, identity: str) -> FileLock:
-        """Return a lock under which one process computes what the others then read."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self.path(task, identity)}.lock")
+    def claimed(self, task: str, identity: str) -> AbstractContextManager[Claim]:
+        """Return a claim under which one process computes what the others then read."""
+        return claimed(Path(f"{self.path(task, identity)}{CLAIM_FILE}"))
 
     def path(self, task: str, identity: str) -> Path:
         """Return the file of a score."""

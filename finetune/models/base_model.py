@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from peft import PeftModel, PeftType
 from transformers import (
     AutoConfig,
@@ -47,6 +46,7 @@ from finetune.models.chat_templates import read_chat_template
 from finetune.models.hub import hub_commit
 from finetune.models.kernels import FLASH
 from finetune.models.precision import compute_dtype
+from finetune.tracking.claims import CLAIM_FILE, claimed
 
 log = logging.getLogger("finetune")
 
@@ -214,8 +214,7 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
     folder = cache_dir() / "models" / f"{slug(name)}-{content[:12]}"
     if _find_damage(folder) is None:  # also where it is another user's, whose lock cannot be taken
         return Source(str(folder), content)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with claimed(Path(f"{folder}{CLAIM_FILE}")):
         if (damage := _find_damage(folder)) is not None:
             if folder.exists():
                 log.warning("the cached model %s is damaged, and written anew: %s", folder, damage)

@@ -18,6 +18,7 @@ from finetune.files import keep_regular, slug
 from finetune.models.chat_templates import read_chat_template
 from finetune.pipeline.identity import describe_environment, find_changes, find_inputs
 from finetune.pipeline.jobs import Job
+from finetune.tracking.claims import Claim, ClaimLost
 from finetune.tracking.events import EventLog, State
 from finetune.tracking.run_folder import RunFolder, Status
 
@@ -60,6 +61,12 @@ class ActiveRun:
         """Record the end, the first one that is told."""
         if self.state is not None:
             return
+        try:
+            self.events.check_claim()
+        except ClaimLost as lost:  # what the run comes to is the other process's to write
+            log.error("%s: %s; nothing more is written here", self.folder.name, lost)
+            self.state = "interrupted"
+            return
         self.state = state
         if state == "finished":
             self.folder.forget_missing()
@@ -76,8 +83,8 @@ def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
         runs.append((job.config, inputs, RunFolder(inputs.folder)))
     events = {}
     for _, _, folder in sorted(runs, key=lambda run: run[2].name):
-        stack.enter_context(folder.locked())
-        events[folder.name] = stack.enter_context(_recording(folder))
+        claim = stack.enter_context(folder.claimed())
+        events[folder.name] = stack.enter_context(_recording(folder, claim))
     return [ActiveRun(*run, events[run[2].name], time.time()) for run in runs]
 
 
@@ -112,7 +119,7 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
 
 
 @contextmanager
-def _recording(folder: RunFolder) -> Iterator[EventLog]:
+def _recording(folder: RunFolder, claim: Claim) -> Iterator[EventLog]:
     """Keep the run's events, and a copy of its log lines; set aside what was damaged."""
     keep_regular(folder.log)
     handler = logging.FileHandler(folder.log, encoding="utf-8")
@@ -120,7 +127,7 @@ def _recording(folder: RunFolder) -> Iterator[EventLog]:
     log.addHandler(handler)
     try:
         folder.set_damaged_aside()
-        events = EventLog(folder.events)
+        events = EventLog(folder.events, claim)
         try:
             yield events
         finally:

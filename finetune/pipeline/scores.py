@@ -127,7 +127,7 @@ class Scorer:
         speeds = find_speeds(self.config, self.inputs)
         for task in self.asked(tasks):
             identity = self.identity(task)
-            with self.store.locked(task.name, identity):
+            with self.store.claimed(task.name, identity):
                 if self.store.read(task.name, identity) is None:
                     lm = SharedContextLM(
                         model,

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import replace
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from finetune.tracking.events import EventLog, State
 from finetune.tracking.run_folder import RunFolder, Status
@@ -20,9 +20,9 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
     if status is None or status.state != "running":
         return
     try:
-        with FileLock(run.path / ".lock", timeout=0):
+        with run.claimed(wait=False) as claim:
             run.write_status(replace(status, state="interrupted", reason=reason, ended=time.time()))
-            events = EventLog(run.events)
+            events = EventLog(run.events, claim)
             events.status("interrupted", reason)
             events.close()
     except Timeout:  # another process works on it
@@ -31,18 +31,22 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
         log.error("%s: its end cannot be recorded: %s", run.name, error)
 
 
-def write_failure(run: RunFolder, reason: str, started: float) -> State:
+def write_failure(run: RunFolder, reason: str, before: Status | None) -> State:
     """Record the end of a run whose process could not do so itself; return how it ended.
 
-    Another process may have worked on it, and ended it, since `started`.
+    Args:
+        run: of the process.
+        reason: the run's, as it is shown.
+        before: the run's status when it was begun; another process may have ended it since.
     """
     try:
-        with run.locked():
+        with run.claimed() as claim:
             now = run.status()
-            if now is not None and now.state != "running" and (now.ended or 0) >= started:
+            if now is not None and now.state != "running" and now != before:
                 return now.state
+            started = now.started if now is not None and now.state == "running" else None
             run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
-            events = EventLog(run.events)
+            events = EventLog(run.events, claim)
             events.status("failed", reason)
             events.close()
     except OSError as error:  # such as a full disk; the other runs go on

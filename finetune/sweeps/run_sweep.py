@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from omegaconf import DictConfig
 
 from finetune import distributed, signals
@@ -48,6 +48,7 @@ from finetune.sweeps.planning import (
     sweep_name,
 )
 from finetune.sweeps.worker import AnyWorker, WorkerDied, build_worker
+from finetune.tracking.claims import CLAIM_FILE, Watch, claimed
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.store_check import store_checked
@@ -241,7 +242,7 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
     before = [point.run.status() for point in waiting]
     for point in waiting:
         _follow(tracker, point.run)
-    started, lost = time.time(), "the launcher ended without it"
+    lost = "the launcher ended without it"
     try:
         launch([point.job.overrides for point in waiting])
     except Exception as error:  # whatever a launcher may raise, its jobs are accounted for
@@ -251,7 +252,7 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
     for point, old in zip(waiting, before, strict=True):
         status = point.run.status()
         if status is None or status == old or status.state == "running":
-            states[point.run.path] = write_failure(point.run, lost, started)
+            states[point.run.path] = write_failure(point.run, lost, old)
         else:
             states[point.run.path] = status.state
     return [replace(point, left=states.get(point.run.path, point.left)) for point in points]
@@ -277,21 +278,21 @@ def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
 
 @contextmanager
 def _conducted_alone(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder; the kernel frees the lock of a process that died."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise Refused(
-            [f"another process conducts the sweep {folder}; wait for it, or set sweep.name=OTHER"]
-        ) from None
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    try:
+    """Hold a sweep's folder alone."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(folder / CLAIM_FILE, wait=False))
+        except Timeout:
+            holder = Watch(folder / CLAIM_FILE).holder() or "another process"
+            raise Refused(
+                [
+                    f"this sweep is already running in {holder}: {folder}; wait for it, or set "
+                    "sweep.name=OTHER"
+                ]
+            ) from None
+        except OSError as error:
+            raise _unwritable(folder, error) from None
         yield
-    finally:
-        lock.release()
 
 
 def _folder_problems(config: Config) -> list[str]:
@@ -306,7 +307,7 @@ def _folder_problems(config: Config) -> list[str]:
 
 def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
     """Run jobs together; a worker's death or refusal is one run's failure and nobody else's."""
-    started, timeout = time.time(), points[0].job.config.sweep.job_timeout
+    before, timeout = points[0].run.status(), points[0].job.config.sweep.job_timeout
     try:
         jobs = [point.job for point in points]
         return worker.run(jobs, None if timeout is None else timeout * len(points))
@@ -315,7 +316,7 @@ def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
             log.warning("%s; its %d runs go on one by one", error, len(points))
             return [state for point in points for state in _run_group([point], worker)]
         log.error("%s failed: %s", points[0].run.name, error)
-        return [write_failure(points[0].run, str(error), started)]
+        return [write_failure(points[0].run, str(error), before)]
 
 
 def _write_report(sweep: Sweep) -> tuple[Results, bool]:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.files import ASIDE, JsonLines, keep_regular, parse_lines, read_bytes
+from finetune.tracking.claims import Claim
 
 log = logging.getLogger("finetune")
 
 State = Literal["running", "finished", "failed", "interrupted", "diverged"]
 
+CLAIM = "claim"  # the field of a line that names its writer's claim
 # The fields of each kind of event, with the types of their values.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "metric": {"key": (str,), "value": (int, float), "step": (int,), "time": (int,)},
@@ -41,10 +43,16 @@ class EventLog:
     (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
     to the run's folder and to the artifact root), status (state, reason, time). Times are
     milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
-    holds is not written again, so a resumed run has each once.
+    holds is not written again, so a resumed run has each once. Each line has its writer's claim:
+    of two processes that hold the run one after the other, the later one's lines count.
+
+    Args:
+        path: of the log.
+        claim: under which the run is written; None where nobody else can.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, claim: Claim | None = None) -> None:
+        self._claim = claim
         path.parent.mkdir(parents=True, exist_ok=True)
         self._steps: set[tuple[str, int]] = set()  # of each metric
         self._last_score: dict[str, float] = {}
@@ -62,6 +70,7 @@ class EventLog:
         if kept != whole:
             os.truncate(path, len(kept))
         for event in read_lines(path).values:
+            event.pop(CLAIM, None)
             self._told.add(json.dumps(event))
             if event["event"] == "metric":
                 self._steps.add((event["key"], event["step"]))
@@ -99,24 +108,40 @@ class EventLog:
     def status(self, state: State, reason: str | None = None) -> None:
         self._write("status", state=state, reason=reason, time=_now_ms())
 
+    def check_claim(self) -> None:
+        """Make sure that this process still holds the run.
+
+        Raises:
+            ClaimLost: another process has taken it over.
+        """
+        if self._claim is not None:
+            self._claim.check()
+
     def close(self) -> None:
         self._file.close()
 
     def _write(self, event: str, **fields: Any) -> None:
         assert event in FIELDS, f"{event} has no line in FIELDS"
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+        self._append({"event": event, **fields})
 
     def _write_once(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, **fields})
         if line not in self._told:
+            self._append({"event": event, **fields})
             self._told.add(line)
-            self._file.write(line + "\n")
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self.check_claim()
+        if self._claim is not None:
+            event = event | {CLAIM: self._claim.token}
+        self._file.write(json.dumps(event) + "\n")
 
 
 class NullEventLog(EventLog):
     """Write nothing: another process tells of the same run."""
 
     def __init__(self) -> None:
+        self._claim = None
         self._steps = set()
         self._last_score = {}
         self._told = set()
@@ -132,8 +157,11 @@ class NullEventLog(EventLog):
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log; a half-written last line is left out, and damaged ones are."""
-    yield from read_lines(path).values
+    """Yield the events of a log; a half-written last line is left out, and damaged ones are.
+
+    So are those of a writer that went on after another one had taken over the run.
+    """
+    yield from drop_superseded(read_lines(path).values, [])
 
 
 @dataclass(frozen=True)
@@ -155,8 +183,25 @@ def select_metric(events: Iterable[Mapping[str, Any]], key: str) -> list[Measure
 
 
 def parse_events(raw: bytes) -> list[dict[str, Any]]:
-    """Return the events in a piece of a log, as `read_events` does."""
+    """Return the events in a piece of a log, of whatever writer."""
     return parse_lines(raw, is_event).values
+
+
+def drop_superseded(
+    events: Iterable[dict[str, Any]], claims: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the events that no later claim had superseded when they were written.
+
+    Args:
+        events: in the order of the log.
+        claims: that stood before them, the newest last; those that are met are added.
+    """
+    for event in events:
+        claim = event.get(CLAIM)
+        if claim is not None and claim not in claims:
+            claims.append(claim)
+        if claim is None or claim == claims[-1]:
+            yield event
 
 
 def read_lines(path: Path) -> JsonLines:
@@ -188,6 +233,8 @@ def _now_ms() -> int:
 def is_event(line: Mapping[str, Any]) -> bool:
     """Return whether a line is an event of a run, with all that belongs to one of its kind."""
     fields = FIELDS.get(str(line.get("event")))
+    if not isinstance(line.get(CLAIM), str | None):
+        return False
     return fields is not None and all(
         name in line and isinstance(line[name], kinds) for name, kinds in fields.items()
     )

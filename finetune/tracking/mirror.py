@@ -22,6 +22,7 @@ class Child:
     run_id: str | None = None
     offset: int = 0  # bytes of its event log that MLflow has
     ended: int | None = None  # when it last ended, in milliseconds since the epoch
+    claims: list[str] = field(default_factory=list)  # under which they were written, newest last
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Mirror:
             and all(isinstance(one, str) for one in (*texts, *self.swept, *self.metrics))
             and all(one is None or isinstance(one, str) for one in ids)
             and all(isinstance(child.ended, int | None) for child in children)
+            and all(isinstance(claim, str) for child in children for claim in child.claims)
             and all(isinstance(child.offset, int) and child.offset >= 0 for child in children)
         )
 

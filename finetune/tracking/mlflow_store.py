@@ -10,11 +10,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from finetune.config.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
 from finetune.files import distinct_slug
 from finetune.home import complete_environment
+from finetune.tracking.claims import CLAIM_FILE, claimed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,7 +120,7 @@ def make_sqlite_store(store: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{store}.lock"):
+    with claimed(Path(f"{store}{CLAIM_FILE}")):
         if _is_made(store):
             return
         temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,6 +30,7 @@ from finetune.files import (
 )
 from finetune.problems import Refused
 from finetune.tracking import run_files
+from finetune.tracking.claims import CLAIM_FILE, Claim, Watch, claimed
 from finetune.tracking.events import (
     Measured,
     State,
@@ -76,6 +76,11 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "finetune.log"
+
+    @property
+    def claim(self) -> Path:
+        """The file of the claim that whoever works on the run holds."""
+        return self.path / CLAIM_FILE
 
     def find_place_problem(self) -> str | None:
         """Return that something else is where the run's folder belongs."""
@@ -339,16 +344,16 @@ class RunFolder:
         run_files.forget_missing(self.path)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold this run alone, after whoever works on it; a dead process's lock is free."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another process works on it; waiting for it to end", self.name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+    def claimed(self, *, wait: bool = True) -> Iterator[Claim]:
+        """Hold this run alone, after whoever works on it.
+
+        Raises:
+            Timeout: another process works on it, and is not waited for.
+        """
+
+        def tell() -> None:
+            holder = Watch(self.claim).holder() or "another process"
+            log.info("%s: %s works on it; waiting for it to end", self.name, holder)
+
+        with claimed(self.claim, wait=wait, waiting=tell) as claim:
+            yield claim

@@ -25,7 +25,7 @@ from finetune.config.store_address import (
 from finetune.files import Damaged, open_file, set_aside
 from finetune.problems import first_line
 from finetune.tracking.event_sending import END_STATES, create_run, run_info, send_events
-from finetune.tracking.events import State, parse_events
+from finetune.tracking.events import State, drop_superseded, parse_events
 from finetune.tracking.mirror import Child, Mirror
 from finetune.tracking.mlflow_store import find_experiment, open_store
 from finetune.tracking.run_folder import RunFolder
@@ -239,8 +239,10 @@ def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> 
     """Send what is new of one run, all of it where MLflow no longer has the run."""
     child = mirror.children[name]
     if _is_begun_anew(child) or not _is_tracked(client, mirror, name):
-        child.run_id, child.offset, child.ended = None, 0, None
+        child.run_id, child.offset, child.ended, child.claims = None, 0, None, []
     events, offset = _new_events(child)
+    claims = list(child.claims)
+    events = list(drop_superseded(events, claims))
     if not events:
         return 0
     if child.run_id is None:
@@ -255,7 +257,7 @@ def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> 
     statuses = [event for event in events if event["event"] == "status"]
     if statuses:
         child.ended = statuses[-1]["time"] if statuses[-1]["state"] != "running" else None
-    child.offset = offset
+    child.offset, child.claims = offset, claims
     mirror.save(path)
     return len(events)
 

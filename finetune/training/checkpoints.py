@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.files import file_digest, read_bytes, write_atomic
+from finetune.files import file_digest, put_in_place, read_bytes, write_atomic
 
 log = logging.getLogger("finetune")
 
@@ -67,10 +68,12 @@ def write_checkpoint(
     Raises:
         OSError: it cannot be written (disk full, say); the message has path and bytes.
     """
-    final, temporary = _path(folder, step), folder / f".step-{step:07d}.tmp"
+    final = _path(folder, step)
     if find_problem(final) is None:
         return
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder / f".{final.name}.{secrets.token_hex(8)}.tmp"
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -82,8 +85,7 @@ def write_checkpoint(
         }
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        put_in_place(temporary, final)
         _sync_folder(folder)
         write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n")
     except (OSError, RuntimeError, SafetensorError) as error:  # the two libraries' own errors

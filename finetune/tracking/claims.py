@@ -1,0 +1,117 @@
+"""Claims: who works on a run, conducts a sweep or fills a part of the cache, on any machine.
+
+A claim is a lease in a file: its holder renews it, and whoever sees it unrenewed for a minute of
+its own clock takes it over; that of a process that died on the same machine is free at once. No
+lock of the file system is needed, so it holds on NFS and between nodes. It is a hint and no fence:
+a holder that was halted for longer may go on beside its successor. So what a holder writes carries
+its claim's token, readers keep to the newest claim, and a holder that lost its own stops.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+CLAIM_FILE = ".claim"  # the name, or the end of it, beside what it stands for
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 10.0
+POLL_SECONDS = 0.5  # between two looks at a claim of somebody else's
+
+
+class ClaimLost(RuntimeError):
+    """Another process has taken over; this one must write nothing more."""
+
+
+class Claim:
+    """A claim that this process holds."""
+
+    def __init__(self, lease: SoftFileLease) -> None:
+        self._lease = lease
+        self.token = (lease.token or "")[:12]
+        self._checked = time.monotonic()
+        self._is_lost = False
+
+    def check(self) -> None:
+        """Make sure that the claim is still held; a process may have been halted meanwhile.
+
+        Raises:
+            ClaimLost: it is another's now, or its file cannot be renewed.
+        """
+        now = time.monotonic()
+        is_halted = now - self._checked > LEASE_SECONDS / 2  # its renewals may be late, too
+        self._checked = now
+        self._is_lost |= self._lease.compromise is not None or (is_halted and not self._is_ours())
+        if self._is_lost:
+            raise ClaimLost(f"another process has taken over {Path(self._lease.lock_file).parent}")
+
+    def _is_ours(self) -> bool:
+        owner = self._lease.owner
+        return owner is not None and owner.token == self._lease.token
+
+
+def build_lease(path: Path) -> SoftFileLease:
+    """Return the lease of a file, with what all who contend for it must agree on."""
+    return SoftFileLease(
+        path, lease_duration=LEASE_SECONDS, heartbeat_interval=RENEW_SECONDS, thread_local=False
+    )
+
+
+@contextmanager
+def claimed(
+    path: Path, *, wait: bool = True, waiting: Callable[[], object] = lambda: None
+) -> Iterator[Claim]:
+    """Hold a claim; its folder is made where it is not there.
+
+    Args:
+        path: the file of the claim, beside what it stands for.
+        wait: whether to wait for another holder to end.
+        waiting: called once before waiting.
+
+    Raises:
+        Timeout: another process holds it, and is not waited for.
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lease = build_lease(path)
+    try:
+        lease.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+        waiting()
+        lease.acquire(poll_interval=POLL_SECONDS)
+    try:
+        yield Claim(lease)
+    finally:
+        lease.release()
+
+
+class Watch:
+    """Looks at a claim again and again, and so sees when its holder renews it no longer."""
+
+    def __init__(self, path: Path) -> None:
+        self._lease = build_lease(path)
+
+    def is_free(self) -> bool:
+        """Return whether nobody holds the claim now."""
+        if not Path(self._lease.lock_file).exists():
+            return True
+        try:
+            self._lease.acquire(timeout=0)
+        except Timeout:
+            return False
+        self._lease.release()
+        return True
+
+    def holder(self) -> str | None:
+        """Return where the holder runs, e.g. `node3, process 4711`; None for nobody."""
+        with suppress(OSError):
+            if (owner := self._lease.owner) is not None:
+                here = "this machine" if owner.hostname == socket.gethostname() else owner.hostname
+                return f"{here}, process {owner.pid}"
+        return None
