@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.data import row_encoding, templates, token_cache
+from finetune.data import dataset, row_encoding, templates, token_cache
 from finetune.data.dataset import (
     Examples,
     build_examples,
@@ -258,3 +258,105 @@ def test_rows_that_are_not_drawn_are_not_rendered_anew(
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert build(path, tokenizer, num_examples=20).counts.drawn == 20
     assert len(rendered) == 300 + 20
+
+
+CHAT = [
+    {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": "No"}]}
+    for n in range(9)
+]
+FAULTY: list[Any] = [
+    *ROWS[1:9],
+    {"instruction": None, "input": "", "output": "x"},
+    {"instruction": "A half", "input": "", "output": "\ud800"},
+    {"question": "Why?", "answer": "So."},
+    {"instruction": "Later", "input": "", "output": "x", "source": "a later column"},
+    *ROWS[9:20],
+    {"instruction": "Say.", "input": "", "output": ""},
+]
+
+
+@pytest.mark.parametrize(
+    ("files", "settings"),
+    [
+        ([FAULTY], {}),
+        ([FAULTY[:3], FAULTY[3:12], ROWS[20:30]], {"validation_fraction": 0.2}),
+        ([[*CHAT, {"messages": []}, {"text": "no conversation"}]], {"prompt_template": "chat"}),
+        ([[{"text": "word " * 900}, {"text": None}]], {"prompt_template": "text"}),
+        ([[{"text": "word " * 900}]], {"prompt_template": "text", "long_text": "cut"}),
+        ([[{"instruction": "Say.", "output": ""}] * 9], {}),
+    ],
+)
+@pytest.mark.parametrize("batch_rows", [1, 4, 4096])
+def test_rows_checked_as_they_are_tokenised_have_the_tables_of_two_passes(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[list[Any]],
+    settings: dict[str, Any],
+    batch_rows: int,
+) -> None:
+    """Faults, sizes, what is said of all rows, and tokens, whatever the batches."""
+    monkeypatch.setattr(token_cache, "BATCH_ROWS", batch_rows)
+    (tmp_path / "rows").mkdir()
+    for number, rows in enumerate(files):
+        write_rows(tmp_path / "rows" / f"{number}.jsonl", rows)
+    section = DataConfig(path=str(tmp_path / "rows"), **settings)
+    training = TrainingConfig(max_length=256)
+    read = read_sources(find_sources(section))
+
+    def tables(name: str, *, at_once: bool) -> list[pyarrow.Table]:
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / name))
+        source = dataset._token_source(*read[0], section, training, tokenizer)
+        if not at_once:
+            _ = source.checked
+        tokens = source.all_tokens
+        assert "checked" in vars(source)
+        return [source.checked, tokens]
+
+    one, two = tables("one", at_once=True), tables("two", at_once=False)
+    assert [table.to_pylist() for table in one] == [table.to_pylist() for table in two]
+    names = [
+        sorted(path.name for path in (tmp_path / name / "tokens").glob("*.arrow"))
+        for name in ("one", "two")
+    ]
+    assert names[0] == names[1]  # of keys, and of bytes
+    assert len(names[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"), [({}, 1), ({"num_examples": 200}, 2), ({"num_examples": 20}, 2)]
+)
+def test_rows_that_are_all_wanted_are_read_once(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    passes: int,
+) -> None:
+    """Where some are drawn, it takes a pass to see which ones can be."""
+    started = []
+    real = dataset._sound_rows
+
+    def count(*given: Any) -> Any:
+        started.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(dataset, "_sound_rows", count)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    built = build(path, tokenizer, **dict(settings))
+    assert len(started) == passes
+    assert built == in_memory(tokenizer, ROWS, **dict(settings))
+
+
+def test_rows_are_tokenised_once_where_the_cache_cannot_be_written(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check made in the same pass is kept in memory as well."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
+    built = build(write_rows(tmp_path / "rows.jsonl", ROWS), tokenizer)
+    assert sum(encoded) == 282
+    assert built == in_memory(tokenizer, ROWS)

@@ -210,9 +210,13 @@ def build_examples(
             to validate on, where early stopping asks for it.
     """
     sources = [_token_source(*one, data, training, tokenizer) for one in read]
-    counts = [_count_checked(source) for source in sources]
-    available = [len(source.usable) for source in sources]
     trains = sum(not source.is_validation for source, _ in read)  # the source after them is
+    counts = []
+    for place, source in enumerate(sources):
+        if place >= trains or (trains == 1 and data.num_examples is None):
+            _ = source.all_tokens  # which checks the rows in the same pass
+        counts.append(_count_checked(source))
+    available = [len(source.usable) for source in sources]
     weights = [source.settings.weight for source, _ in read[:trains]]
     sizes = share_sizes(weights, available[:trains], data.num_examples) + available[trains:]
     tables: list[pyarrow.Table] = []

@@ -1,7 +1,8 @@
 """Rows tokenised once: what each row of a source comes to, kept in the Arrow cache.
 
 A run's rows are places in the table of all usable rows. Where it draws few of them, only these are
-tokenised. How a row is rendered and encoded is `data`'s matter, and comes in as functions.
+tokenised; where it takes all, they are checked in the same pass. How a row is rendered and encoded
+is `data`'s matter, and comes in as functions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gc
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain, islice
@@ -80,6 +81,8 @@ class Faults:
 
     def take(self) -> list[str]:
         """Return the faults so far, which are forgotten: a file may have nothing but these."""
+        if not self._by_row:  # of nearly all rows
+            return []
         found = [self._by_row[number] for number in sorted(self._by_row)]
         self._by_row.clear()
         return found
@@ -87,6 +90,39 @@ class Faults:
     def about(self) -> str:
         """Return what was set about all rows, as JSON."""
         return json.dumps({k: v for k, v in vars(self).items() if not k.startswith("_")})
+
+
+class _Checks:
+    """Collects rows of the checked table, and appends its batches to a list."""
+
+    def __init__(self, batches: list[pyarrow.RecordBatch], faults: Faults) -> None:
+        self._batches, self._faults = batches, faults
+        self._rows: list[tuple[str | None, int]] = []
+        self._about: str | None = None
+
+    def add(self, fault: str | None, size: int) -> None:
+        self._rows.append((fault, size))
+        if len(self._rows) == BATCH_ROWS:
+            self.write()
+
+    def add_faults(self) -> None:
+        for fault in self._faults.take():
+            self.add(fault, 0)
+
+    def write(self) -> None:
+        """Append the rows so far as a batch, if there are any."""
+        if not self._rows:
+            return
+        said, self._about = self._about, self._faults.about()
+        last = None if self._about == said else self._about
+        reasons, sizes = zip(*self._rows, strict=True)
+        columns = [
+            pyarrow.array(reasons, pyarrow.string()),
+            pyarrow.array(sizes, pyarrow.int64()),
+            pyarrow.array([*[None] * (len(self._rows) - 1), last], pyarrow.string()),
+        ]
+        self._batches.append(pyarrow.record_batch(columns, schema=CHECKED))
+        self._rows = []
 
 
 # Row number and turns of each usable row, or of those among the numbers that are wanted.
@@ -106,6 +142,7 @@ class TokenSource:
     tokenizer: PreTrainedTokenizerBase | None  # None where rows are only checked
     key: dict[str, Any] | None
     max_length: int
+    _passed: list[pyarrow.RecordBatch] = field(default_factory=list, init=False)  # of `checked`
 
     @cached_property
     def _encoding(self) -> dict[str, Any]:
@@ -137,11 +174,17 @@ class TokenSource:
 
     def tokens(self, numbers: Integers) -> pyarrow.Table:
         """Return a table of tokenised rows that has these rows, and maybe more, in their order."""
-        is_few = len(numbers) < FEW * len(self.usable)
-        wanted = {int(number) for number in numbers} if is_few else None
-        chosen = None if wanted is None else digest(sorted(wanted))
-        part = {"encoding": self._encoding if self.key else {}, "rows": chosen}
+        if len(numbers) >= FEW * len(self.usable):
+            return self.all_tokens
+        wanted = {int(number) for number in numbers}
+        part = {"encoding": self._encoding if self.key else {}, "rows": digest(sorted(wanted))}
         return self._table(part, TOKENISED, lambda: self._tokenise(wanted))
+
+    @cached_property
+    def all_tokens(self) -> pyarrow.Table:
+        """Return the table of all usable rows; they are checked in the same pass, if not before."""
+        part = {"encoding": self._encoding if self.key else {}, "rows": None}
+        return self._table(part, TOKENISED, self._tokenise_all)
 
     def longest(self, count: int) -> list[int]:
         """Return the lengths of as many examples, of the longest texts."""
@@ -176,28 +219,34 @@ class TokenSource:
         return ArrowCache(cache_dir() / FOLDER).table({**self.key, **part}, schema, batches)
 
     def _check(self) -> Batches:
+        batches = self._passed
+        for _ in () if batches else self._every_row(batches):
+            while batches:
+                yield batches.pop(0)
+        yield from batches
+
+    def _tokenise_all(self) -> Batches:
+        checked: list[pyarrow.RecordBatch] = []
+        yield from self._token_batches(self._every_row(checked))
+        self._passed[:] = checked
+        _ = self.checked  # which is written from these
+
+    def _tokenise(self, wanted: set[int]) -> Batches:
+        return self._token_batches(self.render(Faults(), wanted))
+
+    def _every_row(self, checked: list[pyarrow.RecordBatch]) -> Iterator[tuple[int, Any]]:
+        """Yield the usable rows, and append the checked table's batches of all that passed."""
         faults = Faults()
-        about: str | None = None
-        for part in _parts(self._every_row(faults), BATCH_ROWS):
-            said, about = about, faults.about()
-            last = [None if about == said else about]
-            reasons, sizes = zip(*part, strict=True)
-            columns = [
-                pyarrow.array(reasons, pyarrow.string()),
-                pyarrow.array(sizes, pyarrow.int64()),
-                pyarrow.array([*[None] * (len(part) - 1), *last], pyarrow.string()),
-            ]
-            yield pyarrow.record_batch(columns, schema=CHECKED)
+        checks = _Checks(checked, faults)
+        for row in self.render(faults, None):
+            checks.add_faults()
+            checks.add(None, _size(row[1]))
+            yield row
+        checks.add_faults()
+        checks.write()
 
-    def _every_row(self, faults: Faults) -> Iterator[tuple[str | None, int]]:
-        """Yield the fault and the size of each row."""
-        for _, turns in self.render(faults, None):
-            yield from ((fault, 0) for fault in faults.take())
-            yield None, _size(turns)
-        yield from ((fault, 0) for fault in faults.take())
-
-    def _tokenise(self, wanted: set[int] | None) -> Batches:
-        for part in _sized_parts(self.render(Faults(), wanted)):
+    def _token_batches(self, rows: Iterable[tuple[int, Any]]) -> Batches:
+        for part in _sized_parts(rows):
             yield _as_batch(self._encoded(part))
 
     def _encoded(self, rows: Sequence[tuple[int, Any]]) -> list[tuple[int, RowTokens]]:
@@ -242,12 +291,6 @@ def _as_batch(rows: Sequence[tuple[int, RowTokens]]) -> pyarrow.RecordBatch:
 
 def _joined(lists: Sequence[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.fromiter(chain.from_iterable(lists), np.int32, count=sum(map(len, lists)))
-
-
-def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    waiting = iter(items)
-    while part := list(islice(waiting, size)):
-        yield part
 
 
 def _sized_parts(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
