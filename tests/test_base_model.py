@@ -118,7 +118,7 @@ def test_targets_are_checked_one_by_one_against_the_model() -> None:
     (unknown,) = adapters.find_target_problems(model, LoraConfig(target_modules=["q_proj", "qprj"]))
     assert "no linear layer 'qprj'; did you mean 'q_proj'?" in unknown
     (wide,) = adapters.find_target_problems(model, LoraConfig(r=33))
-    assert "lora.r is 33; the layer k_proj is only 32 wide" in wide
+    assert "lora.r is 33, but the layer k_proj has only 32 features; set lora.r to at most" in wide
     assert adapters.find_target_problems(model, LoraConfig(target_modules=["all-linear"])) == []
 
 

@@ -241,7 +241,7 @@ def test_learned_prompts_take_the_plain_path() -> None:
     )
     plain, ours, lm = both(adapted, questions(3))
     assert_equal(plain, ours)
-    assert lm.scoring.reason == "the adapter is learned prompts"
+    assert lm.scoring.reason == "the adapter prepends virtual tokens to each sequence"
 
 
 HARD: dict[str, list[tuple[str, str]]] = {

@@ -237,7 +237,11 @@ def prepared(folder: Path, **changes: Any) -> list[str]:
         ("nf4", "int8", "is quantised as nf4 already; set model.quantization=none"),
         ("nf4", "gptq", "is quantised as nf4 already"),
         ("gptq", "nf4", "is quantised as gptq already"),
-        ("plain", "gptq", "is no GPTQ checkpoint, and none is made here; take one that is, or set"),
+        (
+            "plain",
+            "gptq",
+            "is not a GPTQ checkpoint, and a base is not quantised so while it loads; use",
+        ),
         ("gptq", "gptq", "which needs gptqmodel and optimum; pip install gptqmodel optimum"),
         ("gptq", "none", "which needs gptqmodel and optimum; pip install gptqmodel optimum"),
         ("awq", "none", "is quantised as awq, which is not among none, nf4, fp4, int8, gptq"),

@@ -140,7 +140,7 @@ def test_trained_biases_cost_the_base_its_place_in_memory(tied: Path, tmp_path: 
         ("tensors gone", "is incomplete: 2 of 4 tensors that its settings ask for are missing"),
         ("layers gone", "does not fit the model: 2 of its tensors belong to no layer of it"),
         ("no config", "adapter_config.json cannot be read"),
-        ("cannot be removed", "type ADAPTION_PROMPT, which cannot be taken off"),
+        ("cannot be removed", "type ADAPTION_PROMPT, which PEFT cannot remove from"),
     ],
 )
 def test_one_that_does_not_fit_is_refused_before_weights_are_loaded(

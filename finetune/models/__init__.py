@@ -4,7 +4,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Return what the model cards of release 0.1 import from here."""
+    """Return the names that model cards of release 0.1 import from this package."""
     if name not in ("ModelConfig", "find_model"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from finetune.models import base_model

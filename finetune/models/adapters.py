@@ -1,4 +1,4 @@
-"""Attach a PEFT method to the base model, checked beforehand against the model's own layers."""
+"""PEFT adapters on a base model: `target_modules` checked, attached, saved, loaded, removed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from finetune.files import Damaged, digest, file_digest, replaced
 from finetune.tracking import run_files
 from finetune.tracking.run_folder import RunFolder
 
-ADAPTER = "default"  # PEFT's name for the only one
-FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and the weight below it
+ADAPTER = "default"  # PEFT's name of a model's only adapter
+FoldableLayer = tuple[PeftLoraLayer, torch.nn.Parameter]  # and its base layer's weight
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -46,13 +46,13 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def num_prepended(model: PreTrainedModel | PeftModel) -> int:
-    """Return how many learned tokens a model puts before each of its sequences itself."""
+    """Return the number of virtual tokens that prompt tuning puts before each sequence."""
     settings = model.active_peft_config if isinstance(model, PeftModel) else None
     return settings.num_virtual_tokens if isinstance(settings, PromptTuningConfig) else 0
 
 
 def find_problems(model: PreTrainedModel, peft: PeftConfig, lora: LoraConfig) -> list[str]:
-    """Return the faults of a method on this model; it may be on the `meta` device."""
+    """Return why a PEFT method cannot be used on a model, which may be on the `meta` device."""
     method = METHODS[peft.method]
     if "target_modules" in method.lora:
         return find_target_problems(model, lora)
@@ -60,14 +60,14 @@ def find_problems(model: PreTrainedModel, peft: PeftConfig, lora: LoraConfig) ->
     known = None if method.model_types is None else method.model_types()
     if known is not None and kind not in known:
         return [
-            f"peft.method is {method.name}, whose layers are not known for a {kind} model; use "
-            f"peft=lora, or a model of {', '.join(known)}"
+            f"peft.method is {method.name}, and PEFT knows no target modules of it in a {kind} "
+            f"model; set peft=lora, or use a model of type {', '.join(known)}"
         ]
     return []
 
 
 def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """Return the faults of `lora` on this model: unknown layers, or a rank beyond their width.
+    """Return why `lora` does not fit a model: unknown target modules, or a rank above their width.
 
     PEFT itself ignores an unknown name as long as another one matches.
     """
@@ -85,15 +85,18 @@ def find_target_problems(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     narrowest = min((widths[name] for name in targets), default=lora.r)
     if lora.r > narrowest:
         name = min(targets, key=lambda target: widths[target])
-        problems.append(f"lora.r is {lora.r}; the layer {name} is only {narrowest} wide")
+        problems.append(
+            f"lora.r is {lora.r}, but the layer {name} has only {narrowest} features; "
+            f"set lora.r to at most {narrowest}"
+        )
     return problems
 
 
 def attach(model: PreTrainedModel, settings: PeftSettings, seed: int) -> PeftModel:
-    """Put a fresh adapter onto the base, its weights in fp32 and drawn from `seed`.
+    """Attach a fresh adapter to the base, its weights in fp32 and initialised from `seed`.
 
-    fp32 whatever the base has, so that a resumed run continues bit by bit (TRL would otherwise
-    make them bf16 on a quantised base, but load them back as fp32).
+    They are fp32 whatever the dtype of the base, so that a resumed run is bitwise the same: on a
+    quantised base TRL would make them bf16, but load them back as fp32.
     """
     torch.manual_seed(seed)
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
@@ -118,7 +121,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A LoRA adapter apart from its base."""
+    """A LoRA adapter detached from its base model."""
 
     settings: PeftLoraConfig
     layers: dict[str, LoraLayer]  # by the name of the base's layer
@@ -126,7 +129,7 @@ class LoraWeights:
 
 
 def draw(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraWeights:
-    """Draw a fresh LoRA adapter for the base, as `attach` does, and leave the base as it was."""
+    """Initialise a LoRA adapter as `attach` does, without leaving it on the base."""
     adapted = attach(model, lora_settings(lora), seed)
     layers = {
         name.removeprefix("base_model.model."): LoraLayer(
@@ -148,7 +151,7 @@ def draw(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraWeights:
 
 
 def save_weights(weights: LoraWeights, folder: Path) -> None:
-    """Save an adapter's files, as PEFT does, into a folder that is there."""
+    """Save an adapter's files, as PEFT does, into an existing folder."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.tensors.items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     settings = copy.copy(weights.settings)
@@ -157,7 +160,7 @@ def save_weights(weights: LoraWeights, folder: Path) -> None:
 
 
 def load_weights(weights: LoraWeights, folder: Path) -> None:
-    """Put a saved adapter's values into one of the same settings."""
+    """Load the tensors of a saved adapter into an adapter of the same settings."""
     saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
@@ -191,7 +194,7 @@ def save(
     folder: Path,
     write_beside: Callable[[Path], object] = lambda _: None,
 ) -> None:
-    """Save the adapter as safetensors, with what is written beside it, whole or not at all."""
+    """Save the adapter as safetensors, with the files of `write_beside`, atomically."""
     with replaced(folder) as temporary, warnings.catch_warnings():
         if isinstance(adapter, PeftModel):
             # AdaLoRA may leave a layer no rank at all, which PEFT takes for a lost shard.
@@ -203,7 +206,7 @@ def save(
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter onto the base, for evaluation."""
+    """Load a saved adapter onto the base, for evaluation."""
     with warnings.catch_warnings():
         # PEFT looks for AdaLoRA's ranks under LoRA's names, and then finds them under its own.
         warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")
@@ -212,32 +215,32 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 @contextmanager
 def folded(layers: Sequence[FoldableLayer]) -> Iterator[None]:
-    """Let LoRA layers add their update to the weights for a while, no longer to each output.
+    """Merge LoRA updates into the base weights while the context lasts.
 
-    The same sums in another order; each base weight comes back as the tensor it was, and stands
-    twice in memory until then.
+    The sums are the same, in another order. The original weights are put back at the end, and
+    until then both are in memory.
     """
-    own = [(layer, weight, weight.data) for layer, weight in layers]
+    originals = [(layer, weight, weight.data) for layer, weight in layers]
     try:
         with torch.no_grad():
-            for layer, weight, data in own:
+            for layer, weight, data in originals:
                 a, b = (
                     cast(torch.nn.Linear, matrices[ADAPTER]).weight
                     for matrices in (layer.lora_A, layer.lora_B)
                 )
                 weight.data = torch.addmm(data, b, a, alpha=layer.scaling[ADAPTER])
-                layer.merged_adapters.append(ADAPTER)  # by which PEFT leaves the output alone
+                layer.merged_adapters.append(ADAPTER)  # PEFT then adds no update to the output
         yield
     finally:
-        for layer, weight, data in own:
+        for layer, weight, data in originals:
             weight.data = data
             layer.merged_adapters.clear()
 
 
 def foldable_layers(model: PreTrainedModel | PeftModel) -> list[FoldableLayer]:
-    """Return the LoRA layers with their base weights; none where one layer cannot be folded.
+    """Return the LoRA layers with their base weights; none if one layer cannot be merged.
 
-    Only in fp32 does folding cost no precision.
+    Only in fp32 does merging cost no precision.
     """
     base = base_of(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())  # they may share a weight
@@ -264,31 +267,32 @@ def _is_foldable(layer: BaseTunerLayer, ends: Sequence[torch.nn.Module | None]) 
 
 
 def changes_base(adapted: PeftModel) -> bool:
-    """Return whether an adapter changed weights of the base: by its initialisation, or biases."""
+    """Return whether an adapter changed the base's weights: by its initialisation, or biases."""
     settings: Any = adapted.active_peft_config
-    begun = str(getattr(settings, "init_lora_weights", ""))
-    return changes_base_at_first(begun) or getattr(settings, "bias", "none") != "none"
+    init = str(getattr(settings, "init_lora_weights", ""))
+    return changes_base_at_first(init) or getattr(settings, "bias", "none") != "none"
 
 
 def saved_digest(folder: Path) -> str:
     """Return the digest of a saved adapter.
 
     Raises:
-        FileNotFoundError: the folder holds none.
-        Damaged: it is not what was saved there.
+        FileNotFoundError: the folder holds no adapter.
+        Damaged: a file differs from the one that was saved.
     """
     files = [folder / name for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME)]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
-                f"model.adapter={folder} is no adapter's folder: there is no {file.absolute()}"
+                f"model.adapter={folder} is not an adapter's folder: there is no "
+                f"{file.absolute()}; name a folder that PEFT's save_pretrained wrote"
             )
     _refuse_damaged(folder, files)
     return digest([file_digest(file) for file in files])
 
 
 def _refuse_damaged(folder: Path, files: Sequence[Path]) -> None:
-    """Look at each file; those of a run of ours are compared with what the run wrote."""
+    """Verify each file; those of a run by the digests that the run recorded."""
     run = RunFolder(folder.absolute().parent)
     for file in files:
         problem = run_files.find_misfit(file, file.name)
@@ -299,11 +303,11 @@ def _refuse_damaged(folder: Path, files: Sequence[Path]) -> None:
 
 
 def take_off(adapted: PeftModel) -> None:
-    """Leave the base as it was before an adapter was put onto it."""
+    """Remove an adapter from the base, whose modules and weights are then as before."""
     base = base_of(adapted)
     if adapted.active_peft_config.is_prompt_learning:
-        return  # it stands before the base
-    for name, layer in list(base.named_modules()):  # PEFT would leave the trained copies in it
+        return  # virtual tokens leave the modules of the base as they are
+    for name, layer in list(base.named_modules()):  # PEFT would leave modules_to_save's copies
         if isinstance(layer, ModulesToSaveWrapper):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.original_module)

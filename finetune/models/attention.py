@@ -1,4 +1,4 @@
-"""A model's attention: its window, whether another can take its place, and one that has fp32."""
+"""Attention implementations: sliding windows, whether one can be replaced, and flash in fp32."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from finetune.models.adapters import base_of
 from finetune.models.kernels import FLASH, FLASH_DTYPES
 
-ATTENTIONS = ("sdpa", "eager", *FLASH)  # whose place another one can take for a while
+ATTENTIONS = ("sdpa", "eager", *FLASH)  # that can be replaced during a forward pass
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens back the shortest-sighted layer attends; None where all see all."""
+    """Return the smallest sliding window of the layers, in tokens; None for full attention."""
     settings = config.get_text_config().to_dict()
     layers = settings.get("layer_types")
     windows = []
@@ -30,7 +30,9 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | None:
-    """Return why a model's attention cannot be cut into blocks; None leaves it to the check.
+    """Return why per-sequence attention cannot replace a model's own, as its config shows.
+
+    None where it may: its logits are then compared.
 
     Args:
         model: the model.
@@ -40,23 +42,28 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | Non
     settings = base.config.get_text_config().to_dict()
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else []
     if any(adapter.is_prompt_learning for adapter in adapters):
-        return "the adapter is learned prompts"
+        return "the adapter prepends virtual tokens to each sequence"
     if settings.get("alibi") or settings["model_type"] in ("bloom", "mpt"):
-        return "its positions are ALiBi's, which follow the place in the row"
+        return "the model uses ALiBi, whose bias depends on the place in the row"
     layers = set(settings.get("layer_types") or ())
     unsuited = layers - {"full_attention", "sliding_attention", "chunked_attention"}
     if unsuited:
-        return f"it has layers of {', '.join(sorted(unsuited))}"
+        return f"the model has layers of type {', '.join(sorted(unsuited))}"
     window = sliding_window(base.config)
     if window is not None and longest > window:
-        return f"its attention window of {window} is shorter than the longest {longest} tokens"
+        return (
+            f"the model's attention window of {window} tokens is shorter than the longest sequence "
+            f"of {longest}"
+        )
     attention = base.config._attn_implementation
-    return None if attention in ATTENTIONS else f"its attention is {attention}"
+    if attention in ATTENTIONS:
+        return None
+    return f"model.attn_implementation is {attention}, which cannot be replaced"
 
 
 @contextmanager
 def attention_in(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model attend in another dtype: by sdpa where its own is flash, which has no fp32."""
+    """Attend by sdpa where a model of flash attention computes in fp32, which flash lacks."""
     base = base_of(model)
     before = base.config._attn_implementation
     if before not in FLASH or dtype in FLASH_DTYPES:

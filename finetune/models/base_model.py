@@ -116,7 +116,7 @@ def load_tokenizer(model: ModelConfig, source: Source) -> PreTrainedTokenizerBas
 def find_tokenizer_problems(
     path: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> list[str]:
-    """Return whether the tokenizer has ids that the base has no embedding for.
+    """Return a problem if the tokenizer has ids without an embedding in the base.
 
     A base may have more embeddings than there are ids, rounded up for speed.
     """
@@ -141,10 +141,10 @@ def load_meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedM
 
 
 def settle_kernels() -> None:
-    """Let a card's products have the same bits each time, and prepare nothing for each shape.
+    """Make cuBLAS deterministic, and disable cuDNN's attention.
 
-    cuDNN's attention builds a plan of some 0.1 s for every new shape, and rows have hundreds of
-    lengths; without it PyTorch takes its own flash attention.
+    cuDNN builds a plan, some 0.1 s, for every new shape, and rows have hundreds of lengths; PyTorch
+    takes its own flash attention instead.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -158,7 +158,7 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
     settings = quantization.build_settings(model, config, dtype)
     if quantization.is_quantised_already(config):
         found = quantization.find_quantization(model, config)
-        log.info("%s is quantised as %s already, and loaded so", model.path, found)
+        log.info("model.path=%s is quantised as %s already and loaded as it is", model.path, found)
         quantization.fit_checkpoint(config, dtype)
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source.location,
@@ -172,20 +172,20 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
         device_map={"": device},
     )
     base.requires_grad_(False)
-    quantization.cast_the_rest(base, dtype)
+    quantization.cast_unquantised(base, dtype)
     quantization.keep_4bit_layout(base)
-    # Its backward pass otherwise adds up in any order, and no two trainings are the same.
+    # By default its backward pass is not deterministic.
     if base.config._attn_implementation in FLASH:
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     if settings is not None and device.type == "cpu":
-        quantization.let_go_of_the_file(base)
+        quantization.copy_mapped_weights(base)
     return base
 
 
 def save_tuned(
     base: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Save a model whose own weights were trained, whole or not at all."""
+    """Save a base model that was fully fine-tuned, atomically."""
     cast(torch.nn.Module, base).to(dtype)
     with replaced(folder) as temporary:
         base.save_pretrained(temporary, safe_serialization=True)
@@ -196,7 +196,8 @@ def _folder_digest(folder: Path) -> str:
     files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES)
     if not any(p.suffix == ".safetensors" for p in files):
         raise FileNotFoundError(
-            f"model.path={folder} holds no .safetensors file; pickled weights are not loaded"
+            f"model.path={folder} holds no .safetensors file, and pickled weights are not loaded; "
+            "save the model again with save_pretrained"
         )
     return digest({p.name: known_digest(p) for p in files})
 
@@ -217,7 +218,7 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
     with claimed(Path(f"{folder}{CLAIM_FILE}")):
         if (damage := _find_damage(folder)) is not None:
             if folder.exists():
-                log.warning("the cached model %s is damaged, and written anew: %s", folder, damage)
+                log.warning("the cached model %s is damaged (%s): rewriting it", folder, damage)
             with replaced(folder) as temporary:
                 write(temporary)
                 manifest = {p.name: file_digest(p) for p in temporary.iterdir()}
@@ -226,7 +227,7 @@ def _cached(name: str, key: dict[str, Any], write: Callable[[Path], None]) -> So
 
 
 def _find_damage(folder: Path) -> str | None:
-    """Return why a folder of the cache is not what was written there."""
+    """Return why a cached folder does not match its manifest; None if it does."""
     try:
         manifest = read_json(folder / "manifest.json", dict)
         if manifest and all(known_digest(folder / n) == sha256 for n, sha256 in manifest.items()):
@@ -281,7 +282,7 @@ def _write_tiny(folder: Path) -> None:
 
 @contextmanager
 def head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """Let the head see only the given places of its flattened input [sequence, token, hidden].
+    """Compute logits only at these positions of the flattened batch [sequence, token, hidden].
 
     A hook keeps PEFT, data parallelism and every architecture on the model's own forward.
     """
@@ -298,23 +299,23 @@ def head_on_rows(head: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model compute in another dtype; its own parameters come back untouched."""
+    """Cast a model while the context lasts; its original parameters are put back."""
     packed = quantization.linears_4bit(model)  # which a checkpoint may store as floats
     weights = {id(module.weight) for module in packed}
-    own = [
+    originals = [
         (p, p.data)
         for p in model.parameters()
         if p.is_floating_point() and p.dtype != dtype and id(p) not in weights
     ]
     compute = [(module, module.compute_dtype) for module in packed]
     try:
-        for parameter, data in own:
+        for parameter, data in originals:
             parameter.data = data.to(dtype)
         for module, _ in compute:
             module.compute_dtype = dtype
         yield
     finally:
-        for parameter, data in own:
+        for parameter, data in originals:
             parameter.data = data
         for module, before in compute:
             module.compute_dtype = before
@@ -326,9 +327,10 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> torch.autoca
 
 
 def autocast_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype to autocast to where an adapter in fp32 would not keep to it by itself.
+    """Return the dtype to autocast to; None where no autocast is needed.
 
-    LoRA brings its inputs and its update into the dtypes that they need; (IA)^3, say, does not.
+    LoRA casts its inputs and its update itself; other adapters in fp32, such as (IA)^3, would turn
+    the activations into fp32.
 
     Args:
         model: the base, with or without adapters.

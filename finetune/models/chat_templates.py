@@ -42,7 +42,7 @@ class ChatTemplate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of it where it is applied."""
+        """Notes for the row counts: a training variant, a fixed date."""
         variant = ("the chat template is replaced by its training variant in TRL",)
         dated = (f"the chat template prints the date, fixed at {DATE:%d %b %Y}",)
         return (*variant * self.is_training_variant, *dated * self.has_date)
@@ -80,13 +80,14 @@ def read_chat_template(name: str) -> str:
         pass  # of a conversation without messages; the rows are tried by their own check
     if "messages" not in text:
         raise ValueError(
-            f"model.chat_template={name}: it does not use `messages`, which a chat template writes"
+            f"model.chat_template={name}: it does not use `messages`; give the path of a jinja2 "
+            "file that writes a conversation's `messages`"
         )
     return text
 
 
 class ChatTemplates:
-    """The templates in force of one tokenizer, each found once for all its conversations."""
+    """A tokenizer's chat templates in force, each looked up once for all conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 _RENAMED = any(one.name == "activation_checkpointing" for one in fields(TrainingArguments))
 
-# The option of TrainingArguments that computes activations anew in the backward pass.
+# The option of TrainingArguments that recomputes activations in the backward pass.
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
 # What the hub's requests raise when no answer comes: the base of its own error, httpx's HTTPError.
@@ -27,7 +27,7 @@ HTTPError: type[Exception] = next(
 )
 InvalidURL: type[Exception] = sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL
 
-# Heads that share keys: torch 2.11 and 2.12 see them, later ones want to be told.
+# Grouped-query attention: torch 2.11 and 2.12 detect it, later releases need `enable_gqa`.
 _varlen = (
     partial(varlen_attn, enable_gqa=True)
     if "enable_gqa" in signature(varlen_attn).parameters
@@ -43,13 +43,13 @@ def attend_by_varlen(
     longest: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attend causally in each of the sequences that lie end to end, by one kernel.
+    """Attend causally within each of several concatenated sequences, by one kernel.
 
     Args:
         query: [token, head, feature]; key and value may have fewer heads.
         key: as the query.
         value: as the query.
-        bounds: where each sequence begins, and where the last ends, int32.
+        bounds: the sequences' cumulative lengths from 0 on (`cu_seqlens`), int32.
         longest: tokens of the longest sequence.
         scale: of the scores; None takes the usual one.
     """
@@ -61,16 +61,16 @@ def attend_by_varlen(
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Return whether the model computes activations anew in the backward pass."""
+    """Return whether gradient checkpointing is enabled."""
     return bool(getattr(model, f"is_{CHECKPOINTING}"))
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Compute activations anew in the backward pass, in the way that PyTorch recommends."""
+    """Enable gradient checkpointing, non-reentrant as PyTorch recommends."""
     getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
 
 
 def disable_checkpointing(model: PreTrainedModel) -> None:
-    """Keep activations again, and leave the embedding's output as it was."""
+    """Disable gradient checkpointing, and remove its hook from the embedding."""
     getattr(model, f"{CHECKPOINTING}_disable")()
     model.disable_input_require_grads()

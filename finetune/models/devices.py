@@ -46,7 +46,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def read_gpus(listing: str) -> list[Gpu]:
-    """Return the GPUs of `nvidia-smi -L`; an instance of a divided one (MIG) stands for it."""
+    """Return the GPUs of `nvidia-smi -L`; of a GPU that MIG divides, its first instance."""
     gpus: list[Gpu] = []
     for line in listing.splitlines():
         part = re.match(r"\s+MIG .+\(UUID: (MIG-\S+)\)", line)

@@ -1,6 +1,6 @@
-"""The hub: asked once whether it answers; where it does not, the cache is all there is.
+"""The Hugging Face hub: whether it can be reached, a repository's commit, the offline cache.
 
-Each library that reads from the hub would otherwise try several times, for every job anew.
+It is asked once in a process; each library would otherwise retry several times for every job.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIRST_SERVER_FAULT = 500  # of HTTP statuses; a proxy answers so for a hub that 
 
 @lru_cache(maxsize=1)
 def is_reached() -> bool:
-    """Ask the hub for any answer, once in a process; without one, go on as HF_HUB_OFFLINE=1."""
+    """Check once in a process that the hub answers; if not, continue as with HF_HUB_OFFLINE=1."""
     try:
         answer = get_session().head(constants.ENDPOINT, timeout=FIRST_ANSWER_SECONDS)
         found = int(answer.status_code) < FIRST_SERVER_FAULT
@@ -57,7 +57,8 @@ def hub_commit(path: str, revision: str | None, *, repo_type: str, key: str) -> 
     except (RepositoryNotFoundError, RevisionNotFoundError):
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{key}={path}: neither a local folder nor on the hub{at} (a private one: set HF_TOKEN)"
+            f"{key}={path} is neither a local folder nor on the hub{at}; for a private repository "
+            "set HF_TOKEN"
         ) from None
     except (HTTPError, OfflineModeIsEnabled):
         return _cached_commit(path, revision, repo_type=repo_type, key=key)

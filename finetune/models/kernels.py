@@ -1,6 +1,6 @@
-"""Kernels from packages of their own: flash attention, and Liger's norms, rotary positions, MLPs.
+"""Optional CUDA kernels: flash attention, and Liger's norms, rotary positions and MLPs.
 
-They need a CUDA device; what is missing is told before a weight is loaded.
+What is missing for them is refused before a weight is loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OLDEST_FLASH = (8, 0)  # compute capability: Ampere; its kernels refuse a P100 o
 def find_flash_problems(
     model: ModelConfig, meta: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
-    """Return why flash attention cannot be had, with the remedy."""
+    """Return why flash attention cannot be used, with the remedy."""
     if model.attn_implementation not in FLASH:
         return []
     module, package = FLASH[model.attn_implementation]
@@ -42,7 +42,7 @@ def find_flash_problems(
     elif dtype not in FLASH_DTYPES:
         why = "computes in bf16 or fp16 only, and model.dtype is fp32"
     elif not meta._supports_flash_attn:
-        why = f"is not there for {type(meta).__name__}"
+        why = f"is not supported by transformers' {type(meta).__name__}"
     else:
         return []
     return [
@@ -52,7 +52,7 @@ def find_flash_problems(
 
 
 def find_liger_problems(meta: PreTrainedModel, device: torch.device) -> list[str]:
-    """Return why Liger's kernels cannot be had, with the remedy."""
+    """Return why Liger's kernels cannot be used, with the remedy."""
     kind = meta.config.model_type
     if device.type != "cuda":
         why = "needs a CUDA device"
@@ -82,12 +82,12 @@ def _liger_models() -> dict[str, object]:
 
 @contextmanager
 def liger_kernels(base: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
-    """Let the base compute by Liger's kernels, and take them off again.
+    """Patch the base with Liger's kernels while the context lasts.
 
     Liger alters methods of the model's modules and, for the rotary positions, names in the module
-    that defines it, which other models of this process share. Its cross-entropies stay out, since
-    the loss sees labels only, in chunks. TRL's own switch would put them on for good, and is
-    deprecated.
+    that defines it, which other models of this process share. Its cross-entropies are not used: our
+    loss computes logits at label positions only, in chunks. TRL's own switch would leave the model
+    patched, and is deprecated.
     """
     if not wanted:
         yield

@@ -34,7 +34,10 @@ def find_precision_problems(precision: Precision) -> list[str]:
         ]
     if precision.autocast == torch.bfloat16 and not has_bf16(precision.device):
         name = torch.cuda.get_device_name(precision.device)
-        return [f"training.precision or model.dtype is bf16, which {name} lacks; set fp16 or fp32"]
+        return [
+            f"training.precision or model.dtype is bf16, which {name} does not compute in; set "
+            "them to fp16 or fp32"
+        ]
     return []
 
 

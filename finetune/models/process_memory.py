@@ -12,7 +12,7 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure the peak anew, where the system lets us."""
+    """Reset the peak of the memory in use, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (counters := Path("/proc/self/clear_refs")).exists():
@@ -25,7 +25,7 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the process was before it was this program
+    if status.exists():  # getrusage would include the time before exec
         (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS

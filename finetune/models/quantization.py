@@ -1,6 +1,6 @@
-"""How a base is quantised: by its own checkpoint, or by `model.quantization` while it loads.
+"""Quantisation of the base: its checkpoint's own, or `model.quantization` while it loads.
 
-What the checkpoint says of itself counts before the setting, wherever the two could differ.
+The checkpoint's own settings take precedence wherever the two could differ.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def find_problems(model: ModelConfig, config: PreTrainedConfig, device: torch.de
     found = find_quantization(model, config)
     if found not in QUANTIZATIONS:
         return [
-            f"{model.path} is quantised as {found}, which is not among {', '.join(QUANTIZATIONS)}; "
-            "take a checkpoint that is not, and model.quantization=nf4"
+            f"model.path={model.path} is quantised as {found}, which is not among "
+            f"{', '.join(QUANTIZATIONS)}; use an unquantised checkpoint and model.quantization=nf4"
         ]
     if model.quantization not in ("none", found):
         return [
             f"model.quantization is {model.quantization}, but {model.path} is quantised as {found} "
-            "already; set model.quantization=none, or take a checkpoint that is not quantised"
+            "already; set model.quantization=none, or use an unquantised checkpoint"
         ]
     if found == "int8" and device.type == "cuda" and torch.cuda.is_available():
         return _find_int8_problems(model, torch.cuda.get_device_capability(device))
@@ -69,19 +69,21 @@ def find_problems(model: ModelConfig, config: PreTrainedConfig, device: torch.de
         return []
     if not is_quantised_already(config):
         return [
-            f"model.quantization is gptq, but {model.path} is no GPTQ checkpoint, and none is made "
-            "here; take one that is, or set model.quantization=nf4"
+            f"model.quantization is gptq, but {model.path} is not a GPTQ checkpoint, and a base "
+            "is not quantised so while it loads; use a GPTQ checkpoint, or set "
+            "model.quantization=nf4"
         ]
     missing = [package for package in GPTQ_PACKAGES if find_spec(package) is None]
     if missing:
         return [
-            f"{model.path} is a GPTQ checkpoint, which needs {' and '.join(missing)}; pip install "
-            f"{' '.join(missing)}, or take an unquantised checkpoint and model.quantization=nf4"
+            f"model.path={model.path} is a GPTQ checkpoint, which needs {' and '.join(missing)}; "
+            f"pip install {' '.join(missing)}, or use an unquantised checkpoint and "
+            "model.quantization=nf4"
         ]
     if device.type != "cuda":
         return [
-            f"{model.path} is a GPTQ checkpoint, which needs a CUDA device; use a machine that has "
-            "one, or an unquantised checkpoint and model.quantization=nf4"
+            f"model.path={model.path} is a GPTQ checkpoint, which needs a CUDA device; use a "
+            "machine that has one, or an unquantised checkpoint and model.quantization=nf4"
         ]
     return []
 
@@ -92,14 +94,14 @@ def _find_int8_problems(model: ModelConfig, capability: Capability) -> list[str]
     key = "model.quantization is int8" if model.quantization == "int8" else "model.path is in int8"
     return [
         f"{key}, which needs compute capability {render(OLDEST_INT8)}, and the GPU has "
-        f"{render(capability)}; take an unquantised checkpoint and model.quantization=nf4"
+        f"{render(capability)}; use an unquantised checkpoint and model.quantization=nf4"
     ]
 
 
 def build_settings(
     model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
-    """Return how to quantise while loading; None where nothing is left to quantise."""
+    """Return bitsandbytes' settings for loading; None where nothing is quantised while loading."""
     if is_quantised_already(config) or model.quantization == "none":
         return None
     if model.quantization == "int8":
@@ -113,9 +115,9 @@ def build_settings(
 
 
 def fit_checkpoint(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Let a checkpoint that is quantised already compute in our dtype, and be trained on.
+    """Set a quantised checkpoint's compute dtype to ours, and for GPTQ a backend that trains.
 
-    It names the dtype of the card that it was made on, and, for GPTQ, a backend for inference.
+    Its config has the dtype of the GPU that it was made on, and a backend for inference.
     """
     own = _own_settings(config)
     if own.get("load_in_4bit"):
@@ -126,7 +128,7 @@ def fit_checkpoint(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 
 
 def gptq_bytes(config: PreTrainedConfig) -> float:
-    """Return the bytes of a GPTQ weight: its bits, and its part of a group's scale and zero."""
+    """Return the bytes of a GPTQ weight: its bits, and its share of a group's scale and zero."""
     own = _own_settings(config)
     weight = own.get("bits", 4) / 8
     group = own.get("group_size", 128)
@@ -136,7 +138,7 @@ def gptq_bytes(config: PreTrainedConfig) -> float:
 def keep_4bit_layout(base: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking weights at the first evaluation on an AVX512-BF16 CPU.
 
-    The repacked weights make every later training gradient wrong without a word (0.50.2).
+    The repacked weights make every later gradient wrong, without an error (0.50.2).
     """
     for module in linears_4bit(base):
         module.support_avx512bf16_for_cpu = False
@@ -155,11 +157,11 @@ def is_castable(model: torch.nn.Module) -> bool:
     return not in_8bit and getattr(model, "quantization_method", None) != "gptq"
 
 
-def cast_the_rest(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Compute in one dtype, norms and embeddings too, where a checkpoint is in bitsandbytes' 4-bit.
+def cast_unquantised(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the norms and embeddings of a 4-bit bitsandbytes checkpoint to the compute dtype.
 
-    transformers 5.23 leaves what is not quantised in the checkpoint's dtype, whatever is asked for:
-    bf16 on a card that has none, and fp32 that is none.
+    transformers 5.23 leaves them in the checkpoint's dtype whatever `dtype` it is called with: in
+    bf16 on a GPU without bf16, and in bf16 where fp32 is set.
     """
     if not getattr(base, "is_loaded_in_4bit", False):
         return
@@ -168,8 +170,8 @@ def cast_the_rest(base: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def let_go_of_the_file(base: PreTrainedModel) -> None:
-    """Copy the weights that are still views of the file, whose unquantised rest stays in memory."""
+def copy_mapped_weights(base: PreTrainedModel) -> None:
+    """Copy weights that are views of the mapped checkpoint, so that its memory is freed."""
     for parameter in base.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()

@@ -16,17 +16,17 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-PART_OF_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
-IMPORTING = ("megatron_config", "megatron_core")
+LORA_TENSOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
+IMPORTING_KEYS = ("megatron_config", "megatron_core")
 
 
 def find_code_problems(folder: Path) -> list[str]:
-    """Return which settings of a saved adapter let PEFT import a module of their choice."""
+    """Return the settings of a saved adapter that let PEFT import any Python module."""
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except ValueError:
         return []  # reported where it is read
-    named = [key for key in IMPORTING if isinstance(settings, dict) and settings.get(key)]
+    named = [key for key in IMPORTING_KEYS if isinstance(settings, dict) and settings.get(key)]
     return [
         f"{folder / CONFIG_NAME}: {key} lets PEFT import a Python module; remove it"
         for key in named
@@ -35,7 +35,7 @@ def find_code_problems(folder: Path) -> list[str]:
 
 
 def find_problems(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Return why a saved adapter cannot be put onto a model, or taken off; changes the model.
+    """Return why a saved adapter cannot be loaded onto a model, or removed; changes the model.
 
     Args:
         model: on the `meta` device; it keeps the adapter.
@@ -54,18 +54,18 @@ def find_problems(model: PreTrainedModel, folder: Path) -> list[str]:
     kind = PEFT_TYPE_TO_TUNER_MAPPING.get(settings.peft_type)
     if not settings.is_prompt_learning and not hasattr(kind, "unload"):
         return [
-            f"{key} is of PEFT's type {name}, which cannot be taken off the base again; use an "
-            "adapter of another type, such as LoRA"
+            f"{key} is of PEFT's type {name}, which PEFT cannot remove from the base again; "
+            "use an adapter of another type, such as LoRA"
         ]
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's on tied weights; they are scored as it loads them
+        warnings.simplefilter("ignore")  # on tied weights, which are scored as PEFT loads them
         try:
             expected = get_peft_model_state_dict(
                 cast(PeftModel, get_peft_model(model, settings)), save_embedding_layers=False
             )
         except ValueError as error:
             return [f"{key} does not fit the model: {str(error).splitlines()[0]}"]
-        except (RuntimeError, NotImplementedError):  # of a type that computes while it is put on
+        except (RuntimeError, NotImplementedError):  # of a type that computes at its initialisation
             return []
     return _find_shape_problems(key, expected, folder / SAFETENSORS_WEIGHTS_NAME)
 
@@ -87,16 +87,16 @@ def _find_shape_problems(key: str, expected: dict[str, torch.Tensor], file: Path
 
 
 def _find_unmatched(key: str, expected: Collection[str], saved: Collection[str]) -> list[str]:
-    """Return that layers would be left without their tensors, or tensors without a layer.
+    """Return a problem if layers have no saved tensors, or saved tensors no layer.
 
-    PEFT leaves such layers as a new adapter begins. AdaLoRA drops layers that have no rank left.
+    PEFT leaves such layers at their initialisation. AdaLoRA drops layers that have no rank left.
     """
-    own = [name for name in expected if PART_OF_LORA.search(name)]
-    missing = [name for name in own if name not in saved]
-    surplus = [name for name in saved if PART_OF_LORA.search(name) and name not in expected]
+    lora = [name for name in expected if LORA_TENSOR.search(name)]
+    missing = [name for name in lora if name not in saved]
+    surplus = [name for name in saved if LORA_TENSOR.search(name) and name not in expected]
     if missing:
         return [
-            f"{key} is incomplete: {len(missing)} of {len(own)} tensors that its settings ask for "
+            f"{key} is incomplete: {len(missing)} of {len(lora)} tensors that its settings ask for "
             f"are missing ({missing[0]}); save the adapter again"
         ]
     if surplus:

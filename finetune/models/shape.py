@@ -16,7 +16,7 @@ from finetune.models.quantization import gptq_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's config says of its sizes; widths are numbers of features."""
+    """A model's sizes; widths are numbers of features."""
 
     hidden: int
     layers: int
@@ -28,7 +28,7 @@ class Shape:
     num_other: int  # of all else: embeddings, head, norms
     largest: int  # parameters of the largest linear layer
     targets: dict[str, tuple[int, int, int]]  # last name -> how many, in, out
-    gptq: float  # bytes a weight, where the checkpoint is GPTQ
+    gptq: float  # bytes per weight of a GPTQ checkpoint
 
 
 def find_shape(model: ModelConfig) -> Shape:
@@ -45,14 +45,14 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     try:
         return base_model.load_config(model, base_model.find_model(model))
     except (OSError, ValueError):
-        if not model.dimensions or _are_anothers(model):
+        if not model.dimensions or _are_of_another_model(model):
             raise
     config: PreTrainedConfig = AutoConfig.for_model(**model.dimensions)
     return config
 
 
-def _are_anothers(model: ModelConfig) -> bool:
-    """Return whether the dimensions came with an option of `model` whose path was replaced."""
+def _are_of_another_model(model: ModelConfig) -> bool:
+    """Return whether the dimensions are those of a shipped model whose path was replaced."""
     options = [yaml.safe_load(file.read_text()) for file in (conf_dir() / "model").glob("*.yaml")]
     named = [one for one in options if one.get("dimensions") == model.dimensions]
     return bool(named) and all(one["path"] != model.path for one in named)
