@@ -87,7 +87,7 @@ def test_a_harmed_checkpoint_is_passed_over(
     newest = find_newest(tmp_path)
     assert newest is not None
     assert newest.step == 5
-    assert "passing over the checkpoint" in caplog.text
+    assert "skipping the damaged checkpoint" in caplog.text
     assert "step-0000010" in caplog.text
 
 
@@ -123,9 +123,11 @@ def test_the_best_one_stays_and_those_after_it_need_it(tmp_path: Path) -> None:
     assert newest.step == 15
     best_path = find_step(tmp_path, 5)
     (best_path / "weights").write_bytes(b"other")
-    assert find_problem(newest.path) == "that of its best step 5: weights has 5 bytes of 1000"
+    problem = "the checkpoint of its best step 5: weights has 5 bytes of 1000"
+    assert find_problem(newest.path) == problem
     assert find_newest(tmp_path) is None
-    with pytest.raises(OSError, match=r"the adapter of step 5 is lost.*weights has 5 bytes"):
+    fault = r"the adapter of step 5 cannot be loaded.*weights has 5 bytes"
+    with pytest.raises(OSError, match=fault):
         find_step(tmp_path, 5)
     write(tmp_path, 20, keep=1, best=20)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000020"]
@@ -286,7 +288,7 @@ def test_a_harmed_checkpoint_costs_steps_but_no_bit(
     job = Job(build_config(composed), OmegaConf.to_yaml(composed), [], {})
     with caplog.at_level("INFO", logger="finetune"):
         assert run_jobs.run([job]) == ["finished"]
-    assert "passing over the checkpoint" in caplog.text
+    assert "skipping the damaged checkpoint" in caplog.text
     assert adapters(tmp_path) == adapters(killed[method] / "whole")
 
 

@@ -231,7 +231,7 @@ def test_a_launched_process_knows_its_place(
         monkeypatch.setenv(name, value)
     assert (distributed.rank(), distributed.is_main()) == (3, False)
     assert pick_device("cuda") == torch.device("cuda", 1)
-    assert grouping.find_obstacle(config) == "4 processes train it"
+    assert grouping.find_obstacle(config) == "the launcher started 4 processes, which train one run"
     assert identity.find_inputs(config).identity != alone
     assert isinstance(worker.build_worker(is_quiet=True), worker.LaunchedWorker)
     assert launchers.find_problems(config) == []

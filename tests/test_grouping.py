@@ -60,7 +60,7 @@ def test_groups_are_as_few_as_can_be_and_of_even_sizes() -> None:
     [
         ({"batch_size": 1}, None, 8, "more than 8"),
         ({"batch_size": 4}, None, 1, "training.batch_size=4"),
-        ({"batch_size": 1, "sequence_packing": True}, None, 1, "packed"),
+        ({"batch_size": 1, "sequence_packing": True}, None, 1, "training.sequence_packing=true"),
         ({"batch_size": 4}, 3, 3, "sweep.max_concurrent_adapters=3"),
     ],
 )

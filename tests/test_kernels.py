@@ -99,7 +99,7 @@ def test_flash_attention_trains_end_to_end(tmp_path: Path, varlen_calls: list[in
     setting = Setting(training={"max_steps": 4})
     (_, outcome) = train(tmp_path / "flash", [setting], load(FLASH))[0]
     assert isinstance(outcome, TrainResult)
-    assert outcome.layout == "end to end"
+    assert outcome.layout == "padding-free"
     assert max(varlen_calls) > 2
     train(tmp_path / "sdpa", [setting], load(TINY))
     found, expected = (losses(tmp_path / name / "0") for name in ("flash", "sdpa"))
@@ -124,8 +124,8 @@ def test_the_trainer_keeps_flash_sequences_apart(
         one.events.close()
         found[name] = losses(tmp_path / name)
         if name == "flash":
-            assert (result.layout == "end to end") == packed
-            assert packed or "its answers differ" in result.layout
+            assert (result.layout == "padding-free") == packed
+            assert packed or "logits differ" in result.layout
     assert found["flash"] == pytest.approx(found["sdpa"], abs=1e-5)
 
 
@@ -287,7 +287,7 @@ def test_flash_attention_trains_as_sdpa_does_on_cuda(tmp_path: Path) -> None:
     found, layout = on_cuda(tmp_path / "flash", replace(FLASH, dtype="bf16"))
     again, _ = on_cuda(tmp_path / "again", replace(FLASH, dtype="bf16"))
     expected, _ = on_cuda(tmp_path / "plain", replace(TINY, dtype="bf16"))
-    assert layout == "end to end"
+    assert layout == "padding-free"
     assert found == again
     assert found == pytest.approx(expected, rel=0.02)
     base = load_base(replace(FLASH, dtype="bf16"), find_model(FLASH), GPU)

@@ -1,4 +1,4 @@
-"""Every architecture trains as stock SFTTrainer trains it, end to end or, where it must, padded."""
+"""Every architecture trains as stock SFTTrainer trains it, padding-free or, if needed, padded."""
 
 from __future__ import annotations
 
@@ -102,4 +102,4 @@ def test_every_architecture_trains_as_stock_does(
     events = read_events(tmp_path / "ours" / "events.jsonl")
     found = [event["value"] for event in events if event.get("key") == "train/loss"]
     assert found == pytest.approx(expected, abs=1e-4)
-    assert result.layout == ("end to end" if obstacle is None else f"padded, since {obstacle}")
+    assert result.layout == ("padding-free" if obstacle is None else f"padded, since {obstacle}")

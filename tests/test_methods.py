@@ -203,7 +203,7 @@ def test_adalora_ends_with_the_ranks_that_were_asked_for(tmp_path: Path) -> None
 def test_the_regulariser_of_adalora_is_pefts() -> None:
     """Our loss is computed behind the model, so that PEFT's own addition is not there."""
     model = fresh("adalora")
-    tuner = adalora.ranks(model)
+    tuner = adalora.find_adalora(model)
     assert tuner is not None
     with torch.no_grad():
         with_it = model(input_ids=IDS, labels=IDS).loss
@@ -259,7 +259,7 @@ def test_ia3_names_the_models_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> 
     assert adapters.find_problems(base, PeftConfig("ia3"), LORA) == []
     monkeypatch.setattr(base.config, "model_type", "unheard_of")
     (problem,) = adapters.find_problems(base, PeftConfig("ia3"), LORA)
-    assert "not known for a unheard_of model" in problem
+    assert "PEFT knows no target modules of it in a unheard_of model" in problem
 
 
 def run_all(tmp_path: Path, config: Config) -> RunFolder:

@@ -45,7 +45,7 @@ from tests.trainings import (
 
 
 def joined(rows: list[Example]) -> Example:
-    """Lay rows end to end in one sequence."""
+    """Concatenate rows to one sequence."""
     return Example(
         input_ids=[token for row in rows for token in row["input_ids"]],
         labels=[label for row in rows for label in row["labels"]],
@@ -144,7 +144,7 @@ def test_packed_runs_resume_bit_for_bit(tmp_path: Path, way: str) -> None:
 
 
 def test_packed_runs_of_a_group_are_those_alone(tmp_path: Path) -> None:
-    """The sequences of several adapters lie end to end, and each row of them is apart."""
+    """The sequences of several adapters are concatenated, with attention within each row."""
     sequences = pack(random_examples(24), 64)
     loras = [LoraConfig(r=2), LoraConfig(r=8, dropout=0.1)]
 
@@ -168,7 +168,7 @@ def test_a_model_that_must_be_padded_is_refused(tmp_path: Path) -> None:
         base, methods.lora_settings(LoraConfig(r=4, target_modules=["all-linear"])), 42
     )
     tokenizer = load_tokenizer(TINY, find_model(TINY))
-    with pytest.raises(ValueError, match=r"cannot keep rows apart .*sequence_packing=false"):
+    with pytest.raises(ValueError, match=r"needs per-sequence attention.*sequence_packing=false"):
         trainer.train(adapted, tokenizer, one.examples, one.arguments, one.events)
     one.events.close()
 

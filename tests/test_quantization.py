@@ -110,7 +110,7 @@ def test_a_quantised_base_trains_resumes_and_is_evaluated(
     assert scores is not None
     assert scores.tuned.num_questions == 4
     (trained,) = tmp_path.glob("whole/*/training.json")
-    assert json.loads(trained.read_text())["layout"] == "end to end"
+    assert json.loads(trained.read_text())["layout"] == "padding-free"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
@@ -287,7 +287,7 @@ def test_a_gptq_checkpoint_is_known_and_asks_for_a_gpu(
     quantization.fit_checkpoint(config, torch.float16)
     assert config.quantization_config["backend"] == "auto_trainable"
     alone = Config(model=quantization.as_loaded(model, config), data=DataConfig(path="rows"))
-    assert "a GPTQ base" in str(grouping.find_obstacle(alone))
+    assert "model.quantization is gptq, whose kernels" in str(grouping.find_obstacle(alone))
 
 
 @pytest.mark.parametrize(

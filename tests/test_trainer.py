@@ -192,4 +192,4 @@ def test_an_adapters_dropout_does_not_disturb_the_check_of_the_layout(tmp_path: 
     """PiSSA's B is not zero: two draws of dropout would look like rows that see each other."""
     lora = {"init": "pissa", "dropout": 0.3}
     _, result, _ = train(tmp_path, lora=lora, training={"max_steps": 1})
-    assert result.layout == "end to end"
+    assert result.layout == "padding-free"

@@ -1,6 +1,6 @@
-"""AdaLoRA's ranks: the regulariser of its matrices, the shift after each step, a resume's state.
+"""AdaLoRA: its orthogonality regulariser, rank allocation after each step, state to resume.
 
-Zhang et al. 2023, arXiv:2303.10512. Other methods have none of it.
+Zhang et al. 2023, arXiv:2303.10512.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from finetune.models.adapters import ADAPTER
 RANK_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
-def ranks(model: torch.nn.Module) -> AdaLoraModel | None:
-    """Return the part of an adapter that hands out AdaLoRA's ranks; None with other methods."""
+def find_adalora(model: torch.nn.Module) -> AdaLoraModel | None:
+    """Return AdaLoRA's tuner, which allocates ranks; None with other methods."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
     return tuner if isinstance(tuner, AdaLoraModel) else None
 
@@ -25,7 +25,7 @@ def ranks(model: torch.nn.Module) -> AdaLoraModel | None:
 def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
     """Return AdaLoRA's regulariser (eq. 4 of the paper), weighted.
 
-    PEFT adds it to a loss that the model computes; ours is computed behind it.
+    PEFT adds it to the loss of the model; ours is computed outside the model.
     """
     norms = []
     for name, parameter in tuner.named_parameters():
@@ -36,7 +36,7 @@ def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
 
 
 def rank_state(tuner: AdaLoraModel) -> dict[str, Any]:
-    """Return what AdaLoRA knows beside its matrices: how much each rank has mattered so far."""
+    """Return AdaLoRA's state beside its matrices: the importance estimates of its ranks."""
     allocator = tuner.rankallocator
     state = {name: getattr(allocator, name) for name in RANK_STATE}
     return {**state, "rank_pattern": _settings(tuner).rank_pattern}
@@ -53,7 +53,7 @@ def _settings(tuner: AdaLoraModel) -> AdaLoraConfig:
 
 
 class RankSchedule(TrainerCallback):
-    """Let AdaLoRA shift its ranks after every step, while the gradients are still there."""
+    """Let AdaLoRA reallocate its ranks after every step, before the gradients are cleared."""
 
     def __init__(self, tuner: AdaLoraModel) -> None:
         self._tuner = tuner

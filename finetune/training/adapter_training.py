@@ -1,6 +1,6 @@
-"""The training of one LoRA adapter: its optimizer, schedule, place in its rows, checkpoints.
+"""One LoRA adapter's training state: optimizer, schedule, position in its rows, checkpoints.
 
-The passes over the base are `multi_adapter`'s, which may share them among several.
+`multi_adapter` runs the forward and backward passes, for one adapter or several.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one run wants trained."""
+    """One run's LoRA settings, training arguments, rows and event log."""
 
     lora: LoraConfig
     arguments: Arguments
@@ -56,7 +56,7 @@ class AdapterSpec:
 
 
 class AdapterTraining:
-    """One run's adapter, optimizer, schedule and place in its rows."""
+    """One run's adapter, optimizer, schedule and position in its rows."""
 
     def __init__(self, base: PreTrainedModel, spec: AdapterSpec) -> None:
         self.spec = spec
@@ -76,13 +76,13 @@ class AdapterTraining:
         self.step = 0
         self.total_loss = 0.0  # over all steps
         self.last_loss: float | None = None  # of the last step taken here
-        self.seconds = 0.0  # its share of the common passes, and its own work
+        self.seconds = 0.0  # its share of the shared passes, and its optimizer steps
         self.num_tokens = 0
         self.validations = Validations(self.arguments.early_stopping)
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
-        # Tokens of the longest micro-batch, which fits; on a CPU each is passed alone.
+        # Tokens of the longest micro-batch, up to which a GPU gets several at once.
         self._longest = self._longest_batch() if base.device.type == "cuda" else None
         self._resume()
         rows = spec.examples.train
@@ -134,7 +134,7 @@ class AdapterTraining:
         return batch, 1 / max(self._labels, 1), self.arguments.seed * 1_000_003 + place
 
     def _joined(self, batches: list[list[Example]]) -> list[list[Example]]:
-        """Take micro-batches together up to the longest one's tokens, where launches cost most."""
+        """Join micro-batches up to the tokens of the longest one, so that a GPU launches less."""
         if self._longest is None:
             return batches
         joined: list[list[Example]] = []
@@ -146,21 +146,22 @@ class AdapterTraining:
         return joined
 
     def cast_matrices(self, dtype: torch.dtype) -> None:
-        """Bring the matrices into the dtype of the products, all of them at once."""
+        """Cast the matrices to the dtype of the products, in one fused copy."""
         layers = self.weights.layers
-        own = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
+        originals = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
         if dtype == torch.float32:
-            self.cast = own
+            self.cast = originals
             return
         if not self.cast:
-            self.cast = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in own.items()}
+            self.cast = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in originals.items()}
         cast, matrices = (
-            [matrix for pair in pairs.values() for matrix in pair] for pairs in (self.cast, own)
+            [matrix for pair in pairs.values() for matrix in pair]
+            for pairs in (self.cast, originals)
         )
         torch._foreach_copy_(cast, matrices)
 
     def learn(self, loss: float) -> None:
-        """Count a micro-batch whose gradients are there; after the step's last one, step.
+        """Add the loss of a micro-batch; after the last one of a step, take the optimizer step.
 
         Raises:
             Diverged: the loss or the gradient's norm is not finite.
@@ -172,8 +173,8 @@ class AdapterTraining:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
         rate = float(self.scheduler.get_last_lr()[0])
         self.step += 1
-        told = {"loss": self._loss, "grad_norm": norm, "learning_rate": rate}
-        record_step(self.spec.events, told, self.step, self.num_steps)
+        logs = {"loss": self._loss, "grad_norm": norm, "learning_rate": rate}
+        record_step(self.spec.events, logs, self.step, self.num_steps)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -183,7 +184,7 @@ class AdapterTraining:
     def end_step(self, validation_loss: float | None) -> None:
         """Record the validation loss, if there is one; write the checkpoint that is due.
 
-        A step with the lowest loss so far has one, which stays until there is a lower one.
+        The step of the lowest loss so far gets a checkpoint too, which is kept until a lower one.
 
         Raises:
             Diverged: the validation loss is not finite.
@@ -196,7 +197,7 @@ class AdapterTraining:
             self.save_checkpoint()
 
     def keep_best(self) -> None:
-        """Take back the weights of the lowest validation loss, with early stopping."""
+        """With early stopping, load the weights of the lowest validation loss."""
         kept = find_kept(self.arguments, self.validations, self.step, self.num_steps)
         if kept is not None:
             adapters.load_weights(self.weights, kept)
@@ -207,7 +208,7 @@ class AdapterTraining:
         return build_result(totals, self.validations, device, num_trainable=num_trainable)
 
     def save_checkpoint(self) -> None:
-        """Write all that a resume needs, whole or not at all."""
+        """Write all that a resume needs, atomically."""
 
         def fill(folder: Path) -> None:
             adapters.save_weights(self.weights, folder)
@@ -224,7 +225,7 @@ class AdapterTraining:
         save_step(self.arguments, self.step, self.seconds, fill, best=best)
 
     def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
+        """Resume from the newest valid checkpoint, if there is one."""
         checkpoint = find_resume(self.arguments)
         if checkpoint is None:
             return

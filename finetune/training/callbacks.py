@@ -1,4 +1,4 @@
-"""The callback by which the Trainer does what our own loop does around its steps."""
+"""A TrainerCallback that records steps, shows progress and stops, as our own loop does."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ class StepWatch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
     ) -> None:
-        logs: dict[str, float] = given["logs"]
+        logs: dict[str, float] = settings["logs"]
         if "loss" not in logs:
             return
-        if _lowers_loss_scale(given["optimizer"]):
+        if _lowers_loss_scale(settings["optimizer"]):
             logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         record_step(self._events, logs, state.global_step, state.max_steps)
         assert self._bar is not None
         advance(self._bar, state.global_step - self._bar.n, [logs["loss"]])
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
     ) -> None:
-        found, step = self._validations, state.global_step
-        record_validation(self._events, found, given["metrics"]["eval_loss"], step)
-        state.best_global_step = found.best_step
-        if found.stops:  # a checkpoint of now would be gone on from
+        validations, step = self._validations, state.global_step
+        record_validation(self._events, validations, settings["metrics"]["eval_loss"], step)
+        state.best_global_step = validations.best_step
+        if validations.stops:  # a checkpoint saved now would be resumed from
             control.should_training_stop, control.should_save = True, False
-        elif found.best_step == step:
+        elif validations.best_step == step:
             control.should_save = True
 
     def on_train_end(
@@ -80,13 +80,13 @@ class StepWatch(TrainerCallback):
 
 
 def _lowers_loss_scale(optimizer: Any) -> bool:
-    """Return whether fp16 gradients overflowed: the step was skipped, a lower scale comes next."""
+    """Return whether fp16 gradients overflowed: the step is skipped, the loss scale lowered."""
     scaler = getattr(optimizer, "scaler", None)  # accelerate's; None outside fp16
     return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() >= 1
 
 
 def is_stop_agreed(signals: StopSignals) -> bool:
-    """Return whether to stop, in all processes after the same step."""
+    """Return whether any rank was asked to stop, so that all stop after the same step."""
     if any(distributed.from_all(signals.stop_requested)):
         signals.request = signals.request or KeyboardInterrupt()
         return True

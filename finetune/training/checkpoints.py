@@ -1,7 +1,7 @@
-"""Checkpoints of a training that are whole or do not count.
+"""Atomic checkpoints of a training, verified before they are resumed from.
 
 A checkpoint is written into a temporary folder, with the size and sha256 of each of its files;
-synced, renamed, and only then marked as complete. What verifies is used; all else is passed over.
+synced, renamed, and only then marked as complete. One that does not verify is skipped.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def write_checkpoint(
 ) -> None:
     """Write one checkpoint, and drop all but the newest `keep` and the best one.
 
-    One of this step that is whole stays as it is. Those of later steps are dropped: they do not
-    verify, or training would have gone on from them.
+    A valid checkpoint of this step is left as it is. Those of later steps are removed: they do not
+    verify, or training would have resumed from them.
 
     Args:
         folder: the run's checkpoints.
         step: optimizer steps done.
         seconds: training time so far.
-        fill: writes the state's files into the folder it is given.
+        fill: writes the state's files into a folder.
         keep: how many checkpoints to keep.
-        best: the step whose checkpoint holds the best adapter so far, this one's or an earlier's.
+        best: the step whose checkpoint holds the best adapter so far, this one or an earlier one.
 
     Raises:
         OSError: it cannot be written (disk full, say); the message has path and bytes.
@@ -111,7 +111,7 @@ def find_newest(folder: Path) -> Checkpoint | None:
         if problem is None:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             return Checkpoint(path, manifest["step"], manifest["seconds"])
-        log.warning("passing over the checkpoint %s: %s", path, problem)
+        log.warning("skipping the damaged checkpoint %s: %s", path, problem)
     return None
 
 
@@ -119,14 +119,14 @@ def find_step(folder: Path, step: int) -> Path:
     """Return a step's checkpoint.
 
     Raises:
-        OSError: it is not whole.
+        OSError: it is damaged.
     """
     path = _path(folder, step)
     problem = find_problem(path)
     if problem is not None:
         raise OSError(
-            f"the adapter of step {step} is lost, since in its checkpoint {path} {problem}; start "
-            "again, and training goes on from what is whole"
+            f"the adapter of step {step} cannot be loaded: its checkpoint {path} is damaged "
+            f"({problem}); start the command again to resume from an intact checkpoint"
         )
     return path
 
@@ -134,7 +134,7 @@ def find_step(folder: Path, step: int) -> Path:
 def find_problem(path: Path) -> str | None:
     """Return what is wrong with a checkpoint; None where every byte is as it was written.
 
-    Without the checkpoint of the best adapter so far it is not whole either.
+    The checkpoint of the best adapter so far must be valid too.
     """
     try:
         if not _is_marked(path):
@@ -154,7 +154,7 @@ def find_problem(path: Path) -> str | None:
     if best is None or best == manifest["step"]:
         return None
     problem = find_problem(_path(path.parent, best))
-    return f"that of its best step {best}: {problem}" if problem else None
+    return f"the checkpoint of its best step {best}: {problem}" if problem else None
 
 
 def newest_step(folder: Path) -> int | None:
@@ -187,7 +187,7 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def _sync(folder: Path) -> None:
-    """Bring all files of a folder, and their names, to the disk."""
+    """Flush (fsync) all files of a folder, and their names, to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:

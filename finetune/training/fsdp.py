@@ -1,7 +1,6 @@
-"""FSDP: each process holds its part of every weight that is trained, and of the optimizer's state.
+"""FSDP2: trained weights and optimizer state sharded across ranks, gathered to be saved.
 
-Accelerate deals the parts out; here they become whole again, for a checkpoint or the run's result.
-All processes must ask for that at once, and the first one alone is given it.
+Accelerate shards them. Gathering is a collective: all ranks call it, and rank 0 gets the tensors.
 """
 
 from __future__ import annotations
@@ -20,38 +19,38 @@ from finetune import distributed
 
 
 def use_fsdp(accelerator: Accelerator, settings: dict[str, Any]) -> None:
-    """Let accelerate deal a model's weights out, in fp32, also on CPUs.
+    """Let accelerate shard a model, in fp32, also on CPUs.
 
-    Left alone (1.15) it does so on GPUs only, and adds up gradients in the autocast's dtype.
+    By default (1.15) it does so on GPUs only, and reduces gradients in the dtype of the autocast.
     """
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return what a training changes; where weights are dealt out, this process's parts."""
+    """Return the trained parameters; under FSDP, this rank's shards of them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # validation leaves some of them gathered
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole_tensors(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the first process all values, on the CPU where they were dealt out; others nothing."""
-    found: dict[str, torch.Tensor] = {}
+def full_tensors(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the full tensors on rank 0, on the CPU if they were sharded; nothing on others."""
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
             tensor = tensor.cpu() if distributed.is_main() else tensor
         if distributed.is_main():
-            found[name] = tensor.contiguous()
-    return found
+            tensors[name] = tensor.contiguous()
+    return tensors
 
 
 @torch.no_grad()
-def put_back(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
-    """Set a parameter, or this process's part of it, to whole values that every process has."""
+def load_full_tensor(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Set a parameter, or this rank's shard of it, from a full tensor that every rank has."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         values = values.to(parameter.device)
@@ -59,17 +58,17 @@ def put_back(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     parameter.copy_(values)
 
 
-def whole_optimizer_state(
+def full_optimizer_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Return the first process the optimizer's state by the parameters' names; others nothing."""
+    """Return the full optimizer state by parameter names on rank 0; nothing on others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def make_whole(model: PreTrainedModel) -> None:
-    """Make the first process's model an ordinary one again, which can be saved."""
-    tensors = whole_tensors(trained_parameters(model))
+def unshard(model: PreTrainedModel) -> None:
+    """Turn rank 0's sharded model into an ordinary one, which can be saved."""
+    tensors = full_tensors(trained_parameters(model))
     if not distributed.is_main():
         return
     for module in model.modules():

@@ -14,15 +14,15 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """One run's tokens in a layer, and how its matrices apply to them."""
+    """One run's span of tokens in the batch, with the scaling and dropout of its adapter."""
 
     tokens: slice
     scaling: float
     dropout: float
-    seed: int  # of the dropped inputs: of this run, micro-batch and layer
+    seed: int  # of the dropout mask: of this run, micro-batch and layer
 
     def dropped(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values [token, in] after dropout; the same places each time it is asked."""
+        """Return values [token, in] after dropout, with the same mask at each call."""
         if self.dropout == 0:
             return values
         draw = torch.Generator(values.device).manual_seed(self.seed)
@@ -48,7 +48,7 @@ class GroupedLora(torch.autograd.Function):
             ctx: autograd's.
             output: of the frozen layer, [1, token, out].
             inputs: of the layer, [1, token, in].
-            parts: whose tokens they are.
+            parts: each run's span of tokens.
             cast: the matrices in the dtype of the products.
             matrices: A [r, in] and B [out, r] of each part, in order; they get the gradients.
         """

@@ -1,6 +1,6 @@
-"""Which runs of a grid can be trained together over one base, and why the others go alone.
+"""Groups of runs to be trained together over one base, and why others are trained separately.
 
-It looks at the composed settings, and at the number of processes, only.
+Only the composed settings and the number of processes decide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_TOGETHER = 8
 
 @dataclass(frozen=True)
 class Group:
-    """Places in the grid that are trained together; a group of one says why it is alone."""
+    """Indices of jobs that are trained together; of one that is not, the reason."""
 
     indices: list[int]
     reason: str | None = None
@@ -28,60 +28,66 @@ class Group:
 
 @dataclass(frozen=True)
 class Limit:
-    """How many runs may share a step, and what keeps it from being more."""
+    """The most runs that may be trained together, and the reason for this limit."""
 
     most: int
     reason: str
 
 
-NOT_TRAINED = Limit(1, "it has no step to take")
+NOT_TRAINED = Limit(1, "training=none takes no step")
 
 
 def find_obstacle(config: Config) -> str | None:
-    """Return why a run cannot take part in a common step; None where it can.
+    """Return why a run cannot be trained together with others; None where it can.
 
-    Its model's quantization is the setting, or, where it is known, the checkpoint's own.
+    Its `model.quantization` is the setting, or, where it is known, the checkpoint's own.
     """
     if distributed.is_launched():
-        return f"{distributed.num_processes()} processes train it"
+        return f"the launcher started {distributed.num_processes()} processes, which train one run"
     if not METHODS[config.peft.method].shares_step:
-        return f"peft.method={config.peft.method} cannot be trained together; only LoRA can"
+        return f"peft.method={config.peft.method}: only plain LoRA adapters can be trained together"
     if config.lora.use_dora:
-        return "lora.use_dora=true takes the norm of the base's own weights"
+        return "lora.use_dora=true: only plain LoRA adapters can be trained together"
     if changes_base(config.lora.init):
-        return f"lora.init={config.lora.init} changes the base's own weights"
+        return f"lora.init={config.lora.init} changes the base's weights, which the runs share"
     if config.model.quantization == "int8":
-        return "an int8 base rounds by all tokens that share a step"
+        return (
+            "model.quantization is int8, which scales activations per batch, so that results would "
+            "depend on the other runs"
+        )
     if config.model.quantization == "gptq":
-        return "a GPTQ base computes by kernels of its own, which may go by the tokens of a step"
+        return (
+            "model.quantization is gptq, whose kernels may give different results for different "
+            "batch sizes"
+        )
     if not OPTIMIZERS[config.optimizer.name].can_share_step:
-        return f"optimizer.name={config.optimizer.name} asks for the whole model"
+        return f"optimizer.name={config.optimizer.name} is not supported for runs trained together"
     return None
 
 
 def find_limit(config: Config) -> Limit:
-    """Return how many adapters to train in one step: as the sweep says, else as many as pay.
+    """Return how many adapters to train together: as the sweep says, else as long as it is faster.
 
     Measured by benchmarks/training.py: small micro-batches leave a pass over the base short of
     work, large ones do not.
     """
-    asked, training = config.sweep.max_concurrent_adapters, config.training
-    if asked is not None:
-        return Limit(asked, f"sweep.max_concurrent_adapters={asked}")
+    limit, training = config.sweep.max_concurrent_adapters, config.training
+    if limit is not None:
+        return Limit(limit, f"sweep.max_concurrent_adapters={limit}")
     if training.sequence_packing:
-        return Limit(1, "packed rows leave nothing to gain by sharing a step")
+        return Limit(1, "training.sequence_packing=true: training together is not faster")
     if training.batch_size > 1:
         size = training.batch_size
-        return Limit(1, f"training.batch_size={size} leaves nothing to gain by sharing a step")
-    return Limit(MOST_TOGETHER, f"more than {MOST_TOGETHER} gain no more")
+        return Limit(1, f"training.batch_size={size}: training together is not faster")
+    return Limit(MOST_TOGETHER, f"more than {MOST_TOGETHER} runs together are not faster")
 
 
 def find_groups(configs: Sequence[Config], limits: Sequence[Limit]) -> list[Group]:
-    """Put runs that differ in nothing but their adapters together, in the grid's order.
+    """Group runs that differ in nothing but their adapters, in the grid's order.
 
     Args:
         configs: the composed jobs.
-        limits: for each, how many may share its step.
+        limits: of each, how many may be trained together.
     """
     shared: dict[str, list[int]] = {}
     groups: list[Group] = []
@@ -101,7 +107,7 @@ def find_groups(configs: Sequence[Config], limits: Sequence[Limit]) -> list[Grou
 def _cut(indices: list[int], limit: Limit) -> list[Group]:
     """Cut indices into as few groups as can be, and those into sizes as even as can be."""
     if len(indices) == 1:
-        return [Group(indices, "no other run shares its base, rows and batches")]
+        return [Group(indices, "no other run has the same base, data and batches")]
     count = -(-len(indices) // limit.most)
     bounds = [len(indices) * number // count for number in range(count + 1)]
     return [
@@ -111,7 +117,7 @@ def _cut(indices: list[int], limit: Limit) -> list[Group]:
 
 
 def _shared_settings(config: Config) -> str:
-    """Return all that runs of one group have in common, as text."""
+    """Return the settings that runs of one group share, as JSON."""
     training = asdict(config.training)
     own = marked(config.training, OWN)
     return json.dumps(

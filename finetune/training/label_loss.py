@@ -1,4 +1,4 @@
-"""The cross-entropy of the labels under a frozen head, without logits for all of them at once.
+"""Cross-entropy at label positions under a frozen LM head, with logits in chunks.
 
 Axes: label = a position that predicts a label, hidden, vocabulary.
 """
@@ -19,11 +19,11 @@ CHUNK = 256  # labels whose logits exist at one time
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Each label's weighted cross-entropy; the gradient is taken while the logits are there.
+    """Each label's weighted cross-entropy; its gradient is computed with each chunk of logits.
 
-    The head is frozen, so only the hidden states need one (the idea of Hsu et al. 2024,
-    arXiv:2410.10989). Chunks begin at each part's first label: the products of one part have the
-    shapes, and so the bits, that they have without the others.
+    The head is frozen, so only the hidden states need a gradient (the idea of Hsu et al. 2024,
+    arXiv:2410.10989). Chunks begin anew at each run's first label: the products of a run have the
+    same shapes, and so the same bits, as when it is trained separately.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             head: the frozen output embedding.
             targets: token ids [label].
             weights: [label], fp32.
-            parts: how many labels each part has, in order.
+            parts: the number of labels of each run, in order.
         """
         losses = torch.empty_like(weights)
         gradient = torch.empty_like(hidden)
@@ -74,7 +74,7 @@ def _chunks(parts: Sequence[int]) -> Iterator[slice]:
 
 
 class LabelLoss:
-    """The losses of a model's labels: logits in chunks where its head is frozen and plain."""
+    """The cross-entropy of a model's labels, in chunks where its head is frozen and linear."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         head = base.get_output_embeddings()
@@ -94,10 +94,10 @@ class LabelLoss:
 
         Args:
             forward: runs the model on a batch [sequence, token].
-            rows: the places that predict a label, in the flattened batch.
+            rows: the positions that predict a label, in the flattened batch.
             targets: their token ids [label].
             weights: [label], fp32.
-            parts: how many labels each part of the batch has, in order.
+            parts: the number of labels of each run in the batch, in order.
         """
         if not self._is_plain:
             with head_on_rows(self._head, rows):
@@ -105,7 +105,7 @@ class LabelLoss:
             return F.cross_entropy(logits.float(), targets, reduction="none") * weights
         with _hidden_before(self._head) as caught:
             forward()
-        # An adapter in fp32 may have lifted it out of the base's dtype.
+        # An adapter in fp32 may have turned it into fp32.
         hidden = caught[0].flatten(0, 1)[rows].to(self._head.weight.dtype)
         losses: torch.Tensor = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
             hidden, self._head, targets, weights, parts
@@ -115,7 +115,7 @@ class LabelLoss:
 
 @contextmanager
 def _hidden_before(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Catch what the head is given, and let it compute one row of each sequence only."""
+    """Capture the input of the head, which computes logits of one position per sequence."""
     caught: list[torch.Tensor] = []
 
     def catch(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:

@@ -1,6 +1,6 @@
-"""TRL's SFTTrainer with sequences end to end, a head only for labels, and checkpoints of our own.
+"""TRL's SFTTrainer with per-sequence attention, logits only at labels, and atomic checkpoints.
 
-Axes: a batch is [sequence, token]; end to end it is one sequence.
+Axes: a batch is [sequence, token]; a padding-free one is one concatenated sequence.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from finetune.data.token_rows import IGNORED
 from finetune.models.adapters import base_of, num_prepended
 from finetune.training.adalora import (
     RankSchedule,
+    find_adalora,
     load_rank_state,
     orthogonality,
     rank_state,
-    ranks,
 )
 from finetune.training.fsdp import (
-    put_back,
+    full_optimizer_state,
+    full_tensors,
+    load_full_tensor,
     trained_parameters,
     use_fsdp,
-    whole_optimizer_state,
-    whole_tensors,
 )
 from finetune.training.label_loss import LabelLoss
 from finetune.training.row_order import EvenOrder
@@ -50,30 +50,30 @@ TRAINED, RANKS = "trained.safetensors", "ranks.pt"
 
 
 class LabelTrainer(SFTTrainer):
-    """SFTTrainer whose head and loss see only the positions that predict a label.
+    """SFTTrainer that computes logits and loss only at positions that predict a label.
 
     The objective is the stock one: the sum of the labels' cross-entropies over the number of
     labels in the whole optimizer step.
     """
 
-    def __init__(self, *args: Any, num_rows: int, **given: Any) -> None:
-        super().__init__(*args, **given)
-        self._num_rows = num_rows  # to train on, without a filler
-        self.seconds_before = 0.0  # that an interrupted training took already
+    def __init__(self, *args: Any, num_rows: int, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._num_rows = num_rows  # to train on, without the filler
+        self.seconds_before = 0.0  # of training before it was interrupted
         self._started = time.monotonic()
         trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
-        if self.is_fsdp_enabled:  # which puts no more than its part on each GPU
+        if self.is_fsdp_enabled:  # which puts only a shard of it on each GPU
             cast(torch.nn.Module, trainee).to("cpu")
         # TRL makes them bf16 on a quantised base.
         for parameter in trained_parameters(trainee).values():
             parameter.data = parameter.data.float()
-        self._ranks = ranks(trainee)
-        if self._ranks is not None:
-            self.add_callback(RankSchedule(self._ranks))
+        self._adalora = find_adalora(trainee)
+        if self._adalora is not None:
+            self.add_callback(RankSchedule(self._adalora))
         self._attention = SequenceAttention(base_of(trainee))
         with self.accelerator.autocast():  # as in training, where adapters may stay in fp32
             self._losses = LabelLoss(base_of(trainee))
-        self._labels_a_row = 0.0  # held out, on average
+        self._labels_a_row = 0.0  # of the validation rows, on average
         if self.eval_dataset is not None:
             held_out = cast(Dataset, self.eval_dataset)["labels"]
             count = sum(label != IGNORED for labels in held_out for label in labels[1:])
@@ -86,8 +86,8 @@ class LabelTrainer(SFTTrainer):
             self.is_fsdp_enabled = True
 
     @contextmanager
-    def laid_out(self) -> Iterator[None]:
-        """Keep attention inside each sequence, where they lie end to end."""
+    def per_sequence_attention(self) -> Iterator[None]:
+        """Install per-sequence attention where batches are padding-free."""
         if self.padding_free:
             with self._attention.installed():
                 yield
@@ -95,11 +95,11 @@ class LabelTrainer(SFTTrainer):
             yield
 
     def _autocast(self) -> AbstractContextManager[None]:
-        """Autocast where accelerate, which does so in the wrapped model, leaves it to FSDP."""
+        """Autocast under FSDP, where accelerate does not wrap the model's forward in it."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        """Return the order that our own loop has; a resume tells it the epoch."""
+        """Return the row order of our own loop; at a resume, that of its epoch."""
         order = EvenOrder(self._num_rows, self.args)
         self.add_callback(order)
         return order
@@ -109,26 +109,26 @@ class LabelTrainer(SFTTrainer):
         return self.seconds_before + time.monotonic() - self._started
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write what a resume needs, whole or not at all, in place of the Trainer's own way.
+        """Write what a resume needs, atomically, in place of the Trainer's own checkpoint.
 
-        The first process writes for all: only their random states differ.
+        Rank 0 writes for all ranks: only their random states differ.
         """
         states = distributed.from_all(self._random_state())
-        tensors = whole_tensors(trained_parameters(self._trainee))
+        tensors = full_tensors(trained_parameters(self._trainee))
         optimizer = None
         if self.is_fsdp_enabled:
             assert self.optimizer is not None
-            optimizer = whole_optimizer_state(self._trainee, self.optimizer)
+            optimizer = full_optimizer_state(self._trainee, self.optimizer)
         if not distributed.is_main():
             return
 
         def fill(folder: Path) -> None:
             save_file(tensors, folder / TRAINED)
-            if self._ranks is not None:
-                torch.save(rank_state(self._ranks), folder / RANKS)
+            if self._adalora is not None:
+                torch.save(rank_state(self._adalora), folder / RANKS)
             if optimizer is None:
                 self._save_optimizer_and_scheduler(str(folder))
-            else:  # which the Trainer would write from all processes
+            else:  # which the Trainer would write from all ranks
                 assert self.lr_scheduler is not None
                 torch.save(optimizer, folder / OPTIMIZER_NAME_BIN)
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -141,7 +141,7 @@ class LabelTrainer(SFTTrainer):
         save_step(self.args, step, self.seconds(), fill, best=best)
 
     def _random_state(self) -> tuple[str, bytes]:
-        """Return the file that the Trainer keeps this process's random state in, and its name."""
+        """Return name and bytes of the Trainer's file with this rank's random state."""
         with tempfile.TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             (file,) = Path(folder).iterdir()
@@ -150,13 +150,13 @@ class LabelTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """Put back what `_save_checkpoint` wrote; PEFT would cut off AdaLoRA's idle ranks."""
+        """Load what `_save_checkpoint` wrote; PEFT would drop AdaLoRA's idle ranks."""
         folder = Path(resume_from_checkpoint)
         saved = load_file(folder / TRAINED)
         for name, parameter in trained_parameters(self._trainee).items():
-            put_back(parameter, saved[name])
-        if self._ranks is not None:
-            load_rank_state(self._ranks, torch.load(folder / RANKS, weights_only=True))
+            load_full_tensor(parameter, saved[name])
+        if self._adalora is not None:
+            load_rank_state(self._adalora, torch.load(folder / RANKS, weights_only=True))
 
     def compute_loss(
         self,
@@ -170,7 +170,7 @@ class LabelTrainer(SFTTrainer):
         if self.padding_free:
             starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
             self._attention.lay_out([*starts, inputs["input_ids"].shape[1]])
-        # What each place predicts, learned tokens included; the last one of a row predicts nothing.
+        # The label of each position, virtual tokens included; the last one of a row predicts none.
         labels = F.pad(inputs["labels"], (num_prepended(self._trainee), 1), value=IGNORED)
         predicted = labels[:, 1:].flatten()
         rows = (predicted != IGNORED).nonzero()[:, 0]
@@ -183,19 +183,19 @@ class LabelTrainer(SFTTrainer):
             forward["output_router_logits"] = True
         outputs: list[Any] = []
 
-        def answer() -> Any:
+        def run_model() -> Any:
             with self._autocast():
                 outputs.append(model(**forward, use_cache=False))
             return outputs[0]
 
-        loss = self._losses(answer, rows, predicted[rows], weights, [len(rows)]).sum()
-        if num_items_in_batch is not None:  # the labels of all processes, whose gradients are meant
+        loss = self._losses(run_model, rows, predicted[rows], weights, [len(rows)]).sum()
+        if num_items_in_batch is not None:  # of all ranks, whose gradients are averaged
             loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:  # a mixture of experts' own, a mean over its micro-batches
+        if self.aux_loss_enabled:  # of a mixture of experts, a mean over micro-batches
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs[0].aux_loss / steps
-        if self._ranks is not None and model.training:
-            # It steers the matrices and is no part of the loss that runs are compared by.
-            steer = orthogonality(self._ranks) / self.current_gradient_accumulation_steps
-            loss = loss + steer - steer.detach()
+        if self._adalora is not None and model.training:
+            # Its gradient counts; its value stays out of the loss that runs are compared by.
+            penalty = orthogonality(self._adalora) / self.current_gradient_accumulation_steps
+            loss = loss + penalty - penalty.detach()
         return loss

@@ -1,8 +1,8 @@
-"""Train LoRA adapters over one frozen base: several in each step, or one as a group of one.
+"""Train LoRA adapters together over one frozen base, or a single one as a group of one.
 
-The micro-batches of all runs lie end to end in one row. The base passes over it once; each run's
-matrices see only their own part of it, and each run has its own optimizer, schedule, clipping,
-checkpoints and end. From seven tokens a part on, a run gets the bits that it gets alone.
+The micro-batches of all runs are concatenated for one forward/backward pass over the base. Each
+run's matrices apply to its tokens only; each has its own optimizer, schedule, gradient clipping,
+checkpoints and end. Bitwise equal to solo training from 7 tokens per run and micro-batch upward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Outcome = TrainResult | Exception  # an exception ends one run, not the others
 def find_obstacle(
     base: PreTrainedModel, rows: Sequence[Sequence[int]], precision: Precision
 ) -> str | None:
-    """Return why this base cannot be trained here; the Trainer then does it.
+    """Return why a base needs the Trainer instead; None where it can be trained here.
 
     Args:
         base: the model, in evaluation mode.
@@ -45,28 +45,28 @@ def find_obstacle(
         return obstacle
     settings = base.config.get_text_config().to_dict()
     if "output_router_logits" in settings and settings.get("router_aux_loss_coef"):
-        return "its experts' routers have a loss over all tokens of a step"
+        return "the model's router loss is computed over the tokens of all runs in a batch"
     dropouts = [m.p for m in base.modules() if isinstance(m, torch.nn.Dropout)]
     if any(dropouts) or settings.get("attention_dropout") or settings.get("dropout"):
-        return "the base drops out by itself, with one random stream for all"
+        return "the base model uses dropout, which shares one random generator between runs"
     return find_layout_problem(base, rows) or _find_routed_layer(base)
 
 
 def find_precision_obstacle(precision: Precision) -> str | None:
-    """Return why no base can be trained here in this precision."""
+    """Return why a precision needs the Trainer instead; None where it does not."""
     if precision.autocast == torch.float16:
-        return "fp16 scales the losses of a whole step"
+        return "training.precision or model.dtype is fp16, whose loss scale the runs would share"
     return None
 
 
 def _find_routed_layer(base: PreTrainedModel) -> str | None:
-    """Return why a linear layer is more than its tokens times its weights, in their order."""
+    """Return a problem if a layer does not map every token by itself, as routers and experts."""
     ids = torch.arange(1, 10, device=base.device)[None]
     odd: list[str] = []
 
     def look(name: str, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, torch.Tensor) or args[0].shape[:-1].numel() != ids.numel():
-            odd.append(f"its layer {name} is a router, or sees part of the tokens")
+            odd.append(f"the model's layer {name} is a router, or gets only some of the tokens")
 
     with ExitStack() as stack, torch.no_grad():
         for name, layer in base.named_modules():
@@ -89,7 +89,7 @@ class SharedBase:
         self._precision = precision
         self._attention = SequenceAttention(base)
         self._loss = LabelLoss(base)
-        self._present: list[tuple[AdapterTraining, slice, int]] = []  # whose tokens, dropout's seed
+        self._present: list[tuple[AdapterTraining, slice, int]] = []  # tokens, dropout's seed
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +99,7 @@ class SharedBase:
     def opened(
         self, trainings: Sequence[AdapterTraining], *, checkpointing: bool
     ) -> Iterator[None]:
-        """Hook the adapters in; at the end the base is what it was."""
+        """Hook the adapters into the base while the context lasts."""
         names = {name for one in trainings for name in one.weights.layers}
         with ExitStack() as stack:
             stack.enter_context(self._attention.installed())
@@ -148,7 +148,7 @@ class SharedBase:
             start = len(tokens)
             for example in examples:
                 tokens += example["input_ids"]
-                labels += [*example["labels"][1:], IGNORED]  # what each place predicts
+                labels += [*example["labels"][1:], IGNORED]  # the label of each position
                 for length in row_lengths(example):
                     bounds.append(bounds[-1] + length)
             counts.append(sum(num_labels(example) for example in examples))
@@ -189,10 +189,10 @@ class SharedBase:
 def train_together(
     base: PreTrainedModel, specs: Sequence[AdapterSpec], precision: Precision
 ) -> Iterator[tuple[int, LoraWeights | None, Outcome]]:
-    """Train adapters, and yield each as it comes to its end: its place, weights and outcome.
+    """Train adapters, and yield index, weights and outcome of each as it ends.
 
-    A run that fails leaves the group; the others go on unchanged. Runs go on from their own
-    newest whole checkpoints.
+    A run that fails leaves the group; the others go on unchanged. Each resumes from its own newest
+    valid checkpoint.
 
     Raises:
         KeyboardInterrupt: a stop was asked for; all steps were ended, checkpoints written.
@@ -205,8 +205,8 @@ def train_together(
             live[number] = AdapterTraining(base, spec)
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # all of them are too many
-            yield number, None, error  # its own: the others are begun
+                raise  # the group does not fit
+            yield number, None, error  # of this run only
     if not live:
         return
     checkpointing = any(getattr(spec.arguments, CHECKPOINTING) for spec in specs)
@@ -222,7 +222,7 @@ def train_together(
                 for number, one in leaving.items():
                     try:
                         one.save_checkpoint()
-                    except Exception as error:  # its own: the others are saved
+                    except Exception as error:  # of this run only
                         yield number, None, error
             else:
                 for number, outcome in _advance(shared, live, bar):
@@ -234,7 +234,7 @@ def train_together(
 def _advance(
     shared: SharedBase, live: dict[int, AdapterTraining], bar: tqdm[Any]
 ) -> list[tuple[int, Outcome]]:
-    """Take one micro-batch of every training; return which came to an end, and how."""
+    """Train one micro-batch of every run; return the outcomes of those that ended."""
     started = time.monotonic()
     losses = shared.losses([(one, *one.next_batch()) for one in live.values()])
     losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -258,15 +258,15 @@ def _advance(
                 ended.append((number, one.result(shared.device)))
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # all of them are too many
-            ended.append((number, error))  # its own: the others go on
+                raise  # the group does not fit
+            ended.append((number, error))  # of this run only
     newest = [one.last_loss for one in live.values() if one.last_loss is not None]
     advance(bar, num_steps, newest)
     return ended
 
 
 def _take_between_steps(live: dict[int, AdapterTraining]) -> dict[int, AdapterTraining]:
-    """Take out the trainings that can be gone on with from where they are."""
+    """Remove and return the trainings that are between steps, where a checkpoint can be saved."""
     return {number: live.pop(number) for number, one in list(live.items()) if one.is_between_steps}
 
 

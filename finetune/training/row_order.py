@@ -1,8 +1,8 @@
-"""The order of rows: an epoch's, a step's, and one process's where several share a training.
+"""Row order: of an epoch, of an optimizer step, and across the ranks of a launcher.
 
-Steps are counted and rows ordered as the Trainer does it. Among several processes accelerate deals
-the batches out in turn. Left alone it would fill up an epoch's last batches with rows that were had
-already, and forget the epoch where a resume skips batches (1.15).
+Steps are counted and rows ordered as the Trainer does it. Accelerate distributes batches to ranks
+in turn. By default (1.15) it would fill an epoch's last batches with rows that the epoch has had,
+and order a resumed epoch as the first one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def steps_an_epoch(num_rows: int, arguments: TrainingArguments) -> int:
 
 
 def steps_between_validations(num_rows: int, arguments: TrainingArguments) -> int:
-    """Return them as `training.validate_every` says, or those of an epoch."""
+    """Return `training.validate_every`, or by default the steps of an epoch."""
     if arguments.eval_strategy == IntervalStrategy.STEPS and arguments.eval_steps is not None:
         return int(arguments.eval_steps)
     return steps_an_epoch(num_rows, arguments)
@@ -48,7 +48,7 @@ def num_steps(num_rows: int, arguments: TrainingArguments) -> int:
 
 
 def order_of_epoch(epoch: int, num_rows: int, arguments: TrainingArguments) -> torch.Tensor:
-    """Return the places of all rows in the order of an epoch, [row]; the one accelerate draws."""
+    """Return the indices of all rows in an epoch's order, [row], as accelerate shuffles them."""
     draw = torch.Generator().manual_seed((arguments.data_seed or 0) + epoch)
     return torch.randperm(num_rows, generator=draw)
 
@@ -57,18 +57,18 @@ def rows_of_step(step: int, num_rows: int, arguments: TrainingArguments) -> list
     """Return the rows of a step's micro-batches."""
     epoch, place = divmod(step, steps_an_epoch(num_rows, arguments))
     size = rows_a_step(arguments)
-    mine = order_of_epoch(epoch, num_rows, arguments)[place * size : (place + 1) * size].tolist()
+    rows = order_of_epoch(epoch, num_rows, arguments)[place * size : (place + 1) * size].tolist()
     batch = arguments.per_device_train_batch_size
-    return [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
 
 
 def with_filler(rows: Sequence[Example]) -> list[Example]:
-    """Return the rows and, behind them, one without labels: it fills a batch and weighs nothing."""
+    """Return the rows and a last one without labels, which fills batches and adds no loss."""
     return [*rows, _filler(rows)]
 
 
 def filled_up(rows: Sequence[Example], together: int) -> list[Example]:
-    """Return the rows with as many without labels behind them as make full batches for all."""
+    """Return the rows, filled up with rows without labels to full batches on all ranks."""
     return [*rows, *[_filler(rows)] * (-len(rows) % together)]
 
 
@@ -81,10 +81,10 @@ def _filler(rows: Sequence[Example]) -> Example:
 
 
 class EvenOrder(Sampler[int], TrainerCallback):
-    """The places of an epoch's rows for the Trainer, filled up where processes share them."""
+    """The Trainer's sampler of an epoch's rows, filled up to full batches on all ranks."""
 
     def __init__(self, num_rows: int, arguments: TrainingArguments) -> None:
-        self._num_rows = num_rows  # the filler's place is behind them
+        self._num_rows = num_rows  # also the filler's index
         together: int = arguments.per_device_train_batch_size * arguments.world_size
         is_shared = arguments.world_size > 1
         self._length = math.ceil(num_rows / together) * together if is_shared else num_rows

@@ -1,9 +1,9 @@
-"""Causal attention over sequences laid end to end, each apart, for models that let us.
+"""Per-sequence causal attention over concatenated sequences (padding-free batches).
 
-No padding, and no mask over the whole row: each sequence is one causal attention of its own.
-Flash attention does the same by itself, where positions begin anew.
+No padding and no mask over the batch: attention is computed within each sequence. Flash attention
+does so by itself, where position ids restart at 0.
 
-Axes: head, token = place in the row, feature.
+Axes: head, token = index in the concatenated batch, feature.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from finetune.models.kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
 
 NAME = "finetune_sequences"
 WIDEST_HEAD = 256  # features, of flash attention
-CHECKED_TOKENS = 64  # of each sequence that the layout is tried on
-# Of the logits, relative; another sequence's tokens in the attention make it some tenths.
+CHECKED_TOKENS = 64  # of each sequence that is used to check a model
+# Relative difference of logits; attention to another sequence's tokens makes it some tenths.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 class SequenceAttention:
-    """A model's attention, replaced for a while by one that stays inside each sequence."""
+    """Per-sequence attention, which replaces a model's own while it is installed."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
@@ -43,7 +43,7 @@ class SequenceAttention:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the model attend sequence by sequence."""
+        """Replace the model's attention while the context lasts."""
         before = self._base.config._attn_implementation
         if before in FLASH:  # transformers finds the sequences by their positions
             yield
@@ -58,7 +58,7 @@ class SequenceAttention:
             del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
 
     def lay_out(self, bounds: Sequence[int]) -> None:
-        """Say where the next row's sequences begin, and at last where it ends."""
+        """Set the sequences of the next batch by their cumulative lengths, from 0 on."""
         self._bounds = list(bounds)
         self._longest = max(end - start for start, end in pairwise(bounds))
         self._on_device = (
@@ -82,7 +82,7 @@ class SequenceAttention:
         """Attend [1, head, token, feature] in each sequence; return [1, token, head, feature]."""
         unknown = [n for n in ("s_aux", "position_bias", "softcap") if more.get(n) is not None]
         if unknown:
-            raise ValueError(f"its attention takes {unknown[0]}")
+            raise ValueError(f"its attention uses {unknown[0]}")
         attend = partial(self._each, scaling=scaling, dropout=dropout)
         if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
             attend = partial(self._at_once, scaling=scaling)
@@ -130,10 +130,11 @@ class SequenceAttention:
 
 
 def _make_deterministic(attended: torch.Tensor) -> torch.Tensor:
-    """Let the backward pass of an attention add up in one order: the same bits each time.
+    """Make the backward pass of an attention deterministic.
 
-    PyTorch's flash and memory-efficient attention have such kernels, and take them where
-    deterministic algorithms are asked for; asked for everywhere, they would refuse some models.
+    PyTorch's flash and memory-efficient attention have deterministic kernels, which they use under
+    `use_deterministic_algorithms`. Under it other operations of some models would fail, so it is
+    enabled for this backward pass only.
     """
     node = attended.grad_fn
     is_wanted = attended.is_cuda and not torch.are_deterministic_algorithms_enabled()
@@ -162,9 +163,9 @@ def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
 def find_layout_problem(
     model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]]
 ) -> str | None:
-    """Return why sequences cannot be laid end to end; None where the model answers as it should.
+    """Return why batches must be padded; None where sequences can be concatenated.
 
-    Its logits for the longest row behind the shortest are compared with those for it alone.
+    The logits of the longest row after the shortest are compared with those of the longest alone.
 
     Args:
         model: the model, in evaluation mode.
@@ -186,8 +187,8 @@ def find_layout_problem(
                     input_ids=ids, position_ids=positions(bounds, base.device), use_cache=False
                 ).logits[0, bounds[1] :]
         except (ValueError, RuntimeError, TypeError) as error:
-            return f"it cannot take sequences end to end ({str(error).splitlines()[0]})"
+            return f"the model cannot take concatenated sequences ({str(error).splitlines()[0]})"
     difference = ((together.float() - alone).norm() / alone.norm()).item()
     if not difference <= TOLERANCE[base.dtype]:
-        return f"its answers differ by {difference:.2g} when sequences lie end to end"
+        return f"the model's logits differ by {difference:.2g} when sequences are concatenated"
     return None

@@ -1,4 +1,4 @@
-"""What both training loops do around their steps: record, show, checkpoint, resume, sum up."""
+"""Steps of both training loops: record, show progress, checkpoint, resume, build the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.training.row_order import steps_an_epoch
 from finetune.training.validation import Validations
 
 log = logging.getLogger("finetune")
-END_TO_END = "end to end"  # the layout of batches without padding
+PADDING_FREE = "padding-free"  # the layout of batches of concatenated sequences
 
 
 class Diverged(ArithmeticError):
@@ -30,7 +30,7 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to; times are seconds."""
+    """The result of a training; times are seconds."""
 
     steps: int
     mean_loss: float  # over all steps
@@ -39,13 +39,13 @@ class TrainResult:
     tokens_per_second: float  # real tokens, each as often as it was trained on
     peak_memory_gib: float  # of the process on a CPU, of the allocator on a GPU
     num_trainable_parameters: int
-    layout: str  # of a batch's sequences: end to end, or padded and why
+    layout: str  # of a batch's sequences: padding-free, or padded and why
     best_step: int | None = None  # whose adapter is kept; None: the last one's
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a training loop has counted at its end, resumes included."""
+    """The totals of a training loop at its end, resumes included."""
 
     steps: int
     mean_loss: float  # over all steps
@@ -55,23 +55,23 @@ class Totals:
 
 def build_result(
     totals: Totals,
-    found: Validations,
+    validations: Validations,
     device: torch.device,
     *,
     num_trainable: int,
-    layout: str = END_TO_END,
+    layout: str = PADDING_FREE,
 ) -> TrainResult:
-    """Sum a training up."""
+    """Build the result of a training from its totals."""
     return TrainResult(
         steps=totals.steps,
         mean_loss=totals.mean_loss,
-        validation_loss=found.kept_loss,
+        validation_loss=validations.kept_loss,
         train_seconds=totals.seconds,
         tokens_per_second=totals.num_tokens / totals.seconds,
         peak_memory_gib=peak_memory_gib(device),
         num_trainable_parameters=num_trainable,
         layout=layout,
-        best_step=found.best_step,
+        best_step=validations.best_step,
     )
 
 
@@ -113,11 +113,11 @@ def record_step(events: EventLog, logs: Mapping[str, float], step: int, max_step
         if not math.isfinite(logs.get(name, 0.0)):
             raise Diverged(f"{name} became {logs[name]} at step {step} of {max_steps}")
     names = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
-    told = {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs}
-    events.metrics(told, step)
+    metrics = {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs}
+    events.metrics(metrics, step)
 
 
-def record_validation(events: EventLog, found: Validations, loss: float, step: int) -> None:
+def record_validation(events: EventLog, validations: Validations, loss: float, step: int) -> None:
     """Record a validation loss.
 
     Raises:
@@ -125,33 +125,33 @@ def record_validation(events: EventLog, found: Validations, loss: float, step: i
     """
     if not math.isfinite(loss):
         raise Diverged(f"validation loss became {loss} at step {step}")
-    found.losses[step] = loss
+    validations.losses[step] = loss
     events.metrics({"validation/loss": loss}, step)
 
 
 def find_kept(
-    arguments: TrainingArguments, found: Validations, step: int, num_steps: int
+    arguments: TrainingArguments, validations: Validations, step: int, num_steps: int
 ) -> Path | None:
     """Return the checkpoint of a better adapter than the last one's, if there is one; log it.
 
     Args:
         arguments: of the training; they name the folder of its checkpoints.
-        found: the training's validation losses.
+        validations: the training's validation losses.
         step: at which it has ended.
         num_steps: that it would have taken at most.
 
     Raises:
-        OSError: the checkpoint is not whole.
+        OSError: the checkpoint is damaged.
     """
-    if found.best_step is None or found.best_step == step:
+    if validations.best_step is None or validations.best_step == step:
         return None
     folder = Path(str(arguments.output_dir))
-    log.info("%s: %s", folder.parent.name, found.verdict(step, num_steps))
-    return find_step(folder, found.best_step)
+    log.info("%s: %s", folder.parent.name, validations.verdict(step, num_steps))
+    return find_step(folder, validations.best_step)
 
 
 def find_resume(arguments: TrainingArguments) -> Checkpoint | None:
-    """Return the newest whole checkpoint to go on from, in every process, and log it."""
+    """Return the newest valid checkpoint to resume from, on every rank, and log it."""
     folder = Path(str(arguments.output_dir))
     checkpoint = distributed.from_main(lambda: find_newest(folder))
     if checkpoint is not None:

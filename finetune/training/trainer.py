@@ -1,6 +1,6 @@
-"""Train one model: TRL's SFTTrainer on our own rows, with the head only where there is a label.
+"""Train one model with TRL's SFTTrainer: padding-free batches, logits only at label positions.
 
-Sequences of a micro-batch lie end to end without padding (axes: batch 1, token, vocabulary).
+The sequences of a micro-batch are concatenated (axes: batch 1, token, vocabulary).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from finetune.signals import StopSignals
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.callbacks import StepWatch
-from finetune.training.fsdp import make_whole
+from finetune.training.fsdp import unshard
 from finetune.training.label_trainer import LabelTrainer
 from finetune.training.row_order import filled_up, steps_between_validations, with_filler
 from finetune.training.sequence_attention import find_layout_problem
 from finetune.training.steps import (
-    END_TO_END,
+    PADDING_FREE,
     Totals,
     TrainResult,
     build_result,
@@ -56,12 +56,12 @@ log = logging.getLogger("finetune")
 
 @dataclass
 class Arguments(SFTConfig):
-    """TRL's settings, and the one of ours that they have no name for."""
+    """TRL's SFTConfig, with early stopping by validations, which it has no setting for."""
 
     early_stopping: int | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the arithmetic of a forward pass, as accelerate chooses it."""
+        """Return the autocast of a forward pass, as accelerate does."""
         if not (self.bf16 or self.fp16):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.bf16 else torch.float16)
@@ -74,14 +74,14 @@ def train(
     arguments: Arguments,
     events: EventLog,
 ) -> TrainResult:
-    """Train in place all that wants a gradient, and leave the model as it was but for that.
+    """Train the parameters that require a gradient, in place.
 
-    Goes on from the newest whole checkpoint in `arguments.output_dir`, if there is one.
+    Resumes from the newest valid checkpoint in `arguments.output_dir`, if there is one.
 
     Raises:
         Diverged: a loss or the gradient's norm is not finite.
         KeyboardInterrupt: a stop was asked for; the step was ended and a checkpoint written.
-        ValueError: rows are joined, and this model cannot keep them apart.
+        ValueError: rows are packed, and this model cannot attend per sequence.
     """
     reset_peak_memory(arguments.device)
     checkpoint = find_resume(arguments)
@@ -89,7 +89,7 @@ def train(
     num_rows, num_tokens = len(examples.train), int(example_lengths(examples.train).sum())
     watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
     with arguments.autocast():
-        problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves its dropout at work
+        problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves dropout on
     arguments.padding_free = problem is None
     _set_validations(arguments, examples)
     if getattr(arguments, CHECKPOINTING) and arguments.device.type == "cpu":
@@ -98,7 +98,7 @@ def train(
         trainer = _build_trainer(model, tokenizer, examples, arguments, watch)
         if checkpoint is not None:
             trainer.seconds_before = checkpoint.seconds
-        with trainer.laid_out():
+        with trainer.per_sequence_attention():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         seconds = trainer.seconds()
     if signals.request is not None:
@@ -107,11 +107,11 @@ def train(
     if (kept := find_kept(arguments, validations, steps, planned)) is not None:
         trainer._load_from_checkpoint(str(kept))
     if distributed.is_sharded():
-        make_whole(base_of(model))
+        unshard(base_of(model))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     mean = fmean(losses)  # the Trainer's own forgets the steps before a resume
     totals = Totals(steps, mean, watch.num_tokens * (trainer.state.epoch or 0.0), seconds)
-    layout = END_TO_END if problem is None else f"padded, since {problem}"
+    layout = PADDING_FREE if problem is None else f"padded, since {problem}"
     num = num_trainable(model)
     return build_result(totals, validations, arguments.device, num_trainable=num, layout=layout)
 
@@ -123,7 +123,7 @@ def _build_trainer(
     arguments: Arguments,
     watch: StepWatch,
 ) -> LabelTrainer:
-    """Build the Trainer; under a launcher each process gets its even part of the rows."""
+    """Build the Trainer; under a launcher rows are filled up to full batches on all ranks."""
     train, validation = examples.train, examples.validation
     if launched := distributed.is_launched():
         train = with_filler(train)
@@ -139,23 +139,23 @@ def _build_trainer(
         num_rows=len(examples.train),
     )
     trainer.remove_callback(PrinterCallback)
-    if launched:  # each drops out unlike the others
+    if launched:  # for another dropout on each rank
         torch.manual_seed(arguments.seed + distributed.rank())
     return trainer
 
 
 def _find_padding_reason(model: PreTrainedModel | PeftModel, examples: Examples) -> str | None:
-    """Return why batches are padded, said once in the log; None where rows lie end to end.
+    """Return why batches are padded, and log it once; None where they are padding-free.
 
     Raises:
-        ValueError: rows are joined, which padding cannot keep apart.
+        ValueError: rows are packed, which needs per-sequence attention.
     """
     problem = find_layout_problem(model, examples.shortest_and_longest())
     if problem is None:
         return None
     if examples.is_packed:
         raise ValueError(
-            f"training.sequence_packing=true cannot keep rows apart on this model: {problem}; "
+            f"training.sequence_packing=true needs per-sequence attention, but {problem}; "
             "set training.sequence_packing=false"
         )
     log.info("batches are padded: %s", problem)
@@ -217,7 +217,7 @@ def build_arguments(
 
 @contextmanager
 def _base_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Take off the base, at the end, what TRL and the Trainer put onto it."""
+    """Undo at the end what TRL and the Trainer changed on the base."""
     base = base_of(model)
     config = base.config.get_text_config()
     before = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Validations:
-    """One training's validation losses by step, and what `training.early_stopping` makes of them.
+    """One training's validation losses by step, and the decisions of `training.early_stopping`.
 
     All is derived from the losses, so that a resume needs nothing else.
     """
@@ -29,7 +29,7 @@ class Validations:
 
     @property
     def stops(self) -> bool:
-        """Return whether the loss has not fallen for as many validations as are allowed."""
+        """Return whether the loss has not fallen for `training.early_stopping` validations."""
         if self.best_step is None or self._patience is None:
             return False
         return sum(step > self.best_step for step in self.losses) >= self._patience
