@@ -209,7 +209,7 @@ def test_a_conversation_may_begin_with_the_assistant(tokenizer: PreTrainedTokeni
     assert learned(encoded, tokenizer) == "Hello.</s>\nParis.</s>\nLondon.</s>\n"
     alone = render_chat({"messages": [assistant("Hello.")]})
     assert learned(encode_chat(alone, tokenizer), tokenizer) == "Hello.</s>\n"
-    with pytest.raises(Unusable, match="asks nothing"):
+    with pytest.raises(Unusable, match="no turn before its only assistant turn"):
         ask_chat(alone, tokenizer)
 
 

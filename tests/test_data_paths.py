@@ -55,7 +55,7 @@ def test_the_splits_of_a_folder_are_those_of_its_names(folder: Path) -> None:
     write_rows(folder / "test.jsonl", rows_of(5))
     assert read(folder) == rows_of(4)
     assert read(folder, split="test") == rows_of(5)
-    with pytest.raises(ValueError, match=r"data.split is dev; the files of the folder are of"):
+    with pytest.raises(ValueError, match=r"data.split is dev, but the files of the folder are of"):
         read(folder, split="dev")
 
 
@@ -84,7 +84,7 @@ def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "one") == rows_of(1, 2)
     assert read(tmp_path / "both", split="test") == rows_of(4)
     assert read(tmp_path / "both", split="train[1:]") == rows_of(2, 3)
-    with pytest.raises(ValueError, match=r"data.split is dev; the saved data set has"):
+    with pytest.raises(ValueError, match=r"data.split is dev, but the saved data set has"):
         read(tmp_path / "both", split="dev")
 
 

@@ -238,7 +238,10 @@ def test_a_source_too_short_for_its_share_is_told(tokenizer: PreTrainedTokenizer
     """It gives what it has, the others give no more for it, and the gap is counted."""
     built = build_mix(tokenizer, {"a": (1, 3), "b": (1, 40)}, num_examples=20)
     assert (built.counts.drawn, built.counts.missing) == (13, 7)
-    assert "path=a: 3 rows read, 3 used, 7 fewer than asked for" in built.counts.summary()
+    assert (
+        "path=a: 3 rows read, 3 used, 7 fewer than data.num_examples asks for"
+        in built.counts.summary()
+    )
 
 
 def test_one_weight_leaves_the_other_sources_rows(tokenizer: PreTrainedTokenizerBase) -> None:

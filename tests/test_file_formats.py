@@ -150,7 +150,7 @@ def test_a_split_that_a_file_does_not_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}), encoding="utf-8")
     assert list(iterate_file(path, split="test")) == ROWS[:1]
-    with pytest.raises(ValueError, match=r"data\.split is validation, and the file holds train"):
+    with pytest.raises(ValueError, match=r"data\.split is validation, but the file holds train"):
         list(iterate_file(path, split="validation"))
 
 

@@ -1,4 +1,4 @@
-"""Rows joined into full sequences: as many tokens, the same steps, and each row still apart."""
+"""Rows packed into full sequences: as many tokens, the same steps, attention within each row."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_counts_say_how_many_sequences_and_how_full(tokenizer: PreTrainedTok
     assert [len(row_lengths(example)) for example in built.validation] == [1] * 6
     assert built.counts.sequences == len(built.train) < 18
     assert built.counts.fullness == pytest.approx(tokens / (600 * len(built.train)))
-    said = f"joined into {len(built.train)} sequences, {built.counts.fullness:.1%} full"
+    said = f"packed into {len(built.train)} sequences, {built.counts.fullness:.1%} full"
     assert said in built.counts.summary()
 
 

@@ -98,10 +98,10 @@ def test_a_mix_names_the_source_of_each_row(
 
 
 def test_a_packed_run_is_shown_row_by_row(rows: Path) -> None:
-    """The counts say what the rows are joined into."""
+    """The counts say what the rows are packed into."""
     shown = load_preview([*ALPACA, "training.sequence_packing=true"])
     assert len(list(shown.rows)) == 9
-    assert "joined into" in shown.summary
+    assert "packed into" in shown.summary
 
 
 def test_held_out_rows_are_named_so(rows: Path) -> None:

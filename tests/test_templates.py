@@ -126,7 +126,7 @@ def test_a_template_whose_responses_have_no_end_is_refused(
     """A model that it trains would not learn to stop."""
     tokenizer.chat_template = (CHAT_TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
     (problem,) = find_chat_problems(tokenizer)
-    assert "no special token, to learn stopping from; set model.chat_template=FILE" in problem
+    assert "no special token to learn as its end; set model.chat_template=FILE" in problem
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(
@@ -145,7 +145,7 @@ def test_malformed_conversations_are_counted(tokenizer: PreTrainedTokenizerBase)
         "messages is null": None,
         "messages is not a list": "hello",
         "messages has an item without role and content": [user, {"by": "gpt", "value": "x"}],
-        f"messages has another role than {', '.join(ROLES)}": [user, {**user, "role": "bot"}],
+        f"messages has a role other than {', '.join(ROLES)}": [user, {**user, "role": "bot"}],
         "messages has an empty content": [user, {**assistant, "content": " "}],
         "messages has a content that is not text": [user, {**assistant, "content": None}],
         "messages has no assistant turn": [user],

@@ -299,5 +299,5 @@ def test_early_stopping_without_rows_held_out_is_refused(
     assert len(find_problems(Config(data=held_out, training=wrong))) == 2
     rows: Iterator[Any] = ({"instruction": "Say it.", "output": "It."} for _ in range(3))
     source = DataSource("data.path", "rows.jsonl", "", held_out.sources()["data.path"])
-    with pytest.raises(ValueError, match=re.escape("validation_fraction=0.1 of 3 rows is none")):
+    with pytest.raises(ValueError, match=re.escape("validation_fraction=0.1 of 3 rows is no row")):
         build_examples([(source, list(rows))], held_out, early, tokenizer)

@@ -86,12 +86,12 @@ class ArrowCache:
                 continue
             except OSError as error:
                 fault = describe_fault(error)
-            log.warning("%s is damaged: %s; its rows are tokenised anew", path, fault)
+            log.warning("%s is damaged: %s; its rows are tokenised again", path, fault)
             _remove(path)
         return None
 
     def _locked(self, name: str) -> AbstractContextManager[Any]:
-        """Return the lock of a table, taken; says so where another process has it."""
+        """Return the acquired lock of a table; log that it waits where another process holds it."""
         try:
             stack = ExitStack()
             stack.enter_context(claimed(self.folder / f"{name}{CLAIM_FILE}", waiting=_tell_waiting))
@@ -100,7 +100,7 @@ class ArrowCache:
             raise Unwritable(error.strerror or str(error)) from None
 
     def _write(self, name: str, schema: pyarrow.Schema, make: Callable[[], Batches]) -> Path:
-        """Write a table whole or not at all; what `make` raises comes through as it is."""
+        """Write a table atomically; an error of `make` is raised unchanged."""
         temporary = self.folder / f"{name}.{os.getpid()}{WRITING}"
         try:
             with _writing():
@@ -127,7 +127,7 @@ class ArrowCache:
             _remove(path)
 
     def _evict(self, kept: Path) -> None:
-        """Remove the tables used longest ago until the others fit, and what nobody goes on with."""
+        """Remove the tables used longest ago until the others fit, and those half written."""
         sizes = {}
         for path in self.folder.glob(f"*{ENDING}"):
             try:
@@ -151,7 +151,7 @@ class ArrowCache:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Tell what the disk refuses from what goes wrong while a table is made."""
+    """Raise an error of the disk as Unwritable, to tell it from one of making a table."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A row's `messages`, checked: roles, text, what else they say, and which of them are learned.
+"""Chat messages of a row, validated: roles, contents, other fields, which turns are learned.
 
 Beside role and content a message may have any field that a chat template reads (`tool_calls`,
 `reasoning_content`, `name`); `weight: 0` and `train: false` take a message out of the loss. The
@@ -22,7 +22,7 @@ LEARNS = ("weight", "train", "training")  # OpenAI's name and Axolotl's two
 
 
 class Messages(list[Turn]):
-    """A conversation's turns, and what its template gets beside them."""
+    """A conversation's turns, with the tools and arguments of its chat template."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Messages(list[Turn]):
 
 
 def render_chat(fields: Mapping[str, Any]) -> list[Turn]:
-    """Return the row's `messages` and tools as they are; raises Unusable where one is at fault."""
+    """Return the row's `messages` and tools as turns; raises Unusable where one is invalid."""
     messages = fields["messages"]
     if messages is None:
         raise Unusable("messages is null")
@@ -84,7 +84,7 @@ def _role(given: Any) -> str:
     name = given.strip().lower() if isinstance(given, str) else ""
     role = ALIASES.get(name, name)
     if role not in ROLES:
-        raise Unusable(f"messages has another role than {', '.join(ROLES)}")
+        raise Unusable(f"messages has a role other than {', '.join(ROLES)}")
     return role
 
 
@@ -175,12 +175,12 @@ def with_system_role(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def with_joined_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose first turn, the system's, is the beginning of the user's, if it is."""
+    """Return messages with the system turn, unless it is blank, joined to the user's."""
     system, user, *others = [dict(one) for one in messages]
     texts = [one["content"].strip() and one["content"] for one in (system, user)]
     return [{**user, "content": "\n\n".join(filter(None, texts))}, *others]
 
 
 def begins_with_system(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a system turn stands before a user's."""
+    """Return whether the first two turns are a system's and a user's."""
     return [one["role"] for one in messages[:2]] in (["system", "user"], ["developer", "user"])

@@ -1,8 +1,8 @@
 """Tokens of conversations by the chat template in force, and which of them are responses.
 
-A template that marks the assistant's turns (`{% generation %}`) is believed. With another, a
-response is what a turn adds to the text that the turns before it make. What the template does not
-show of a message is named in `Encoded.notes`, and an answer of which it shows nothing is not
+Where the template marks the assistant's turns (`{% generation %}`), the marks are used. Otherwise a
+response is the text that a turn adds to the rendered turns before it. What the template does not
+render of a message is named in `Encoded.notes`, and an answer of which it renders nothing is not
 learned.
 """
 
@@ -26,10 +26,10 @@ from finetune.data.text_sections import count_common, encode_texts
 from finetune.data.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 from finetune.models.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
 
-REWRITES = "the chat template writes earlier turns anew when others follow"
-NOT_SHOWN = "messages has no answer that the chat template shows"
+REWRITES = "the chat template renders earlier turns differently when later ones follow"
+NOT_SHOWN = "the chat template renders no answer of the row"
 NOT_MARKED = "the chat template marks no response"
-JOINED = "the chat template takes no system turn, which was joined to the user's"
+JOINED = "the chat template has no system role, and the system turn was joined to the user's"
 THOUGHTS = re.compile(r"^(.*?)</think>", re.DOTALL)
 EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 TOGETHER_CHARACTERS = 2**22  # of texts that are held in memory with their tokens
@@ -89,7 +89,7 @@ def _refusal(error: Exception, chat: Chat) -> str:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation's text, and where in it are the messages whose tokens are asked for."""
+    """A conversation's text, and the spans of the messages whose tokens are needed."""
 
     chat: Chat
     text: str
@@ -100,9 +100,9 @@ class _Rendered:
 
     @property
     def texts(self) -> list[str]:
-        """Return what is to be tokenised: the text, and those that end at the places."""
-        whole = [self.text] if self.marked is None else []
-        return whole + [self.text[:place] for span in self.places.values() for place in span]
+        """Return the texts to tokenise: the conversation, and its prefixes up to each place."""
+        complete = [self.text] if self.marked is None else []
+        return complete + [self.text[:place] for span in self.places.values() for place in span]
 
 
 def encode_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -170,7 +170,7 @@ def _is_answer(message: Message) -> bool:
 
 
 def _mark(row: _Rendered, encoded: Sequence[list[int]]) -> Encoded:
-    """Mark the responses among the tokens, a token across a response's first border with it."""
+    """Mark the response tokens; a token across the start of a response belongs to it."""
     (tokens, marks), prefixes = row.marked or (encoded[0], []), encoded[row.marked is None :]
     ends = [count_common(prefix, tokens) for prefix in prefixes]
     spans = {n: (a, max(a, b)) for n, a, b in zip(row.places, ends[::2], ends[1::2], strict=True)}
@@ -188,10 +188,10 @@ def _mark(row: _Rendered, encoded: Sequence[list[int]]) -> Encoded:
 
 
 def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the conversation up to where the assistant speaks last."""
+    """Return the prompt of the last assistant turn."""
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     if not last:
-        raise Unusable("messages asks nothing before its only assistant turn")
+        raise Unusable("messages has no turn before its only assistant turn")
     asked = list(turns[:last])
     if isinstance(turns, Messages):
         asked = Messages(asked, turns.tools, turns.settings)
@@ -201,9 +201,9 @@ def ask_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Promp
 
 
 def _fit(turns: Sequence[Turn], templates: ChatTemplates) -> tuple[Chat, str]:
-    """Return the conversation as its template takes it whole, and its text.
+    """Return the conversation in a form that its template renders completely, and its text.
 
-    Where the template fails, or leaves something out, the messages are put as older ones were.
+    Where the template fails, or leaves something out, REPAIRS rewrite the messages.
     """
     tools = turns.tools if isinstance(turns, Messages) else None
     settings = turns.settings if isinstance(turns, Messages) else {}
@@ -231,9 +231,9 @@ def _try(chat: Chat) -> tuple[str | None, str]:
 
 def _quotes_arguments(chat: Chat, text: str | None) -> bool:
     """Return whether arguments that are JSON text fail, or would be JSON text of JSON text."""
-    given = chat_messages.argument_texts(chat.messages)
-    return bool(given) and (
-        text is None or any(json.dumps(one, ensure_ascii=False) in text for one in given)
+    arguments = chat_messages.argument_texts(chat.messages)
+    return bool(arguments) and (
+        text is None or any(json.dumps(one, ensure_ascii=False) in text for one in arguments)
     )
 
 
@@ -258,7 +258,7 @@ def _drops_system(chat: Chat, text: str | None) -> bool:
     )
 
 
-# Each with what calls for it, and what is to be said about it; later ones find earlier ones done.
+# Condition, repair and notes; applied in this order, each to the result of those before it.
 REPAIRS: tuple[tuple[Callable[[Chat, str | None], bool], Repair, tuple[str, ...]], ...] = (
     (_quotes_arguments, chat_messages.with_objects, ()),
     (_fails_at_null, chat_messages.with_empty_contents, ()),
@@ -269,7 +269,7 @@ REPAIRS: tuple[tuple[Callable[[Chat, str | None], bool], Repair, tuple[str, ...]
 
 
 def _is_shown(value: str | None, text: str | None) -> bool:
-    """Return whether a rendered text holds another, as it is or as a JSON string."""
+    """Return whether a rendered text contains a value, as it is or as a JSON string."""
     said = (value or "").strip()
     return text is not None and (
         said in text or any(json.dumps(said, ensure_ascii=a)[1:-1] in text for a in (False, True))
@@ -277,7 +277,7 @@ def _is_shown(value: str | None, text: str | None) -> bool:
 
 
 def _find_unused(chat: Chat, text: str) -> Iterator[str]:
-    """Yield the names of what messages say that the text does not show."""
+    """Yield the names of the fields and turns of messages that the text does not show."""
     names = dict.fromkeys(name for one in chat.messages for name, value in one.items() if value)
     for name in names:
         if name in REASONING:
@@ -312,20 +312,20 @@ def _thoughts(messages: Sequence[Message]) -> Iterator[str]:
 
 
 def _is_silent(chat: Chat, number: int, unused: Sequence[str]) -> bool:
-    """Return whether an answer says something, and the template shows nothing of it."""
+    """Return whether a message is an answer of which the template renders nothing."""
     message = chat.messages[number]
     said = [name for name in SPEECH if message.get(name) and name not in unused]
     return message["role"] == "assistant" and not (message["content"] or "").strip() and not said
 
 
 def _find_unlearned(turns: Sequence[Turn], chat: Chat) -> list[int]:
-    """Return which messages are taken out of the loss, counted after a system turn was joined."""
+    """Return the indices of messages without loss, counted after a system turn was joined."""
     joined = len(turns) - len(chat.messages)
     return [n - joined for n, turn in enumerate(turns) if not turn.is_learned and n >= joined]
 
 
 def _find_start(chat: Chat, text: str, number: int) -> int:
-    """Return where a message begins after its generation prompt; raises Unusable (REWRITES)."""
+    """Return where a response begins, after its generation prompt; raises Unusable (REWRITES)."""
     if not number:
         opening = replace(chat, messages=[PROBE])
         cue = opening.render(asks=True).removeprefix(opening.render())
@@ -343,7 +343,7 @@ def _find_end(chat: Chat, text: str, number: int) -> int:
     if number + 1 == len(chat.messages):
         return len(text)
     after = chat.render(number + 1)
-    if not text.startswith(after):  # some end the last turn alone in the end of the sequence
+    if not text.startswith(after):  # some end only the last turn in the EOS
         after = after.removesuffix(str(chat.tokenizer.eos_token))
     if not text.startswith(after):
         raise Unusable(REWRITES)
@@ -360,13 +360,13 @@ def _without(marks: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
 def find_learned(
     encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, prompt: bool, empty_think: bool
 ) -> list[bool]:
-    """Return which tokens are learned.
+    """Return the mask of the tokens that are learned.
 
     Args:
         encoded: a row's tokens.
         tokenizer: that made them.
-        prompt: whether what stands before a response is learned too.
-        empty_think: whether a response's think block without a thought is.
+        prompt: whether the prompt is learned too.
+        empty_think: whether an empty think block of a response is learned.
     """
     marks = [True] * len(encoded.tokens) if prompt else encoded.is_response
     learned = _without(marks, encoded.unlearned)
@@ -381,7 +381,7 @@ def _empty_thinks(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def find_chat_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return why the tokenizer cannot encode conversations."""
+    """Return why conversations cannot be encoded with the tokenizer."""
     remedy = (
         f"set model.chat_template=FILE{TEMPLATE_FILE}, use a model that has a chat template to "
         f"train on, or write single turns as a prompt: data.prompt_template=FILE{TEMPLATE_FILE}"
@@ -394,8 +394,9 @@ def find_chat_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         )
     except Unusable as error:
         return [f"data.prompt_template=chat: {error}; {remedy}"]
-    learned = {t for t, own in zip(encoded.tokens, encoded.is_response, strict=True) if own}
+    pairs = zip(encoded.tokens, encoded.is_response, strict=True)
+    learned = {token for token, is_response in pairs if is_response}
     if not learned & {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}:
-        fault = "the chat template ends a response with no special token, to learn stopping from"
+        fault = "the chat template ends a response with no special token to learn as its end"
         return [f"data.prompt_template=chat: {fault}; {remedy}"]
     return []

@@ -53,7 +53,10 @@ def find_local(path: Path, split: str) -> LocalData | None:
     """
     if path.is_file():
         if find_format(path) is None:
-            raise ValueError(f"rows are read from {known_endings()}, and from folders of them")
+            raise ValueError(
+                f"its format is not read; rows are read from {known_endings()}, and from folders "
+                "of them"
+            )
         return LocalData(path, [path])
     if path.is_dir():
         return _find_in_folder(path, split)
@@ -88,7 +91,10 @@ def _find_saved(folder: Path, split: str) -> LocalData:
     if names.is_file():
         splits = json.loads(names.read_text(encoding="utf-8"))["splits"]
         if split_name(split) not in splits:
-            raise ValueError(f"data.split is {split}; the saved data set has {', '.join(splits)}")
+            raise ValueError(
+                f"data.split is {split}, but the saved data set has {', '.join(splits)}; set "
+                "data.split to one of them"
+            )
         part = folder / split_name(split)
     files = sorted(part.glob("*.arrow"))
     if not files:
@@ -118,7 +124,8 @@ def _find_split_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(NO_FILE.format(known_endings())) from None
     if split_name(split) not in patterns:
         raise ValueError(
-            f"data.split is {split}; the files of the folder are of {', '.join(patterns)}"
+            f"data.split is {split}, but the files of the folder are of {', '.join(patterns)}; set "
+            "data.split to one of them"
         )
     names = DataFilesList.from_patterns(patterns[split_name(split)], base_path=str(folder))
     files = [Path(name) for name in names if find_format(Path(name))]

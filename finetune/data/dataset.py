@@ -45,10 +45,10 @@ MOST_COLUMNS = 1000  # that are looked at to name those that are not used
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows, in the order drawn or joined, and what became of the others.
+    """Tokenised rows, in the order drawn or packed, and the counts of all rows.
 
     `train_origins` has one entry for each row to train on, in the order drawn, also where the rows
-    were joined into sequences.
+    were packed into sequences.
     """
 
     train: Sequence[Example]
@@ -59,7 +59,7 @@ class Examples:
 
     @property
     def all(self) -> list[Example]:
-        """Return every row, also those that are joined in a sequence."""
+        """Return every row, also those that are packed into a sequence."""
         return [*unpacked(self.train), *unpacked(self.validation)]
 
     def shortest_and_longest(self) -> list[list[int]]:
@@ -203,7 +203,7 @@ def build_examples(
     training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Examples:
-    """Check, draw, mix, render, tokenise and mask the rows; join those to train on if asked to.
+    """Check, draw, mix, render, tokenise and mask the rows; pack those to train on if set.
 
     Raises:
         ValueError: no row is left to train on; the message names the first one's fault. Or none is
@@ -250,7 +250,7 @@ def build_examples(
 
 
 def join_rows(examples: Examples, max_length: int) -> Examples:
-    """Join the rows to train on in sequences of at most `max_length` tokens, and count these."""
+    """Pack the rows to train on into sequences of at most `max_length` tokens; count these."""
     packed = pack(examples.train, max_length)
     examples.counts.sequences = len(packed)
     num_tokens = int(example_lengths(examples.train).sum())
@@ -284,7 +284,7 @@ def _count_checked(source: TokenSource) -> RowCounts:
 
 
 def _count_tokenised(table: pyarrow.Table, numbers: Integers, counts: RowCounts) -> Spans:
-    """Count what became of the rows of these numbers; return where in the table their examples are.
+    """Count the outcomes of the rows of these numbers; return the table's spans of their examples.
 
     A row has one example, or several pieces.
     """
@@ -318,8 +318,8 @@ def _num_held_out(
         raise _nothing_left(read[0][0] if len(read) == 1 else "data.mix", counts)
     if not held_out and training.early_stopping is not None:
         raise ValueError(
-            f"data.validation_fraction={data.validation_fraction} of {num_rows} rows is none, "
-            "and training.early_stopping validates; raise it"
+            f"data.validation_fraction={data.validation_fraction} of {num_rows} rows is no row, "
+            "and training.early_stopping needs validation rows; raise data.validation_fraction"
         )
     return held_out
 
@@ -330,7 +330,7 @@ def longest_batch(
     training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """Return the tokens of the largest micro-batch that there can be, of the longest texts."""
+    """Return the most tokens that a micro-batch can have, from the longest texts."""
     count = 4 * training.batch_size
     lengths: list[int] = []
     for one in read:
@@ -366,9 +366,9 @@ def _sound_rows(
     counts: RowCounts | Faults,
     wanted: Collection[int] | None = None,
 ) -> Iterator[tuple[int, list[Turn]]]:
-    """Yield row number (from 1) and turns of each row whose fields are whole.
+    """Yield row number (from 1) and turns of each row whose fields can be used.
 
-    Where `wanted` numbers are given, others are neither rendered nor are their faults counted.
+    With `wanted` numbers, other rows are not rendered, and their faults are not counted.
     """
     stream = iter(rows)
     head = list(islice(stream, ROWS_LOOKED_AT))

@@ -1,6 +1,6 @@
 """File formats by name and content: JSON, csv, plain text, parquet and Arrow, row by row.
 
-Every reader yields rows as it goes; what a file of JSON holds is `json_rows`' matter.
+Every reader yields rows as it goes; `json_rows` interprets the content of JSON files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def iterate_file(
     """Yield the rows of a file of any format; raises ValueError with the place of a fault."""
     ending = find_format(path)
     if ending is None:
-        raise ValueError(f"rows are read from {known_endings()}")
+        raise ValueError(f"its format is not read; rows are read from {known_endings()}")
     return READERS[ending](path, encoding, split)
 
 
@@ -103,7 +103,7 @@ def _read_records(
 
 
 def _read_text(path: Path, encoding: str, split: str) -> Iterator[Row]:
-    """Yield a text's paragraphs, which blank lines part; its lines where there is no blank one."""
+    """Yield a text's paragraphs, separated by blank lines; without a blank line, its lines."""
     lines = read_lines(path, encoding)
     head: list[str] = []
     size, has_paragraphs = 0, False

@@ -158,7 +158,10 @@ def _rows_of(document: Any, split: str) -> Iterable[Any]:
             return list(document[name])
     splits = [name for name in SPLITS if _holds_objects(document.get(name))]
     if splits:
-        raise ValueError(f"data.split is {split}, and the file holds {', '.join(splits)}")
+        raise ValueError(
+            f"data.split is {split}, but the file holds {', '.join(splits)}; set data.split to one "
+            "of them"
+        )
     lists = [value for value in document.values() if _holds_objects(value)]
     if lists and _are_turns(lists):
         return [document]

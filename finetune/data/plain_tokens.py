@@ -70,7 +70,7 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def find_plain_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return why responses of the tokenizer could not be ended."""
+    """Return a problem if the tokenizer has no end-of-sequence token."""
     return [NO_EOS] if tokenizer.eos_token_id is None else []
 
 

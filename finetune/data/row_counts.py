@@ -11,9 +11,9 @@ from finetune.data.token_rows import Integers
 
 @dataclass
 class RowCounts:
-    """What became of the rows; reasons map to how many rows, `first` to the first row's number.
+    """Counts of rows by outcome; `dropped` maps reasons to rows, `first` to the first row's number.
 
-    Of a mix these are sums, and `sources` has each source's own counts.
+    Of a mix they are sums, and `sources` has each source's own counts.
     """
 
     read: int = 0
@@ -25,7 +25,7 @@ class RowCounts:
     pieces: int = 0  # of these texts
     validation: int = 0  # of the rows used, those to validate on
     missing: int = 0  # rows that were asked for beyond those that there are
-    sequences: int | None = None  # that the rows to train on were joined into
+    sequences: int | None = None  # that the rows to train on were packed into
     fullness: float | None = None  # of these sequences: their tokens over the places for them
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class RowCounts:
         cut = [self._cut()] if self.truncated else []
         if self.split:
             cut.append(f"{self.split} split into {self.pieces} pieces")
-        missing = [f"{self.missing} fewer than asked for"] if self.missing else []
+        missing = [f"{self.missing} fewer than data.num_examples asks for"] if self.missing else []
         packed = [] if self.fullness is None else [self._packed()]
         read = f"read as {self.shape}: {self.read} rows" if self.shape else f"{self.read} rows read"
         used = [read, f"{self.drawn} used"]
@@ -77,10 +77,10 @@ class RowCounts:
         )
 
     def _columns(self) -> list[str]:
-        """Say which columns are in the rows alone, or in the settings alone."""
+        """Name columns that no field uses, and columns of settings that no row has."""
         unused = [f"columns not used: {', '.join(self.unused)}"] if self.unused else []
         absent = [f"no row has the column {', '.join(self.absent)}"] if self.absent else []
         return unused + absent
 
     def _packed(self) -> str:
-        return f"joined into {self.sequences} sequences, {self.fullness:.1%} full"
+        return f"packed into {self.sequences} sequences, {self.fullness:.1%} full"

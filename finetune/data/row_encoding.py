@@ -1,4 +1,4 @@
-"""What a row comes to under a template and a tokenizer: tokens, labels, or the fault it has."""
+"""Encode rows by a template and a tokenizer: tokens and labels, or the reason to drop a row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokenise_rows(
     data: DataConfig,
     training: TrainingConfig,
 ) -> list[RowTokens]:
-    """Return what each row comes to; the cache keeps it under all that is asked for here."""
+    """Return each row's tokens, or why it is dropped; `token_cache` keeps them by all arguments."""
     return [
         _row_tokens(encoded, tokenizer, data, training)
         for encoded in _encode_rows(rows, template, tokenizer)
@@ -37,7 +37,7 @@ def encode_row(
     training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Example:
-    """Return a row's tokens and labels, not cut yet.
+    """Return a row's tokens and labels, before it is cut.
 
     Raises:
         Unusable: it cannot be learned from.

@@ -49,7 +49,7 @@ def _is_table(value: Mapping[str, Any]) -> bool:
 
 
 def find_messages_kind(value: Any) -> str | None:
-    """Return the name of how a conversation is written; None if it is none."""
+    """Return the name of a conversation's format; None if it is no conversation."""
     turns = parse_json_text(value)
     if not isinstance(turns, list) or not turns:
         return None
@@ -67,7 +67,7 @@ def find_messages_kind(value: Any) -> str | None:
 
 
 def build_messages(value: Any, column: str, system: Any = None) -> list[Any]:
-    """Return a conversation as messages of role and content; an odd item stays as it is.
+    """Return a conversation as messages of role and content; an unknown item is kept.
 
     Args:
         value: the row's, a list or its JSON text.

@@ -60,7 +60,7 @@ CHAT_ONLY = ("tools", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a source become a template's fields.
+    """The mapping of a source's rows onto a template's fields.
 
     `shape` names it where the rows do not have the template's own columns.
     """
@@ -90,7 +90,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What rows are read for, and how their columns are named."""
+    """The template that rows are read for, the names of their columns, and their shape."""
 
     template: Template
     columns: Mapping[str, str]  # field -> the data's column, where their names differ
@@ -105,7 +105,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Maker:
-    """What makes fields of a renamed row, and the columns that it takes."""
+    """A function that makes fields of a renamed row, and the columns that it uses."""
 
     title: str
     used: tuple[str, ...]
@@ -143,7 +143,7 @@ def find_reading(
     maker = _find_maker([wanted.rename(row) for row in head], wanted)
     if maker is None and shape is not None:
         raise ValueError(
-            f"data.format is {shape}, and the rows have the columns {', '.join(names)}; set "
+            f"data.format is {shape}, but the rows have the columns {', '.join(names)}; set "
             f"++data.columns.FIELD=COLUMN, or data.format={AUTO_FORMAT}"
         )
     maker = maker or _own_columns(wanted)

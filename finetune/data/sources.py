@@ -26,11 +26,11 @@ __all__ = ["Row", "RowStream", "find_source", "read_file", "read_rows"]
 
 
 def find_source(key: str, settings: SourceConfig) -> DataSource:
-    """Find the data and what identifies its content.
+    """Find a data source, and the digest or commit that identifies its content.
 
     Raises:
         FileNotFoundError: there is no such file or hub data set.
-        ValueError: the file is of a kind that is not read.
+        ValueError: the file's format is not read.
     """
     given = settings.path
     path = local_path(given)
@@ -48,7 +48,7 @@ def find_source(key: str, settings: SourceConfig) -> DataSource:
 
 
 def _content_digest(local: LocalData, settings: SourceConfig) -> str:
-    """Return what stands for the rows: the bytes, and the encoding where it is not UTF-8."""
+    """Return the digest of the rows: of the bytes, and of an encoding other than UTF-8."""
     if settings.encoding in (None, DEFAULT_ENCODING):
         return local.digest
     return digest([local.digest, settings.encoding])
@@ -89,7 +89,7 @@ class RowStream(Sequence[Row]):
         return _sliced(self._local_rows, split, str(self.source))
 
     def _local_rows(self) -> Iterator[Row]:
-        """Yield the rows of files; a folder that `datasets` wrote or describes is its to read."""
+        """Yield the rows of files; `datasets` reads a folder that it wrote or that has a card."""
         source, local = self.source, self._local
         if local.is_saved or local.is_card:
             yield from self._loaded
@@ -191,6 +191,6 @@ def _load_dataset(source: DataSource, location: str, split: str, **revision: Any
         return load_dataset(location, source.settings.subset, split=split, **revision)
     except (ValueError, DatasetGenerationError) as error:
         # Such as an unknown split; without the example in code.
-        told = " ".join(str(error).partition("\nExample")[0].split())
-        remedy = "; set data.subset=NAME" if told.startswith("Config name is missing") else ""
-        raise ValueError(f"{source}: {told}{remedy}") from None
+        message = " ".join(str(error).partition("\nExample")[0].split())
+        remedy = "; set data.subset=NAME" if message.startswith("Config name is missing") else ""
+        raise ValueError(f"{source}: {message}{remedy}") from None

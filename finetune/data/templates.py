@@ -43,7 +43,7 @@ ALPACA_PARTS = {  # whether there is an input -> first sentences, what is asked
     for has_input, prompt in ((True, ALPACA_WITH_INPUT), (False, ALPACA_WITHOUT_INPUT))
 }
 ALPACA_EARLIER = "### Instruction:\n{}\n\n### Response:\n{}\n\n"
-# The same, for who renders it without this project; a test holds both equal.
+# The same as jinja2, to render it without this project; a test holds both equal.
 ALPACA_JINJA = """\
 {%- if system -%}
 {{ system }}
@@ -174,7 +174,7 @@ def encode_plain_rows(
     except Unusable as fault:
         if len(rows) == 1:
             return [fault]
-    half = len(rows) // 2  # one of them is at fault: it alone
+    half = len(rows) // 2  # to find the row that is at fault
     return [
         *encode_plain_rows(rows[:half], tokenizer), *encode_plain_rows(rows[half:], tokenizer)
     ]  # fmt: skip
@@ -204,11 +204,12 @@ def _load_file(name: str) -> Template:
         ) from None
     names = sorted(meta.find_undeclared_variables(parsed) - environment.globals.keys())
     if "output" in names or not names:
-        fault = "holds {{ output }}" if names else "names no field, such as {{ question }}"
-        raise ValueError(
-            f"data.prompt_template={name}: it {fault}; it is the prompt of a row, which the "
-            "row's output follows by itself"
+        fault = (
+            "it holds {{ output }}; remove it, since the row's output is appended to the prompt"
+            if names
+            else "it names no field of a row; write at least one, such as {{ question }}"
         )
+        raise ValueError(f"data.prompt_template={name}: {fault}")
 
     def render(fields: Fields) -> list[Turn]:
         output = _texts(fields, required=("output",))["output"]

@@ -1,7 +1,7 @@
 """Lines of text files: decompressed by their content, decoded by BOM or `data.encoding`.
 
-A file is read line by line, so that its size is no matter, and a byte that is not in the encoding
-is named with its line.
+A file is read line by line, so that it may be larger than the memory, and a byte that is not in the
+encoding is named with its line.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_lines(path: Path, encoding: str = DEFAULT_ENCODING, *, longest: int = -
     Args:
         path: of the file.
         encoding: of its text.
-        longest: bytes of a line from which on it comes in pieces; -1 yields all lines whole.
+        longest: bytes above which a line is yielded in pieces; -1 never splits a line.
 
     Raises:
         ValueError: a line is not in the encoding, or the file is cut off.

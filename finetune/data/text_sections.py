@@ -57,8 +57,8 @@ def encode_texts(
     special = find_special(backend) if has_sections(backend) else None
     with _all_cores():
         if special is None:
-            whole = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-            return [found.ids for found in whole]
+            batch = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            return [found.ids for found in batch]
         numbers: dict[str, int] = {}
         cut = [[numbers.setdefault(s, len(numbers)) for s in split(text)] for text in texts]
         encoded = backend.encode_batch(list(numbers), add_special_tokens=False)
@@ -151,7 +151,7 @@ def count_common(first: list[int], second: list[int]) -> int:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the backend encode on all cores; elsewhere it is kept from that for processes' sake."""
+    """Encode on all cores; elsewhere tokenizers' threads are off, since processes fork."""
     before = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "true"
     try:

@@ -1,8 +1,8 @@
-"""Rows tokenised once: what each row of a source comes to, kept in the Arrow cache.
+"""Cache of tokenised rows: each row of a source is tokenised once, into an Arrow table.
 
-A run's rows are places in the table of all usable rows. Where it draws few of them, only these are
-tokenised; where it takes all, they are checked in the same pass. How a row is rendered and encoded
-is `data`'s matter, and comes in as functions.
+A run's rows are indices into the table of all usable rows. Where it draws few of them, only these
+are tokenised; where it takes all, they are checked in the same pass. Rendering and encoding are
+passed in as functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune.files import digest
 from finetune.home import cache_dir
 
 FOLDER = "tokens"
-# Raised when the same rows become other tokens: runs trained on others are not found again.
+# Raised when the same rows become other tokens: runs trained on earlier ones are not reused.
 TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
 TABLES = 2  # raised when the tables' columns, or what rows they have, change
 VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
@@ -68,7 +68,7 @@ class RowTokens(NamedTuple):
 
 
 class Faults:
-    """Collects the rows that a rendering leaves out, as RowCounts does, and what else it sets."""
+    """Collects the rows that rendering drops, as RowCounts does, and its notes on all rows."""
 
     def __init__(self) -> None:
         self._by_row: dict[int, str] = {}
@@ -134,7 +134,7 @@ Encode = Callable[[Sequence[Any], PreTrainedTokenizerBase], list[RowTokens]]
 class TokenSource:
     """The rows of one source under one template and tokenizer.
 
-    `key` stands for the rows and how they are rendered; where it is None nothing is kept.
+    `key` identifies the rows and their rendering in the cache; None caches nothing.
     """
 
     render: Rendered
@@ -156,7 +156,7 @@ class TokenSource:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Return what a rendering says of all rows."""
+        """Return the notes of a rendering on all rows."""
         found: dict[str, Any] = json.loads(self.checked["about"].drop_null()[-1].as_py())
         return found
 
@@ -199,7 +199,7 @@ class TokenSource:
         return found
 
     def turns(self, numbers: Iterable[int]) -> dict[int, Any]:
-        """Return what is rendered of these rows, in one pass."""
+        """Return the turns of these rows, rendered in one pass."""
         wanted, last = set(numbers), max(numbers, default=0)
         found = {}
         for number, turns in self.render(Faults(), wanted) if wanted else ():
@@ -334,26 +334,26 @@ def _size(turns: Sequence[Any]) -> int:
 
 
 def rows_key(source: DataSource, data: DataConfig, template: str | None) -> dict[str, Any] | None:
-    """Return what stands for the rows of a source as they are rendered; None without a digest.
+    """Return the cache key of the rendered rows of a source; None without a digest.
 
     Args:
         source: of the rows; its digest is of their content.
         data: its settings that choose among rows are left out.
-        template: the text of the user's, if it is one.
+        template: the text of a user's template file.
     """
     if not source.digest:
         return None
     settings = {k: v for k, v in asdict(data).items() if k not in CHOOSING}
-    own = {k: v for k, v in asdict(source.settings).items() if k not in {*CHOOSING, "weight"}}
+    columns = {k: v for k, v in asdict(source.settings).items() if k not in {*CHOOSING, "weight"}}
     return {
         "tables": TABLES, "tokens": TOKENS, "digest": source.digest, "template": template,
-        "data": settings, "source": own, "versions": {name: version(name) for name in VERSIONS},
+        "data": settings, "source": columns, "versions": {name: version(name) for name in VERSIONS},
     }  # fmt: skip
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of all that decides on a tokenizer's tokens."""
-    told: dict[str, Any] = {
+    """Return a digest of all that determines a tokenizer's tokens."""
+    parts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "added": {str(n): repr(token) for n, token in tokenizer.added_tokens_decoder.items()},
@@ -361,12 +361,12 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         "settings": {name: repr(value) for name, value in tokenizer.init_kwargs.items()},
     }
     if tokenizer.is_fast:
-        told["fast"] = digest(tokenizer.backend_tokenizer.to_str())
+        parts["fast"] = digest(tokenizer.backend_tokenizer.to_str())
     else:
         with suppress(NotImplementedError):
-            told["vocabulary"] = digest(tokenizer.get_vocab())
-    told["flags"] = [
+            parts["vocabulary"] = digest(tokenizer.get_vocab())
+    parts["flags"] = [
         getattr(tokenizer, name, None)
         for name in ("add_bos_token", "add_eos_token", "split_special_tokens")
     ]
-    return digest(json.loads(json.dumps(told, default=repr)))
+    return digest(json.loads(json.dumps(parts, default=repr)))

@@ -85,7 +85,7 @@ def _shorten(text: str) -> str:
 
 
 def describe_first(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a log line with the first row to train on, the first of its sequence where joined."""
+    """Return a log line with the first row to train on, the first of its sequence where packed."""
     first, origins = unpacked(examples.train)[0], examples.train_origins
     name = "first row" if examples.is_packed or not origins else f"row {origins[0].row}"
     line = render_line(find_spans(first, tokenizer))

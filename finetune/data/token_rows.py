@@ -1,6 +1,6 @@
-"""Examples that are read from memory-mapped Arrow tables one by one, and joined into sequences.
+"""Examples read from memory-mapped Arrow tables one by one, and packed into sequences.
 
-An example is one sequence of tokens: a tokenised row, or several end to end.
+An example is one sequence of tokens: a tokenised row, or several concatenated ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Example(TypedDict):
-    """One sequence: a tokenised row, or several end to end, whose lengths are `seq_lengths`.
+    """One sequence: a tokenised row, or several concatenated ones of lengths `seq_lengths`.
 
     `labels` has the length of `input_ids`, IGNORED where masked and at each row's first token.
     """
@@ -33,7 +33,7 @@ class Example(TypedDict):
 
 
 class Origin(NamedTuple):
-    """Where an example comes from: the place of its source in the mix, and its row, from 1."""
+    """The origin of an example: the index of its source in the mix, and its row, from 1."""
 
     source: int
     row: int
@@ -76,7 +76,7 @@ class LazyExamples(Sequence[Example]):
 
 
 class TokenRows(LazyExamples):
-    """Rows of tables with `input_ids`, `is_learned` and `row`; `places` counts through them all."""
+    """Rows of tables with `input_ids`, `is_learned` and `row`; `places` index all of them."""
 
     def __init__(self, tables: Sequence[pyarrow.Table], places: Integers) -> None:
         self._tables, self._places = tables, places
@@ -145,7 +145,7 @@ class Origins(Sequence[Origin]):
 
 
 class PackedRows(LazyExamples):
-    """Sequences, each of several rows end to end."""
+    """Sequences, each of several concatenated rows."""
 
     def __init__(self, rows: Sequence[Example], packed: Sequence[Integers]) -> None:
         self._rows, self._packed = rows, packed
@@ -172,24 +172,24 @@ class PackedRows(LazyExamples):
 
 
 def pack(rows: Sequence[Example], length: int) -> PackedRows:
-    """Join rows into as few sequences of up to `length` tokens as best-fit decreasing finds.
+    """Pack rows into as few sequences of up to `length` tokens as best-fit decreasing finds.
 
     The longest row first, each joins the fullest sequence that still has room (arXiv:2404.10830).
-    TRL decides by lengths alone: it gets each row's place in the place of all its tokens.
+    TRL packs by lengths alone: it gets each row's index in place of each of its tokens.
     """
     sizes = example_lengths(rows)
     places = np.repeat(np.arange(len(rows), dtype=np.int32), sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     column = pyarrow.LargeListArray.from_arrays(offsets, places)
-    apart = Dataset(pyarrow.table({"input_ids": column}))
-    # By itself it packs every 1,000 rows for themselves.
-    packed = pack_dataset(apart, length, "bfd", {"batch_size": len(rows)})
+    indices = Dataset(pyarrow.table({"input_ids": column}))
+    # By default it packs every 1,000 rows separately.
+    packed = pack_dataset(indices, length, "bfd", {"batch_size": len(rows)})
     batches = packed.with_format("arrow").iter(BATCH_ROWS)
     return PackedRows(rows, [found for batch in batches for found in _joined_rows(batch)])
 
 
 def _joined_rows(batch: pyarrow.Table) -> Iterator[Integers]:
-    """Yield, of each sequence, the places of the rows it is joined from."""
+    """Yield the indices of the rows of each sequence."""
     for ids, sizes in zip(batch["input_ids"], batch["seq_lengths"], strict=True):
         starts = np.cumsum(sizes.values.to_numpy()) - sizes.values.to_numpy()
         yield ids.values.to_numpy()[starts].astype(np.int64)
@@ -208,7 +208,7 @@ def row_lengths(example: Example) -> list[int]:
 
 
 def unpacked(examples: Sequence[Example]) -> Sequence[Example]:
-    """Return every row, also those that are joined in a sequence."""
+    """Return every row, also those that are packed into a sequence."""
     if isinstance(examples, TokenRows):
         return examples
     if isinstance(examples, PackedRows):
@@ -225,7 +225,7 @@ def _rows(example: Example) -> list[Example]:
 
 
 def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Return examples as the Trainer takes them; few are Python's at a time."""
+    """Return examples as the Trainer's Dataset, converted a batch at a time."""
     names = list(examples[0])
     types = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in names])
     tables = []

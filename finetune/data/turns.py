@@ -1,4 +1,4 @@
-"""A row as turns, and a prompt: what templates make of a row before and after tokenising it."""
+"""Turns of a row, its encoded tokens and its prompt: what templates and tokenizers exchange."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SURROGATE = "it holds a lone surrogate (half of a character), which is not text"
 
 
 class Unusable(ValueError):
-    """A row that cannot be learned from; the message is the reason it is counted under."""
+    """A row that cannot be learned from; it is dropped and counted under the message."""
 
 
 class Turn(NamedTuple):
-    """What one side says; plain text has at most a user's turn and the assistant's."""
+    """One turn of a conversation; plain text has at most a user's and the assistant's."""
 
     role: str
     content: str
@@ -33,20 +33,20 @@ class Encoded:
 
     tokens: list[int]
     is_response: list[bool]
-    notes: tuple[str, ...] = ()  # what the tokens do not show of the row, to be counted
+    notes: tuple[str, ...] = ()  # counted, such as fields that the tokens do not show
     unlearned: tuple[tuple[int, int], ...] = ()  # spans without labels, even where all is learned
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, as text and as the tokens it sees."""
+    """A prompt, as text and as tokens."""
 
     text: str
     tokens: list[int]
 
 
 def holds_surrogate(value: object) -> bool:
-    """Return whether any text in a row's value is one that no tokenizer takes."""
+    """Return whether any text in a value has a lone surrogate, which no tokenizer takes."""
     match value:
         case str():
             return not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value)
