@@ -353,10 +353,14 @@ def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts
 
 
 def sound_rows(
-    source: DataSource, rows: Sequence[Row], template: Template
+    source: DataSource, rows: Sequence[Row], template: Template, wanted: Collection[int]
 ) -> Iterator[tuple[int, list[Turn]]]:
-    """Yield row number (from 1) and turns of each row whose fields can be used."""
-    return _sound_rows(source, rows, template, RowCounts())
+    """Yield row number (from 1) and turns of each of the wanted rows whose fields can be used."""
+    last = max(wanted, default=0)
+    for number, turns in _sound_rows(source, rows, template, RowCounts(), wanted):
+        yield number, turns
+        if number == last:
+            return
 
 
 def _sound_rows(

@@ -134,6 +134,10 @@ class Origins(Sequence[Origin]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def rows_of(self, source: int) -> Integers:
+        """Return the numbers of a source's rows, each once, in ascending order."""
+        return np.unique(self._rows[self._sources == source])
+
     @overload
     def __getitem__(self, place: int) -> Origin: ...
     @overload
