@@ -28,6 +28,7 @@ import yaml
 
 log = logging.getLogger("finetune")
 
+LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024  # the beginning; a bound
 ASIDE = ".damaged"  # the end of a name under which a damaged file is kept
 
 # The same values; libyaml, which most builds of PyYAML have, reads ten times as fast.
@@ -197,6 +198,15 @@ def parse_lines(raw: bytes, is_valid: Callable[[dict[str, Any]], bool]) -> JsonL
                 lines.damaged.append((start, len(line)))
         start = end + 1
     return lines
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ValueError where a file is a pointer of Git LFS, which a clone without LFS leaves."""
+    if path.stat().st_size < LFS_POINTER_BYTES and read_bytes(path).startswith(LFS_POINTER):
+        raise ValueError(
+            f"{path.name} is a Git LFS pointer, not the file itself; `git lfs pull` in its "
+            "repository fetches the file"
+        )
 
 
 def set_aside(path: Path, why: str) -> None:

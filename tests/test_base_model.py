@@ -79,6 +79,18 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
         find_model(ModelConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_no_model(tmp_path: Path, name: str) -> None:
+    """A clone without LFS has pointers in place of the files; the command for them is named."""
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (tmp_path / name).write_text(pointer, encoding="utf-8")
+    path = tmp_path / name if name.endswith(".gguf") else tmp_path
+    with pytest.raises(FileNotFoundError, match=rf"model.path=.*{name} is a Git LFS pointer.*pull"):
+        find_model(ModelConfig(path=str(path)))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -98,6 +98,28 @@ def test_a_slice_of_any_file_is_taken(tmp_path: Path, split: str, numbers: Any) 
     assert read(path, split=split) == rows_of(*numbers)
 
 
+@pytest.mark.parametrize("split", ["test", "validation[:10%]"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "*.jsonl"])
+def test_a_split_of_a_file_without_splits_is_refused(tmp_path: Path, name: str, split: str) -> None:
+    """Its rows are not taken for those of the split; the remedy is named."""
+    write_rows(tmp_path / "a.jsonl", rows_of(1, 2))
+    (tmp_path / "a.csv").write_text("text\n1\n2\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows_of(1, 2), indent=1), encoding="utf-8")
+    assert read(tmp_path / name, split="train[:2]") == rows_of(1, 2)
+    fault = rf"data.split is {split.partition('[')[0]}, but .* splits .* set data.split=train$"
+    with pytest.raises(ValueError, match=fault):
+        read(tmp_path / name, split=split)
+
+
+def test_rows_to_validate_on_need_not_be_of_the_split(tmp_path: Path) -> None:
+    """data.split is of data.path, which may hold splits where the other file holds none."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": rows_of(1), "test": rows_of(2)}), encoding="utf-8")
+    other = write_rows(tmp_path / "b.jsonl", rows_of(3))
+    data = DataConfig(path=str(path), split="test", validation_path=str(other))
+    assert [read_rows(one) for one in find_sources(data)] == [rows_of(2), rows_of(3)]
+
+
 def test_a_malformed_slice_is_refused(tmp_path: Path) -> None:
     """With the setting and what was given."""
     path = write_rows(tmp_path / "a.jsonl", rows_of(1))

@@ -23,6 +23,7 @@ ROWS: list[dict[str, Any]] = [
     {"instruction": f"Say {i}.", "input": "é, ö; ü", "output": f"It is\n{i}."} for i in range(3)
 ]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 COLUMNS = {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}
 
 
@@ -179,6 +180,11 @@ def test_the_messages_of_the_only_row_are_no_rows(tmp_path: Path, answers: int) 
         ("a.json", b"\xff\xfea", "is not UTF-16"),
         ("a.json.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], "damaged|to its end"),
         ("a.json", b"PK\x03\x04", "zip archive; unpack"),
+        ("a.jsonl", POINTER, r"a\.jsonl is a Git LFS pointer.*`git lfs pull` in its repository"),
+        ("a.csv", POINTER, r"a\.csv is a Git LFS pointer"),
+        ("a.txt", POINTER, r"a\.txt is a Git LFS pointer"),
+        ("a.parquet", POINTER, r"a\.parquet is a Git LFS pointer"),
+        ("a.arrow", POINTER, r"a\.arrow is a Git LFS pointer"),
         ("a.xls", b"", "rows are read from .jsonl"),
         ("a.arrow", b"xx", "not an Arrow file"),
     ],

@@ -132,6 +132,15 @@ def test_trained_biases_cost_the_base_its_place_in_memory(tied: Path, tmp_path: 
         adapters.take_off(adapted)
 
 
+def test_a_pointer_of_git_lfs_is_no_adapter(tied: Path, tmp_path: Path) -> None:
+    """A clone without LFS has one in place of the weights; the command for them is named."""
+    folder = save_adapter(tied, lora(), tmp_path / "adapter")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (folder / "adapter_model.safetensors").write_text(pointer, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model.adapter=.*adapter_model.* Git LFS pointer.*pull"):
+        adapters.saved_digest(folder)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

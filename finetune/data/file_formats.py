@@ -12,9 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finetune.data.json_rows import TEXT_COLUMN, Row, read_json_rows
+from finetune.data.json_rows import TEXT_COLUMN, Row, holds_splits, read_json_rows
 from finetune.data.text_lines import DEFAULT_ENCODING, read_lines, split_at_carriage_returns
+from finetune.files import refuse_lfs_pointer
 
+ONLY_SPLIT = "train"  # of a file without splits, as `datasets` names it
 ROWS_AT_ONCE = 1000  # of a columnar file
 DELIMITERS = ",;\t|"
 LARGEST_FIELD = 2**31 - 1  # csv's own bound is 131,072 characters
@@ -44,7 +46,22 @@ def iterate_file(
     ending = find_format(path)
     if ending is None:
         raise ValueError(f"its format is not read; rows are read from {known_endings()}")
-    return READERS[ending](path, encoding, split)
+    refuse_lfs_pointer(path)
+    yield from READERS[ending](path, encoding, split)
+
+
+def refuse_unknown_split(path: Path, *, encoding: str, split: str) -> None:
+    """Raise ValueError where `data.split` is not train, and a file holds no splits."""
+    if split in ("", ONLY_SPLIT):
+        return
+    refuse_lfs_pointer(path)
+    is_json = READERS[find_format(path) or ""] is _read_json
+    if is_json and holds_splits(read_lines(path, encoding, longest=LONG_LINE), split):
+        return
+    raise ValueError(
+        f"data.split is {split}, but a file that holds no splits has the split {ONLY_SPLIT} only; "
+        f"set data.split={ONLY_SPLIT}"
+    )
 
 
 def _read_json(path: Path, encoding: str, split: str) -> Iterator[Row]:

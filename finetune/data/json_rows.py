@@ -57,6 +57,17 @@ def read_json_rows(lines: Iterable[str], split: str) -> Iterator[Row]:
         yield as_row(_parse(line.strip(), number), f"line {number}")
 
 
+def holds_splits(lines: Iterable[str], split: str) -> bool:
+    """Return whether a JSON file is one object with rows below the names of splits."""
+    text = JsonStream(_number(lines))
+    if text.peek() != "{":
+        return False
+    first = text.value()
+    if text.peek():  # JSON Lines
+        return False
+    return _holds_rows(first.get(split)) or any(_holds_objects(first.get(n)) for n in SPLITS)
+
+
 def _number(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Yield pieces of lines that are not blank, with the number of their line."""
     number, begins = 1, True

@@ -7,6 +7,7 @@ hold is known to its template; which rows are taken is `data`'s matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from finetune.config.inputs import DataSource
 from finetune.config.schema import SourceConfig, local_path
 from finetune.data import data_paths
 from finetune.data.data_paths import LocalData
-from finetune.data.file_formats import find_format, iterate_file
+from finetune.data.file_formats import find_format, iterate_file, refuse_unknown_split
 from finetune.data.json_rows import Row
 from finetune.data.text_lines import DEFAULT_ENCODING
 from finetune.files import digest
@@ -96,9 +97,14 @@ class RowStream(Sequence[Row]):
             return
         encoding = source.settings.encoding or DEFAULT_ENCODING
         split = data_paths.split_name(source.settings.split or "")
+        # A folder's files are those of the split, and rows to validate on have no such setting.
+        is_chosen = local.path.is_dir() or source.key == "data.validation_path"
         for file in local.files:
             name = str(source) if len(local.files) == 1 else f"{source}: {file}"
-            yield from _named(iterate_file(file, encoding=encoding, split=split), name)
+            with _named(name):
+                if not is_chosen:
+                    refuse_unknown_split(file, encoding=encoding, split=split)
+                yield from iterate_file(file, encoding=encoding, split=split)
 
     @cached_property
     def _local(self) -> LocalData:
@@ -142,9 +148,11 @@ class RowStream(Sequence[Row]):
         raise IndexError(f"{self.source} has no row {place}")
 
 
-def _named(rows: Iterator[Row], name: str) -> Iterator[Row]:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the source in the errors of its file."""
     try:
-        yield from rows
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -165,7 +173,8 @@ def _sliced(read: Callable[[], Iterator[Row]], split: str, name: str) -> Iterato
 
 def read_file(path: Path, *, name: str) -> list[Row]:
     """Read the rows of a file; `name` begins what its errors say."""
-    return list(_named(iterate_file(path), name))
+    with _named(name):
+        return list(iterate_file(path))
 
 
 def _load_hub(source: DataSource) -> Any:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.methods import METHODS, lora_settings
 from finetune.config.methods import changes_base as changes_base_at_first
 from finetune.config.schema import ALL_LINEAR, LoraConfig, PeftConfig
-from finetune.files import Damaged, digest, file_digest, replaced
+from finetune.files import Damaged, digest, file_digest, refuse_lfs_pointer, replaced
 from finetune.tracking import run_files
 from finetune.tracking.run_folder import RunFolder
 
@@ -295,6 +295,10 @@ def _refuse_damaged(folder: Path, files: Sequence[Path]) -> None:
     """Verify each file; those of a run by the digests that the run recorded."""
     run = RunFolder(folder.absolute().parent)
     for file in files:
+        try:
+            refuse_lfs_pointer(file)
+        except ValueError as error:
+            raise Damaged(f"model.adapter={folder}: {error}") from None
         problem = run_files.find_misfit(file, file.name)
         if folder.absolute() == run.adapter:
             problem = run.find_problem(f"{folder.name}/{file.name}")

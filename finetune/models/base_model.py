@@ -36,6 +36,7 @@ from finetune.files import (
     file_digest,
     known_digest,
     read_json,
+    refuse_lfs_pointer,
     replaced,
     slug,
     write_atomic,
@@ -199,12 +200,22 @@ def _folder_digest(folder: Path) -> str:
             f"model.path={folder} holds no .safetensors file, and pickled weights are not loaded; "
             "save the model again with save_pretrained"
         )
+    for file in files:
+        _refuse_lfs_pointer(file)
     return digest({p.name: known_digest(p) for p in files})
+
+
+def _refuse_lfs_pointer(file: Path) -> None:
+    try:
+        refuse_lfs_pointer(file)
+    except ValueError as error:
+        raise FileNotFoundError(f"model.path={file.parent}: {error}") from None
 
 
 def _converted(gguf: Path) -> Source:
     if not gguf.is_file():
         raise FileNotFoundError(f"model.path: there is no file {gguf}")
+    _refuse_lfs_pointer(gguf)
     key = {"gguf": known_digest(gguf), "conversion": CONVERSION}
     return _cached(gguf.stem, key, lambda folder: _write_dequantised(gguf, folder))
 
