@@ -371,7 +371,7 @@ def test_a_wrong_layout_is_found_by_the_check(
     plain = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8)
     assert_equal(plain.loglikelihood(asked, disable_tqdm=True), lm.loglikelihood(asked))
     assert lm.scoring.path == "plain"
-    assert "differs by" in str(lm.scoring.reason)
+    assert "log-likelihoods differ from HFLM's by" in str(lm.scoring.reason)
 
 
 def test_behind_a_base_that_passed_less_is_compared(tiny: PreTrainedModel) -> None:

@@ -360,5 +360,5 @@ def test_a_task_file_is_told_what_is_possible(
 def test_more_shots_than_solved_examples_are_refused(tmp_path: Path) -> None:
     """The setting is named, where random's own error would name nothing."""
     settings = local(tmp_path, "arc_easy", arc_rows(), num_fewshot=60)
-    with pytest.raises(ValueError, match=r"evaluation.num_fewshot is 60; arc_easy has fewer"):
+    with pytest.raises(ValueError, match=r"evaluation.num_fewshot is 60, but arc_easy has fewer"):
         load_task("arc_easy", settings)

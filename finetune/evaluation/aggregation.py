@@ -1,7 +1,7 @@
-"""How lm-eval aggregates a task's metrics, read from its own task objects.
+"""Aggregation of a task's metrics, as lm-eval's task objects define it.
 
 A metric that metrics.AGGREGATES does not compute (bleu, chrf, a task's own function) is resampled
-here, where lm-eval is at hand, so that a report needs only the file.
+here, where lm-eval is imported, so that a report needs only the file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _grouping(task: LoadedTask, metric: str) -> Grouping | None:
 
 
 def _definition(task: LoadedTask, metric: str, grouping: Grouping | None) -> Metric:
-    """Return what all tasks of a group agree on; where they do not, there is no direction."""
+    """Return the definition that all tasks of a group share; `mixed`, or no direction, if none."""
     tasks = task.tasks.values()
     directions = {one.higher_is_better().get(metric) for one in tasks}
     names = {_registered(one.aggregation().get(metric, mean)) for one in tasks}
@@ -63,7 +63,7 @@ def _definition(task: LoadedTask, metric: str, grouping: Grouping | None) -> Met
 
 
 def _registered(function: Function) -> str:
-    """Return lm-eval's name of an aggregation, or where a task's own function stands."""
+    """Return lm-eval's name of an aggregation, or the module and name of a task's function."""
     for name, known in AGGREGATION_REGISTRY.items():
         if known is function:
             return str(name)
@@ -138,7 +138,7 @@ def _strata(
     strata = []
     for member, pairs in answers.items():
         functions = task.tasks[member or task.name].aggregation()
-        # A filter's name stands behind the metric's.
+        # A filter's name follows the metric's.
         known = [name for name in functions if metric == name or metric.startswith(f"{name}_")]
         function = functions[max(known, key=len)] if known else mean
         share = len(pairs) / total if definition.grouping == "by_size" else 1 / len(answers)

@@ -1,9 +1,9 @@
-"""Attention over a row of token trees, each block of it apart, for models that let us.
+"""Block-sparse attention over a prefix tree of token sequences.
 
-A model calls the function that its `attn_implementation` names; for the time of a forward pass
-this one is named there. It needs no mask over the whole row and computes nothing between blocks.
+A model calls the function that its `attn_implementation` names, which is this one during a forward
+pass. It needs no mask over all tokens, and computes nothing between blocks.
 
-Axes: head, token = place in the row, feature.
+Axes: head, token = index in the tree, feature.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = "finetune_blocks"
 
 
 class BlockAttention:
-    """A model's attention, replaced for a while by one that follows a row's blocks."""
+    """Attention by the blocks of a tree, which replaces a model's own while it is installed."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self._base = base_of(model)
@@ -34,7 +34,7 @@ class BlockAttention:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the model attend block by block."""
+        """Replace the model's attention while the context lasts."""
         before = self._base.config._attn_implementation
         ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
         self._base.set_attn_implementation(NAME)
@@ -46,7 +46,7 @@ class BlockAttention:
             self._blocks = []
 
     def lay_out(self, tree: Tree) -> None:
-        """Say which row the next forward pass is about."""
+        """Set the tree of the next forward pass."""
         device = self._base.device
         self._blocks = []
         for block in build_blocks(tree, BLOCK_TOKENS[device.type]):
@@ -71,7 +71,7 @@ class BlockAttention:
         """Attend [1, head, token, feature] block by block; return [1, token, head, feature]."""
         unknown = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
         if unknown:
-            raise ValueError(f"its attention takes {unknown[0]}")
+            raise ValueError(f"its attention uses {unknown[0]}")
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

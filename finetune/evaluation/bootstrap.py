@@ -20,7 +20,7 @@ from finetune.statistics.metrics import f1, matthews
 from finetune.substitution import substituted
 
 CHUNK = 1000  # resamples of one seed, as in lm-eval
-MOST_DRAWS = 2_000_000  # that stand in memory at a time
+MOST_DRAWS = 2_000_000  # in memory at a time
 
 Statistic = Callable[[Sequence[Any]], float]
 # A statistic of many resamples at once, from the values' codes.
@@ -67,7 +67,7 @@ def _draws(seed: int, num_resamples: int, size: int) -> Iterator[np.ndarray]:
 
 
 def _vectorised(statistic: Statistic, values: Sequence[Any]) -> Vectorised | None:
-    """Return the statistic of whole blocks of resamples; None where lm-eval's own is to be used."""
+    """Return the statistic of blocks of resamples; None where lm-eval's own must be used."""
     if statistic is metrics.perplexity:
         numbers = np.asarray(values, dtype=float)
         return lambda places: np.exp(-numbers[places].mean(axis=1))

@@ -1,8 +1,8 @@
-"""What scoring a task takes, told before it begins: its size, and time once a speed is known.
+"""Forecasts of scoring a task: its number of questions, and its time once a speed is known.
 
-A model's speed is what its last scores took on this machine. Choices are measured by characters,
-shared ones counted once as the scorer forwards them, so that one task tells another's time;
-generations by question and task, since each has answers of its own length.
+A model's speed is measured by its last scores on this machine. Multiple choice is measured in
+characters, with shared prefixes counted once as the scorer computes them, so that one task predicts
+another; generation in questions of the same task, since the lengths of answers differ.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Speeds:
         return line if speed is None else f"{line}, about {_render_seconds(amount() / speed)}"
 
     def record(self, task: LoadedTask, seconds: float) -> None:
-        """Keep what a task took, for the forecasts to come, where the cache has room for it."""
+        """Record a task's speed for later forecasts, if the cache can be written to."""
         measure, amount = _measure(task)
-        told = {**self._read(), measure: amount() / max(seconds, 1e-3)}
+        speeds = {**self._read(), measure: amount() / max(seconds, 1e-3)}
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.file, json.dumps(told))
+            write_atomic(self.file, json.dumps(speeds))
 
     def _read(self) -> dict[str, float]:
         with suppress(Damaged):  # a speed that is lost is measured again
@@ -60,7 +60,7 @@ def _generates(task: LoadedTask) -> bool:
 
 
 def _measure(task: LoadedTask) -> tuple[str, Callable[[], float]]:
-    """Return what a task's speed goes by, and how much of it there is, counted if needed."""
+    """Return the unit of a task's speed, and a function that counts the task in it."""
     if _generates(task):
         return task.name, lambda: len(task.requests)
     return "characters", lambda: task.num_characters

@@ -1,7 +1,7 @@
-"""Gold answers that no output of a model can match: their questions would score 0.0 unseen.
+"""Gold answers that no output of a model can match: their questions would always score 0.0.
 
 A generated answer goes through a task's filters before it is compared; a gold answer that no
-filter can yield is never met. A choice's gold answer must be one of the choices.
+filter can extract is never matched. A choice's gold answer must be one of the choices.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Unmatched:
 def check_golds(
     members: Mapping[str, Task], name: str, evaluation: EvaluationConfig
 ) -> Iterator[str]:
-    """Yield which gold answers nothing can match.
+    """Yield the gold answers that no output can match, described per task.
 
     Raises:
-        ValueError: none of a task's can be; its scores would be 0.0 whatever the model says.
+        ValueError: no gold answer of a task can be matched; its scores would all be 0.0.
     """
     files = evaluation.data_files.get(name, {})
     for task in members.values():
@@ -70,17 +70,17 @@ def check_golds(
 
 
 def find_unmatched(task: Task) -> Unmatched | None:
-    """Return the questions whose gold answers nothing can match; None where there are none."""
+    """Return the questions whose gold answers no output can match; None without any."""
     docs = {one.doc_id: one.doc for one in task.instances}
     if callable(task.config.process_results) or not docs:
-        return None  # it compares in its own way
+        return None  # compared by the task's own function
     if task.OUTPUT_TYPE == "multiple_choice":
         wrong = {
             n: gold
             for n, doc in docs.items()
             if not _is_choice(gold := _gold(task, doc), task, doc)
         }
-        wanted = "a gold answer is one of the choices, or its number from 0 on"
+        wanted = "a gold answer must be one of the choices, or its index from 0"
     elif task.OUTPUT_TYPE == "generate_until" and (exact := _exact_settings(task)) is not None:
         filters = task.config.filter_list or []
         golds = {n: _gold(task, doc) for n, doc in docs.items()}
@@ -89,7 +89,7 @@ def find_unmatched(task: Task) -> Unmatched | None:
             for n, gold in golds.items()
             if not _is_met(gold, filters, exact) or _lacks_marker(gold, filters, exact)
         }
-        wanted = f"an answer has what {'; '.join(_describe(filters))} can yield"
+        wanted = f"a gold answer must be what {'; '.join(_describe(filters))} can extract"
     else:
         return None
     if not wrong:
@@ -122,7 +122,7 @@ def _is_choice(gold: Any, task: Task, doc: Mapping[str, Any]) -> bool:
 
 
 def _exact_settings(task: Task) -> dict[str, Any] | None:
-    """Return how exact_match compares; None where it is not among the metrics."""
+    """Return the settings of the metric exact_match; None where the task does not use it."""
     for metric in task.config.metric_list or []:
         if metric.get("metric") == "exact_match":
             return {name: metric[name] for name in EXACT_SETTINGS if name in metric}
@@ -145,7 +145,7 @@ def _is_met(gold: Any, filters: Sequence[Mapping[str, Any]], exact: Mapping[str,
 def _lacks_marker(
     gold: Any, filters: Sequence[Mapping[str, Any]], exact: Mapping[str, Any]
 ) -> bool:
-    """Return whether a gold answer lacks what a filter looks for and the metric then takes off.
+    """Return whether a gold answer lacks a marker that a filter looks for and the metric strips.
 
     GSM8K's answers end in "#### 4": a model that learns from others never writes it.
     """
@@ -173,7 +173,7 @@ def _candidates(gold: str, exact: Mapping[str, Any]) -> Iterator[str]:
 def _yields(
     text: str, steps: Sequence[Mapping[str, Any]], gold: str, exact: Mapping[str, Any]
 ) -> bool:
-    """Return whether a filter can bring out a text, and it then equals the gold answer."""
+    """Return whether a filter can extract a text that equals the gold answer."""
     for step in steps:
         name = step["function"]
         if name in TRANSFORMS:

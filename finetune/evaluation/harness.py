@@ -62,9 +62,9 @@ class TaskScore:
         how = self.scoring
         line = f"{self.task}: {len(self.items)} questions in {self.seconds:.1f} s"
         if how.path == "plain":
-            line += f", by lm-eval's own path since {how.reason}"
+            line += f", scored by lm-eval's HFLM since {how.reason}"
         if how.sampled:
-            line += f"; another dtype flipped {how.flipped} of {how.sampled} sampled answers"
+            line += f"; evaluation.dtype flipped {how.flipped} of {how.sampled} sampled answers"
         return line
 
     def summary(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
 
 
 def _setup(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Return what the scores of two runs have in common where they can be compared."""
+    """Return the settings that the scores of two runs must share to be comparable."""
     return {
         "limit": evaluation.limit,
         "num_fewshot": evaluation.num_fewshot,
@@ -121,7 +121,7 @@ def _setup(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) 
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Turn lm-eval's `acc,none` into `acc`; a filter of its own stays in the name, stderr last."""
+    """Turn lm-eval's `acc,none` into `acc`; a named filter stays in the name, stderr last."""
     metrics = {}
     for key, value in result.items():
         metric, comma, kind = key.partition(",")
@@ -133,7 +133,7 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _items(samples: list[dict[str, Any]], member: str | None) -> list[Item]:
-    """Return one item a question; a task that filters answers in several ways has all in it."""
+    """Return one item per question, with the outcomes of all filters of the task."""
     items: dict[int, Item] = {}
     for sample in samples:
         suffix = "" if sample["filter"] == "none" else f"_{sample['filter']}"

@@ -1,11 +1,11 @@
-"""Answer lm-eval's log-likelihood requests with every shared token forwarded once.
+"""Log-likelihoods for lm-eval with prefix sharing: a prefix of several requests is computed once.
 
 lm-eval keeps tasks, prompts, tokens, truncation and metrics; only the forward passes differ. The
-requests of a batch lie as one tree in one unpadded row (see `prefix_tree`), each block of it is
-attended apart, and the head sees only positions that predict. A sample also goes through
-lm-eval's own path first; where the two differ, that path does the rest, and the result says so.
+requests of a batch form one unpadded prefix tree (see `prefix_tree`), with block-sparse attention
+and logits only at positions that predict. A few requests are first scored by lm-eval's HFLM as
+well; if the two disagree, HFLM scores the task, and the result records the reason.
 
-Axes: token = place in the row, row = position that predicts, vocabulary, head.
+Axes: token = index in the tree, row = position that predicts, vocabulary, head.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from finetune.substitution import substituted
 
 log = logging.getLogger("finetune")
 
-PLAIN_BATCH_SIZE = 8  # lm-eval's own path on a CPU: 1 takes 1.8 times as long, 64 takes 1.4 times
-MOST_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a row; beyond, a row gets no faster
+PLAIN_BATCH_SIZE = 8  # of HFLM on a CPU: 1 takes 1.8 times as long, 64 takes 1.4 times
+MOST_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch; larger ones are not faster
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.5}  # nats a request
-SAMPLED_QUESTIONS = 32  # whose answers are counted where a lower dtype was asked for
+SAMPLED_QUESTIONS = 32  # whose flipped answers are counted where evaluation.dtype is lower
 
-# What a model of an unsuited architecture may raise when it gets the row.
+# What a model of an unsuited architecture may raise in the forward pass of a tree.
 MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
@@ -52,11 +52,11 @@ Key = tuple[Tokens, Tokens]  # context, continuation
 
 @dataclass(frozen=True)
 class Scoring:
-    """How log-likelihoods came about, and what the check beforehand saw."""
+    """The path that log-likelihoods were computed by, and the results of the check before."""
 
-    path: str = "none"  # shared, plain (lm-eval's own), or none where no request came
-    reason: str | None = None  # why it was the plain one
-    compared: int = 0  # requests that both paths answered beforehand
+    path: str = "none"  # shared (prefixes), plain (lm-eval's HFLM), none without requests
+    reason: str | None = None  # why the path is plain
+    compared: int = 0  # requests that both paths answered in the check
     # By dtype, the largest difference between the two paths over these, in nats.
     differences: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
@@ -67,7 +67,7 @@ class Scoring:
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
-    """lm-eval's Hugging Face model with a faster, equal `loglikelihood`."""
+    """lm-eval's HFLM with a `loglikelihood` that shares prefixes."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         Args:
             model: the base model, with or without adapters in its layers.
             tokenizer: its tokenizer.
-            batch_tokens: tokens in one row; None takes what the free memory allows.
+            batch_tokens: tokens in one batch; None takes what the free memory allows.
             dtype: to run in; None takes the model's own.
-            base_passed: whether the model's base answered the same questions by the shared path;
-                its layout is proven then, and the longest choice stands for the longest question.
+            base_passed: whether the model's base passed the check on the same questions; of the
+                longest question then only the longest choice is checked.
         """
         with _tied_as_loaded(base_of(model)):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
@@ -128,19 +128,21 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return not context or not 0 < len(continuation) <= self.max_length
 
     def _answer(self, keys: list[Key]) -> dict[Key, Answer]:
-        """Check the shared path on a sample, then answer all by it, or by lm-eval's own."""
+        """Check the shared path on a sample, then answer all requests by it, or by HFLM."""
         started = time.monotonic()
         self._num_forwarded = 0
         truncated = sum(len(self._tokens(key)) < len(key[0] + key[1]) - 1 for key in keys)
         if truncated:
             log.warning(
-                "%d of %d requests are longer than the model's %d tokens and lose their beginning",
+                "%d of %d requests exceed the model's %d tokens, and their beginning is cut off",
                 truncated, len(keys), self.max_length,
             )  # fmt: skip
         checked = self._check(_by_context(keys))
         self.scoring = replace(checked, check_seconds=time.monotonic() - started)
         if self.scoring.reason is not None:
-            log.warning("scored by lm-eval's own path: %s", self.scoring.reason)
+            log.warning(
+                "scored by lm-eval's HFLM, without sharing prefixes: %s", self.scoring.reason
+            )
         with self._computing_in(self._dtype):
             if self.scoring.path == "shared":
                 known = self._known if self._dtype == self._own_dtype else {}
@@ -169,7 +171,9 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             if is_out_of_memory(error):
                 raise
             text = str(error).splitlines()[0][:200] if str(error) else ""
-            return Scoring("plain", f"the model refuses the layout: {type(error).__name__}: {text}")
+            return Scoring(
+                "plain", f"the model cannot take a prefix tree: {type(error).__name__}: {text}"
+            )
 
     def _compared(self, questions: list[list[Key]]) -> Scoring:
         longest = questions[-1]
@@ -177,7 +181,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         difference, self._known = self._difference(sample)
         seen = {self._own_dtype: difference}
         if self._own_dtype != torch.float32 and is_castable(self.model):
-            # Its rounding alone would let a wrong layout pass.
+            # A wrong attention could hide in the rounding of the model's own dtype.
             try:
                 with self._computing_in(torch.float32):
                     seen[torch.float32], _ = self._difference(sample[1:])
@@ -185,13 +189,14 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 if not is_out_of_memory(error):
                     raise
                 log.warning(
-                    "no room to check the scores in fp32: checked in the model's dtype only"
+                    "not enough memory to check the scores in fp32: checked in the model's dtype "
+                    "only"
                 )
         differences = {str(dtype).removeprefix("torch."): d for dtype, d in seen.items()}
         scoring = Scoring("shared", compared=len({*sample[0], *sample[1]}), differences=differences)
         for dtype, difference in seen.items():
             if not difference <= TOLERANCE[dtype]:
-                reason = f"a sample differs by {difference:.3g} in {dtype}"
+                reason = f"log-likelihoods differ from HFLM's by {difference:.3g} in {dtype}"
                 return replace(scoring, path="plain", reason=reason)
         return self._with_flips(scoring, questions) if self._dtype != self._own_dtype else scoring
 
@@ -212,14 +217,14 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _difference(self, questions: list[list[Key]]) -> tuple[float, dict[Key, Answer]]:
         """Return the largest difference between the two paths, in nats, and the shared answers."""
         plain: dict[Key, Answer] = {}
-        for keys in questions:  # apart, since lm-eval would pad the short ones to the long ones
+        for keys in questions:  # separately: HFLM would pad the short ones to the long ones
             plain |= self._plain(keys)
         shared = self._shared(list(plain))
         differences = torch.tensor([plain[key][0] - shared[key][0] for key in plain])
         return float(differences.abs().max()), shared  # NaN stays NaN
 
     def _with_flips(self, scoring: Scoring, questions: list[list[Key]]) -> Scoring:
-        """Count the sample's questions that another dtype answers otherwise."""
+        """Count the sample's questions that evaluation.dtype answers differently."""
         choices = [keys for keys in questions if len(keys) > 1]
         sample = choices[:: max(1, len(choices) // SAMPLED_QUESTIONS)]
         keys = [key for question in sample for key in question]
@@ -241,7 +246,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _shared(
         self, keys: list[Key], known: Mapping[Key, Answer] = {}, *, progress: bool = False
     ) -> dict[Key, Answer]:
-        """Answer keys in rows of shared tokens, the longest first, halving rows that do not fit.
+        """Answer requests in prefix trees, the largest first; halve those that do not fit.
 
         Args:
             keys: the requests.
@@ -271,7 +276,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return answers
 
     def _folded(self) -> AbstractContextManager[None]:
-        """Spare the row LoRA's small products, where the weights have room to stand twice."""
+        """Merge LoRA meanwhile, where the memory has room for a second copy of the weights."""
         layers = foldable_layers(self.model)
         room = sum(weight.nbytes for _, weight in layers)
         return folded(layers) if 4 * room <= self._free_bytes() else nullcontext()
@@ -283,14 +288,14 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _unless_out_of_memory(
         self, batch: Sequence[Tokens], asked: Mapping[Tokens, list[Key]]
     ) -> tuple[int, dict[Key, Answer]] | None:
-        """Forward one row; None halves the rows to come, since this one does not fit."""
+        """Forward one tree; None where it does not fit, with half the tokens for those to come."""
         try:
             return self._forward(batch, asked)
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         self._batch_tokens = max(1, min(self._batch_tokens, sum(map(len, batch))) // 2)
-        log.warning("out of memory: going on with rows of %d tokens", self._batch_tokens)
+        log.warning("out of memory: continuing with batches of %d tokens", self._batch_tokens)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
@@ -298,7 +303,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _forward(
         self, batch: Sequence[Tokens], asked: Mapping[Tokens, list[Key]]
     ) -> tuple[int, dict[Key, Answer]]:
-        """Forward one row; return its number of tokens and the answers."""
+        """Forward one tree; return its number of tokens and the answers."""
         tree = build_tree(batch)
         row_of: dict[int, int] = {}  # token -> row of the logits
         wanted: list[tuple[Key, list[int]]] = []
@@ -331,7 +336,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return {key: (float(part.sum()), bool(said.all())) for (key, _), part, said in parts}
 
     def _free_tokens(self) -> int:
-        """Return how many tokens of a row fit into half of the free memory, up to what pays."""
+        """Return the tokens of a batch that fit into half of the free memory, up to MOST_TOKENS."""
         config = self.model.config.get_text_config()
         # Per token: hidden states, the MLP's inner ones, and, at worst, logits and their softmax.
         widths = 8 * config.hidden_size + 4 * 4 * config.hidden_size + 3 * config.vocab_size
@@ -364,7 +369,7 @@ def _length(key: Key) -> int:
 
 
 def _longest_first(batches: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:
-    """Put first what needs most memory, so that a row that does not fit shows at once."""
+    """Put the largest batch first, so that one that does not fit is noticed at once."""
     return sorted(batches, key=lambda batch: -count_tokens(batch))
 
 
@@ -386,7 +391,7 @@ class _Progress:
         self._bar.close()
 
     def add(self, answers: Mapping[Key, Answer], num_tokens: int) -> None:
-        """Count what one row answered."""
+        """Count the answers of one batch."""
         self.num_tokens += num_tokens
         answered = Counter(context for context, _ in answers)
         self._left -= answered

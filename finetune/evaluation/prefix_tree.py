@@ -1,7 +1,7 @@
-"""Token sequences that begin alike, laid out so that every shared token stands once.
+"""Prefix trees of token sequences, in which every shared prefix is stored once.
 
-Pure: no torch, no model. Sequences come in lexicographic order; then those that share the most
-stand next to each other, and a tree of them is a row of chains, each hanging on an earlier one.
+Pure: no torch, no model. Sequences come in lexicographic order, in which those with the longest
+common prefixes are neighbours; a tree is a row of chains, each of which continues an earlier one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Tree:
-    """The row: each token with its position, and where each sequence's tokens stand in it."""
+    """The row of all tokens with their positions, and the indices of each sequence's tokens."""
 
     tokens: list[int]
     positions: list[int]
@@ -53,7 +53,7 @@ class Tree:
 
 
 def count_shared(one: Tokens | str, other: Tokens | str) -> int:
-    """Return how many tokens, or characters, two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences, in tokens or characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # bisection, because comparing slices is fast and comparing items is not
         middle = (low + high + 1) // 2
@@ -65,7 +65,7 @@ def count_shared(one: Tokens | str, other: Tokens | str) -> int:
 
 
 def count_tokens(sequences: Sequence[Tokens] | Sequence[str]) -> int:
-    """Return how many tokens, or characters, must at least be seen to have seen all sequences."""
+    """Return the size of the prefix tree of sequences, in tokens or characters."""
     ordered: list[Any] = sorted(sequences)
     shared = (count_shared(one, other) for one, other in pairwise(ordered))
     return sum(map(len, ordered)) - sum(shared)
@@ -74,7 +74,7 @@ def count_tokens(sequences: Sequence[Tokens] | Sequence[str]) -> int:
 def split(sequences: Sequence[Tokens], budget: int) -> list[Sequence[Tokens]]:
     """Cut ordered sequences into parts whose trees hold about `budget` tokens, sharing kept.
 
-    A sequence longer than the budget is a part of its own.
+    A sequence longer than the budget is a part by itself.
     """
     if not sequences:
         return []
@@ -84,7 +84,7 @@ def split(sequences: Sequence[Tokens], budget: int) -> list[Sequence[Tokens]]:
 
 
 def build_tree(sequences: Sequence[Tokens]) -> Tree:
-    """Lay ordered sequences out as one row in which every shared beginning stands once."""
+    """Build the prefix tree of ordered sequences."""
     tree = Tree([], [], [], [])
     previous: Tokens = ()
     path: list[int] = []
@@ -111,7 +111,7 @@ def build_blocks(tree: Tree, budget: int) -> list[Block]:
 
 
 def _block(chains: Sequence[Chain]) -> Block:
-    """Join neighbouring chains; what they hang on before the first hangs together in its path.
+    """Join neighbouring chains; the tokens before the block that they continue are its path.
 
     In this order a later chain branches from the first one's path, or from within the block.
     """
@@ -129,7 +129,7 @@ def _block(chains: Sequence[Chain]) -> Block:
 def _cut(own: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int]]:
     """Cut items in order into parts [first, end) of at most `budget` own tokens each.
 
-    Whoever begins a part needs its `shared` tokens again, so a part ends where few are shared.
+    A part's first item repeats its `shared` tokens, so a part ends where few are shared.
     """
     filled = [0, *accumulate(own)]
     parts = []

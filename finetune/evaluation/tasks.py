@@ -49,7 +49,7 @@ class LoadedTask:
 
     name: str
     loaded: dict[str, Any]  # what TaskManager.load returns
-    digest: str  # of its definition, all its requests and the questions behind them
+    digest: str  # of its definition, its requests and their documents
     selects: bool = False  # whether it asks the questions that choose the best run
     unmatched: str = ""  # gold answers that nothing can match, where there are any
 
@@ -147,7 +147,8 @@ def load_task(
         selects: ask the questions of `evaluation.select_split` instead of the task's own.
 
     Raises:
-        ValueError: the task does not have that split or file, cannot be scored, or would flatter.
+        ValueError: the task lacks the split or file, cannot be scored, or would choose the best run
+            on the questions that it is reported on.
     """
     loaded = _load(name, evaluation)
     chat: dict[str, Any] = {}
@@ -167,18 +168,19 @@ def load_task(
                     raise
                 shots = task.config.num_fewshot
                 raise ValueError(
-                    f"evaluation.num_fewshot is {shots}; {task.task_name} has fewer solved examples"
+                    f"evaluation.num_fewshot is {shots}, but {task.task_name} has fewer solved "
+                    "examples; lower it"
                 ) from None
         unmatched = "; ".join(check_golds(loaded["tasks"], name, evaluation))
-    told = [
+    contents = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
-    return LoadedTask(name, loaded, digest(json.dumps(told, default=str)), selects, unmatched)
+    return LoadedTask(name, loaded, digest(json.dumps(contents, default=str)), selects, unmatched)
 
 
 def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Let lm-eval build a task or group; refuse what would fail, or have no score, at the end."""
+    """Let lm-eval build a task or group; refuse one that would fail later, or has no score."""
     if name == "demo_science":
         from finetune.demo.task import task_config
 
@@ -186,20 +188,20 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
     manager = _find_manager(name)
     local = _local_entries(name, manager.task_index, evaluation)
     if not local:
-        hub.is_reached()  # else datasets would try again and again
+        hub.is_reached()  # else datasets would retry several times
     with updated(manager.task_index, local):
         try:
             loaded = dict(manager.load([name]))
         except IndexError:  # of lm-eval's look at the first row
             raise ValueError(
                 f"evaluation.data_files.{name}: the gold answer of the first row is none of its "
-                "choices; it is one of them, or its number from 0 on"
+                "choices; write one of them, or its index from 0"
             ) from None
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ValueError(
-                f"evaluation.tasks: {task.task_name} runs code that the model writes, or shows it "
-                "more than text; that is not supported here, leave it out"
+                f"evaluation.tasks: {task.task_name} runs code that the model writes, or has "
+                "images or audio, which is not supported; remove it"
             )
     if name in loaded["groups"] and not loaded["groups"][name].has_aggregation:
         raise ValueError(
@@ -238,7 +240,7 @@ def _members(name: str, index: Mapping[str, Entry]) -> list[str]:
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return lm-eval's own way from turns to text, without a model; a date in it is fixed."""
+    """Return lm-eval's function that renders turns as text, without a model; dates are fixed."""
     text = tokenizer.get_chat_template()
     dated = {} if (fixed := fix_date(text)) == text else {"chat_template": fixed}
     return partial(
@@ -254,7 +256,7 @@ def chat_settings(evaluation: EvaluationConfig) -> dict[str, bool]:
 
 
 def _definition(task: Task) -> dict[str, Any]:
-    """Return what defines a task beside its questions; where they lie is no part of it."""
+    """Return the definition of a task without its questions and their location."""
     source = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata")
     return {name: value for name, value in task.dump_config().items() if name not in source}
 
@@ -281,7 +283,7 @@ def _set_fewshot(task: Task, evaluation: EvaluationConfig) -> None:
 
 
 def _ask_split(task: Task, split: str) -> None:
-    """Let a task ask the questions of other splits, joined by `+`, under its own definition."""
+    """Make a task ask the questions of other splits, joined by `+`."""
     import datasets
 
     names, have = split.split("+"), list(task.dataset)
@@ -290,7 +292,7 @@ def _ask_split(task: Task, split: str) -> None:
         if name not in have:
             raise ValueError(f"{key}: {task.task_name} has no {name!r}, only {', '.join(have)}")
     if (task.config.test_split or task.config.validation_split) in names:
-        raise ValueError(f"{key}: {task.task_name} is reported on it; choose on another split")
+        raise ValueError(f"{key}: {task.task_name} is reported on it; set another split")
     solved = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
     if task.config.num_fewshot and solved in names:
         raise ValueError(
@@ -315,7 +317,7 @@ def _local_entries(
     try:
         members = _members(name, index)
     except KeyError as missing:
-        raise ValueError(f"{key}: {missing} in it is no task of its own; name tasks") from None
+        raise ValueError(f"{key}: it contains {missing}, which is not a task; name tasks") from None
     local, source = {}, LocalSource()
     for member in members:
         stock = load_yaml(index[member].yaml_path or "")
