@@ -117,7 +117,7 @@ def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
         "experiment=mistral_alpaca_arc", "model=mistral_7b", module="finetune.memory"
     )
     assert too_much.returncode == 1
-    assert "GiB are needed, 16.0 GiB are free on the cuda" in too_much.stdout
+    assert "GiB are needed, 16.0 GiB are free on the GPU" in too_much.stdout
     assert "set model.quantization=nf4" in too_much.stdout
 
 
@@ -138,7 +138,7 @@ def test_a_typing_error_is_told_in_one_line(
         (40.0, None),
         (13.0, "training.batch_size=1 training.gradient_accumulation_steps=8"),
         (9.0, "model.quantization=nf4"),
-        (0.1, "take a smaller model"),
+        (0.1, "use a smaller model"),
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(gib: float, remedy: str | None) -> None:
@@ -172,7 +172,7 @@ def test_a_job_that_does_not_fit_is_refused_before_the_start(
     plan = preflight.prepare(config)
     (problem,) = plan.problems
     assert plan.inputs is None
-    assert "0.5 GiB are free on the cpu" in problem
+    assert "0.5 GiB are free on the CPU" in problem
     tokens = int(problem.partition("activations of ")[2].split()[0])
     assert 700 < tokens < 1024  # one long row and one short one
 

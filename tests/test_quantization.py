@@ -99,7 +99,7 @@ def test_a_quantised_base_trains_resumes_and_is_evaluated(
     assert preflight.prepare(whole.config).problems == []
     assert run_jobs.run([whole]) == ["finished"]
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="finetune"):
-        patch.setattr(run_jobs, "_keep", lambda *_: 1 / 0)
+        patch.setattr(run_jobs, "_save_trained", lambda *_: 1 / 0)
         assert run_jobs.run([killed]) == ["failed"]
     with caplog.at_level(logging.INFO, logger="finetune"):
         assert run_jobs.run([killed]) == ["finished"]

@@ -280,7 +280,9 @@ def test_a_chat_wants_a_template(
         evaluation=local(tmp_path, "arc_easy", arc_rows(), chat_template=True),
     )  # fmt: skip
     (problem,) = preflight.prepare(config).problems
-    assert problem.startswith("evaluation.chat_template is true; the tokenizer of random://tiny")
+    assert problem.startswith(
+        "evaluation.chat_template is true, but the tokenizer of random://tiny"
+    )
 
 
 @pytest.mark.parametrize("said", ["is a group that has no score of its own", "runs code"])

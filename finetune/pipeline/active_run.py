@@ -1,4 +1,4 @@
-"""A run at work: its folder locked, its log and events open, what it is about written down."""
+"""Active runs: their locked folders, open logs and event logs, recorded settings and inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("finetune")
 
 @dataclass
 class ActiveRun:
-    """A run at work: what it is about, and how it ends once that is known."""
+    """A run in progress: its config and inputs, its folder and events, and its state at the end."""
 
     config: Config
     inputs: Inputs
@@ -48,17 +48,17 @@ class ActiveRun:
         self.events.status("running")
 
     def check_inputs(self) -> None:
-        """Make sure that what the run was planned with is still there as it was.
+        """Check that the inputs have not changed since the run was planned.
 
         Raises:
-            ValueError: it is not; what changed, and the remedy.
+            ValueError: one has; the message names it and the remedy.
         """
         changed = find_changes(self.config, self.inputs)
         if changed:
             raise ValueError("; ".join(changed))
 
     def end(self, state: State, reason: str | None = None) -> None:
-        """Record the end, the first one that is told."""
+        """Record how the run ended; later calls change nothing."""
         if self.state is not None:
             return
         try:
@@ -89,7 +89,7 @@ def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
 
 
 def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:
-    """Write down, before anything runs, what is about to run and where."""
+    """Record settings, overrides, environment and data, before anything runs."""
     folder.write_text("config.yaml", job.yaml)
     folder.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
     environment = describe_environment(inputs.device)
@@ -97,8 +97,8 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
-    told = flatten({name: settings[name] for name in sections})
-    events.params({key: str(value) for key, value in told})
+    params = flatten({name: settings[name] for name in sections})
+    events.params({key: str(value) for key, value in params})
     for source, rows in [] if job.config.training.is_skipped else dataset.read_sources(inputs.data):
         events.dataset(
             slug(Path(source.location).stem),

@@ -1,4 +1,4 @@
-"""Records of finished runs: the same command again knows them without importing torch.
+"""Records of finished runs, by which a repeated command finds them without importing torch.
 
 A record is filed under a digest of the job's settings and of the environment (packages, this
 code, GPUs). It holds the run's inputs as planned, and the state (size, times, inode) of every
@@ -40,22 +40,22 @@ OWN_TASKS = ("demo_science",)  # whose questions come with this package
 MOST_FILES = 10_000  # in a folder of rows; of a larger one nothing is recorded
 GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
-State = list[int] | str | None  # of a file, or of all files of a folder; None: not to be known
+State = list[int] | str | None  # of a file, or of all files of a folder; None: unknown
 
 
 class FinishedRuns:
-    """The records that hold in this process's environment, which is taken at its start."""
+    """The records that are valid in this process's environment, as it was at its start."""
 
     def __init__(self) -> None:
         self._environment = _describe_environment()
 
     @cached_property
     def _is_kept(self) -> bool:
-        # Elsewhere nothing tells without torch whether there is a GPU.
+        # Elsewhere a GPU cannot be detected without torch.
         return sys.platform in ("linux", "darwin") and not distributed.is_launched()
 
     def find(self, config: Config) -> Inputs | None:
-        """Return the inputs of the finished run that answers a job; None where that is not sure."""
+        """Return the inputs of the finished run that answers a job; None if uncertain."""
         if not self._is_kept or rules.find_problems(config):
             return None
         try:
@@ -76,7 +76,7 @@ class FinishedRuns:
         Args:
             config: the job's.
             inputs: as planned, and unchanged since.
-            seen: what `look` returned before that was made sure.
+            seen: what `look` returned before the inputs were verified.
         """
         record = {"inputs": _plain(inputs), "seen": [[*one] for one in seen]}
         path = self._path(config)
@@ -141,7 +141,7 @@ def _is_local(config: Config, inputs: Inputs) -> bool:
 
 
 def _watched(config: Config, inputs: Inputs, scores: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return all that a run depends on, each with the way to look at it."""
+    """Return the files and folders that a run depends on, each with its kind."""
     model, asked = config.model, config.evaluation
     found = [("run", inputs.folder), *(("file", path) for path in scores)]
     if not model.path.startswith(
@@ -168,7 +168,7 @@ def _look(kind: str, path: str) -> State:
 
 
 def _file_state(path: Path) -> State:
-    """Return a file's size, times and inode; which of them an edit leaves as they were differs."""
+    """Return a file's size, times and inode, of which any edit changes at least one."""
     try:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -209,7 +209,7 @@ def _rows_state(path: Path) -> State:
 
 
 def _run_state(folder: Path) -> State:
-    """Return a digest of what a run wrote, the scores that were asked for last among it."""
+    """Return a digest of the files of a run, with the scores that were asked for last."""
     return digest({name: one.sha256 for name, one in read_entries(folder).items()})
 
 
@@ -240,7 +240,7 @@ def _read_inputs(stored: dict[str, Any]) -> Inputs:
 
 
 def _describe_environment() -> str:
-    """Return a digest of what planning takes from the installation and the machine."""
+    """Return a digest of the installation and the machine, as far as planning depends on them."""
     folders = dict.fromkeys(Path(os.path.abspath(one)) for one in sys.path)
     packages = [
         [path.name, path.stat().st_mtime_ns]

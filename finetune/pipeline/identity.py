@@ -1,4 +1,4 @@
-"""What names a run: all that changes its numbers, found before any weight is loaded."""
+"""A run's identity: a digest of all that changes its numbers, before a weight is loaded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def find_inputs(config: Config, session: Session | None = None) -> Inputs:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the settings name: found, and read as far as a name needs it."""
+    """The inputs that the settings name, read as far as the identity needs."""
 
     source: Source
     model: ModelConfig  # as loaded
@@ -84,7 +84,7 @@ def find_files(config: Config) -> dict[str, str]:
 
 
 def find_changes(config: Config, inputs: Inputs) -> list[str]:
-    """Return what a run was planned with and is no longer there as it was, one line each.
+    """Return the inputs that have changed since a run was planned, one line each.
 
     What the hub has is taken at its planned commit, and cannot change.
     """
@@ -98,15 +98,15 @@ def find_changes(config: Config, inputs: Inputs) -> list[str]:
             base_model.find_model(config.model).digest != inputs.source.digest
         )
     return [
-        f"{name} has changed since the sweep was planned; start the command again for what it "
-        "holds now"
+        f"{name} has changed since the sweep was planned; start the command again to use "
+        "its new content"
         for name in changed
     ]
 
 
 def _name_parts(config: Config, parts: Parts) -> dict[str, Any]:
     """Return all that changes a number of the training, as the identity digests it."""
-    processes = distributed.num_processes()  # each takes a batch of its own
+    processes = distributed.num_processes()  # each takes its own batches
     return {
         "identity": IDENTITY,
         "model": model_identity(config, parts.source, str(parts.precision.device)),
@@ -198,7 +198,7 @@ def _installed_version(package: str) -> str:
 
 
 def run_path(config: Config, identity: str) -> Path:
-    """Return the folder of a run: what it is about in a word or three, and its identity."""
+    """Return the folder of a run: a short description, and its identity."""
     return Path(config.output_dir).absolute() / f"{slug(_describe(config))}-{identity[:12]}"
 
 
@@ -217,7 +217,7 @@ def _find_earlier(config: Config, named: Mapping[str, Any]) -> Path | None:
 
 
 def _describe(config: Config) -> str:
-    """Say in a word or three what a run is about; its identity says the rest."""
+    """Return a run's model, method, rank and rate, with which the name of its folder begins."""
     name, method = Path(config.model.path).name.partition(".")[0], config.peft.method
     if config.training.is_skipped:
         return f"{name}-{Path(config.model.adapter).name if config.model.adapter else 'as-it-is'}"
@@ -226,7 +226,7 @@ def _describe(config: Config) -> str:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return versions, hardware and code commit: what a rerun compares."""
+    """Return versions, hardware and code commit, which a rerun compares."""
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
     return {
@@ -253,5 +253,5 @@ def _find_commit() -> str | None:
 
 @lru_cache(maxsize=1)
 def _lock_digest() -> str:
-    """Stand for all that is installed, also what `versions` does not name."""
+    """Return a digest of all installed packages, also of those that `versions` does not name."""
     return digest(sorted({f"{one.metadata['Name']}=={one.version}" for one in distributions()}))

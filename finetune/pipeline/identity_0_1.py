@@ -1,6 +1,6 @@
 """The identity that release 0.1 gave a run, so that its finished runs are found again.
 
-It digested whole sections of settings. Nothing is added here: a run with a younger setting that
+It digested whole sections of settings. Nothing is added here: a run with a newer setting that
 is not at its default cannot be that old.
 """
 

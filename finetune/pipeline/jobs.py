@@ -1,4 +1,4 @@
-"""A job, one point of a grid as composed, and what checking it found; both travel to the worker."""
+"""Jobs: a composed point of the grid, and the result of its checks; both go to the worker."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune.training.grouping import NOT_TRAINED, Limit
 class Job:
     """One point of the grid, as composed; `swept` maps each swept key to its value here.
 
-    Once it is planned, its inputs travel with it: a run is made from what planning found, in the
-    folder that planning named.
+    Once it is planned, its inputs go with it: the run uses the inputs and the folder that planning
+    found.
     """
 
     config: Config
@@ -27,10 +27,10 @@ class Job:
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """What preflight found of a job: its inputs, with its run's folder, or why it cannot run."""
+    """The result of a job's preflight: its inputs and the run's folder, or why it cannot run."""
 
     inputs: Inputs | None
     problems: list[str]
-    finished: bool = False  # whether it has all that is asked for
-    limit: Limit = NOT_TRAINED  # of the runs that share its step
+    finished: bool = False  # whether all that is asked for is there already
+    limit: Limit = NOT_TRAINED  # of the runs that are trained together with it
     forecasts: Sequence[str] = ()  # one line a task that is still to be scored

@@ -1,6 +1,6 @@
-"""The memory that a run takes, by parts, estimated before anything is loaded.
+"""Memory estimate of a run, by purpose, before anything is loaded.
 
-All comes from the model's config, on the `meta` device: no weight is read. Sizes are bytes.
+It takes the model's config and the `meta` device: no weight is read. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from finetune.models.shape import Shape
 from finetune.training.label_loss import CHUNK
 
 GIB = 2**30
-ASSUMED_CARD_GIB = 16.0  # where a GPU is asked for and none is here
+NAMES = {"cpu": "CPU", "cuda": "GPU"}
+ASSUMED_CARD_GIB = 16.0  # where training.device is cuda and there is no GPU
 # What a process holds before it has a model: imported libraries, or a CUDA context.
 PROCESS = {"cpu": 0.52 * GIB, "cuda": 0.6 * GIB}
 # glibc keeps a part of what is freed; measured on activations of many sizes.
@@ -37,7 +38,7 @@ EIGHT_BIT = 1.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part; training and evaluation never hold theirs at one time."""
+    """Bytes by purpose; those of training and of evaluation are never in memory together."""
 
     process: float
     weights: float
@@ -64,7 +65,7 @@ class DeviceMemory:
 
     @classmethod
     def find(cls, config: Config, gib: float | None = None) -> DeviceMemory:
-        """Return the configured device, or an assumed card where a GPU is asked for in vain."""
+        """Return the configured device, or an assumed GPU where this machine has none."""
         if config.training.device == "cuda" and not torch.cuda.is_available():
             size = 4 if config.model.dtype == "fp32" else 2
             return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
@@ -74,7 +75,7 @@ class DeviceMemory:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return what the device has free for a run, this process' own beginnings included."""
+    """Return the free bytes of the device, including what this process already holds."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + PROCESS["cuda"]
     return psutil.virtual_memory().available + PROCESS["cpu"]
@@ -94,18 +95,21 @@ def estimate(
         config: the run's.
         shape: of its base.
         device: where it runs.
-        tokens: in a micro-batch; None takes the most that there can be.
-        adapters: trained in one step.
+        tokens: in a micro-batch; None takes the most that it can have.
+        adapters: trained together.
     """
     training = config.training
     tokens = (training.most_tokens() if tokens is None else tokens) * adapters
     trains_base = METHODS[config.peft.method].trains_base
     optimizer = OPTIMIZERS[config.optimizer.name]
-    parts = distributed.num_processes() if distributed.is_sharded() and device.kind == "cuda" else 1
-    trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / parts
-    # In its own dtype the base is whole, once; in parts of fp32 it is trained.
-    size = max(4 / parts, device.size) if trains_base else device.size
-    logit = shape.vocabulary * (8 + device.size)  # as computed, in fp32, its slope; for one token
+    shards = (
+        distributed.num_processes() if distributed.is_sharded() and device.kind == "cuda" else 1
+    )
+    trained = 0 if training.is_skipped else adapters * num_trained(config, shape) / shards
+    # A trained base is loaded in its own dtype once, and then sharded in fp32.
+    size = max(4 / shards, device.size) if trains_base else device.size
+    # Bytes per token: logits in the compute dtype, in fp32, and their gradient.
+    logit = shape.vocabulary * (8 + device.size)
     head = (tokens if trains_base else CHUNK) * logit  # a trained head has no chunks
     scored = MOST_TOKENS[device.kind] * _forward_bytes(shape, device.size) + CHUNK * logit
     return Estimate(
@@ -136,7 +140,7 @@ def _weight_bytes(model: ModelConfig, shape: Shape, size: float) -> float:
 
 
 def _layer_bytes(shape: Shape, size: int) -> int:
-    """Return what a token leaves behind in a layer for the backward pass, bytes.
+    """Return the activations that a layer keeps per token for the backward pass, bytes.
 
     Two residual inputs of the norms and two normed inputs of the projections; queries, keys,
     values, the attention's result and its input to the output projection; of the MLP gate, its
@@ -147,7 +151,7 @@ def _layer_bytes(shape: Shape, size: int) -> int:
 
 
 def _forward_bytes(shape: Shape, size: int) -> int:
-    """Return what a token needs at one time without a backward pass, bytes."""
+    """Return the peak activations per token without a backward pass, bytes."""
     return size * (4 * shape.hidden + 2 * shape.attention + 2 * shape.keys + 3 * shape.inner)
 
 
@@ -159,7 +163,7 @@ def _activation_bytes(config: Config, shape: Shape, tokens: int, device: DeviceM
 
 
 def find_problem(config: Config, shape: Shape, device: DeviceMemory, tokens: int) -> str | None:
-    """Return why a run does not fit, with the cheapest changes that make it.
+    """Return why a run does not fit, with the cheapest changes that make it fit.
 
     Args:
         config: the run's.
@@ -172,15 +176,16 @@ def find_problem(config: Config, shape: Shape, device: DeviceMemory, tokens: int
         return None
     remedy = find_remedy(config, shape, device, tokens)
     return (
-        f"{config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
-        f"{device.free / GIB:.1f} GiB are free on the {device.kind} ({need.weights / GIB:.1f} GiB "
-        f"weights, {need.activations / GIB:.1f} GiB activations of {tokens} tokens); "
-        + (f"set {remedy}" if remedy else "no setting makes it fit: take a smaller model")
+        f"model.path={config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
+        f"{device.free / GIB:.1f} GiB are free on the {NAMES[device.kind]} "
+        f"({need.weights / GIB:.1f} GiB weights, {need.activations / GIB:.1f} GiB activations of "
+        f"{tokens} tokens); "
+        + (f"set {remedy}" if remedy else "no setting makes it fit: use a smaller model")
     )
 
 
 def find_remedy(config: Config, shape: Shape, device: DeviceMemory, tokens: int) -> str | None:
-    """Return the cheapest change, or the cheapest of them together, with which a run fits."""
+    """Return the cheapest change, or the fewest of the cheapest ones, with which a run fits."""
 
     def fits(changed: Config, share: float) -> bool:
         need = estimate(changed, shape, device, tokens=math.ceil(tokens * share))
@@ -189,11 +194,11 @@ def find_remedy(config: Config, shape: Shape, device: DeviceMemory, tokens: int)
     for name, change, share in _changes(config):
         if fits(change(config), share):
             return name
-    names, all_of_it = [], 1.0
+    names, total_share = [], 1.0
     for name, change, share in _changes(config):
         names.append(name)
-        config, all_of_it = change(config), all_of_it * share
-        if fits(config, all_of_it):
+        config, total_share = change(config), total_share * share
+        if fits(config, total_share):
             return " ".join(names)
     return None
 
@@ -201,7 +206,7 @@ def find_remedy(config: Config, shape: Shape, device: DeviceMemory, tokens: int)
 def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], float]]:
     """Yield what can be changed: override, change, share of the tokens.
 
-    Smaller passes and checkpointing leave the numbers as they are; the others come after them.
+    Smaller passes and checkpointing, which leave the results as they are, come first.
     """
     size, steps = config.training.batch_size, config.training.gradient_accumulation_steps
     method = METHODS[config.peft.method]  # which has no use for some of them
@@ -239,7 +244,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], Config], 
 
 
 def most_adapters(config: Config, shape: Shape, device: DeviceMemory, tokens: int, cap: int) -> int:
-    """Return how many adapters fit into one step, at least one and at most `cap`."""
+    """Return how many adapters fit when trained together, at least one and at most `cap`."""
     for adapters in range(cap, 1, -1):
         need = estimate(config, shape, device, tokens=tokens, adapters=adapters)
         if need.total <= device.free:

@@ -55,9 +55,9 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     wrong = {problem.partition(".")[0] for problem in problems}
     for check, sections in CHECKS.items():
         if wrong.isdisjoint(sections):
-            problems += _found(check, config, session)
+            problems += _run_check(check, config, session)
         elif check is _find_model_problems and "model" not in wrong:
-            problems += _found(_find_source_problems, config, session)
+            problems += _run_check(_find_source_problems, config, session)
     if problems:
         return CheckedJob(None, list(dict.fromkeys(problems)))
     inputs = find_inputs(config, session)
@@ -70,18 +70,18 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         if problem is not None:
             return CheckedJob(None, [problem])
         limit = _find_limit(loaded, shape, device, tokens)
-    told = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
-    return CheckedJob(inputs, [], finished=finished, limit=limit, forecasts=told)
+    lines = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
+    return CheckedJob(inputs, [], finished=finished, limit=limit, forecasts=lines)
 
 
 def find_row_problems(config: Config, session: Session) -> list[str]:
-    """Return what keeps rows from becoming the tokens of a model, whatever a run needs besides."""
+    """Return the problems of rows and tokenizer alone, without those of the rest of a run."""
     checks = _find_source_problems, _find_tokenizer_problems, _find_data_problems
-    return list(dict.fromkeys(p for check in checks for p in _found(check, config, session)))
+    return list(dict.fromkeys(p for check in checks for p in _run_check(check, config, session)))
 
 
-def _found(check: Check, config: Config, session: Session) -> list[str]:
-    """Return what a check finds; what it raises is a problem too, whichever library raised it."""
+def _run_check(check: Check, config: Config, session: Session) -> list[str]:
+    """Return the problems of a check; an exception is one too, whichever library raised it."""
     try:
         return check(config, session)
     except (OSError, ValueError) as error:
@@ -94,20 +94,20 @@ def _found(check: Check, config: Config, session: Session) -> list[str]:
 def _find_limit(
     config: Config, shape: Shape, device: memory_estimate.DeviceMemory, tokens: int
 ) -> Limit:
-    """Return how many runs may share the step of this one; its quantization is the base's own."""
+    """Return how many runs may be trained together with this one; `model` is as loaded."""
     obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
     if obstacle is not None:
         return Limit(1, obstacle)
     limit = find_limit(config)
     fit = memory_estimate.most_adapters(config, shape, device, tokens, limit.most)
-    return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit}")
+    return limit if fit == limit.most else Limit(fit, f"the memory has room for {fit} at a time")
 
 
 def _memory(
     config: Config, inputs: Inputs, session: Session
 ) -> tuple[Shape, memory_estimate.DeviceMemory, int]:
-    """Return the base's sizes, where the run is to fit, and its largest micro-batch in tokens."""
-    tokens = config.training.most_tokens()  # packed sequences are as good as full
+    """Return the base's sizes, the device's memory, and the largest micro-batch in tokens."""
+    tokens = config.training.most_tokens()  # packed sequences are nearly full
     if not config.training.sequence_packing:
         tokens = session.longest_batch(config, inputs.source, inputs.data)
     return (
@@ -144,7 +144,7 @@ def _find_device_problems(config: Config, _: Session) -> list[str]:
 
 
 def _find_source_problems(config: Config, _: Session) -> list[str]:
-    """Return whether the model is there and long enough, the least of _find_model_problems."""
+    """Return the problems of model.path and training.max_length, a part of the model's."""
     model_config = base_model.load_config(config.model, base_model.find_model(config.model))
     problems = _find_chat_template_problems(config)
     return problems + _find_length_problems(config, model_config)
@@ -164,7 +164,7 @@ def _find_length_problems(config: Config, model_config: PreTrainedConfig) -> lis
     if not longest or length <= longest:
         return []
     made_for = f"{config.model.path} was made for at most {longest} tokens"
-    return [f"training.max_length is {length}; {made_for}"]
+    return [f"training.max_length is {length}, but {made_for}; set training.max_length={longest}"]
 
 
 def _find_model_problems(config: Config, session: Session) -> list[str]:
@@ -176,8 +176,8 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
     if config.model.adapter is not None:
         folder = Path(config.model.adapter)
         adapters.saved_digest(folder)
-        own = base_model.load_meta_model(config.model, model_config)
-        problems += saved_adapter.find_problems(own, folder)
+        adapted = base_model.load_meta_model(config.model, model_config)
+        problems += saved_adapter.find_problems(adapted, folder)
     device = pick_device(config.training.device)
     dtype = compute_dtype(config.model, device)
     problems += quantization.find_problems(config.model, model_config, device)
@@ -187,8 +187,9 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
     found = quantization.find_quantization(config.model, model_config)
     if METHODS[config.peft.method].trains_base and found != config.model.quantization:
         problems.append(
-            f"{config.model.path} is quantised as {found}, so its weights cannot be trained "
-            "themselves; take a checkpoint that is not, or an adapter such as peft=lora"
+            f"peft.method={config.peft.method} trains the weights of the base, but "
+            f"{config.model.path} is quantised as {found}; use an unquantised checkpoint, or an "
+            "adapter such as peft=lora"
         )
     init = INITIALISATIONS[config.lora.init]
     if found != "none" and not (init.fits_gptq if found == "gptq" else init.fits_quantised):
@@ -198,8 +199,8 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
         )
     if found == "gptq" and config.evaluation.dtype != "auto":
         problems.append(
-            f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own; "
-            "set evaluation.dtype=auto"
+            f"evaluation.dtype is {config.evaluation.dtype}, but a GPTQ base computes in its own "
+            "dtype; set evaluation.dtype=auto"
         )
     return problems + _find_length_problems(config, model_config)
 
@@ -210,7 +211,7 @@ def _find_tokenizer_problems(config: Config, session: Session) -> list[str]:
 
 def _find_data_problems(config: Config, session: Session) -> list[str]:
     source = None
-    with suppress(OSError, ValueError):  # a missing model is told by its own check
+    with suppress(OSError, ValueError):  # a missing model is reported by its own check
         found = base_model.find_model(config.model)
         session.tokenizer(config.model, found)
         source = found
@@ -218,7 +219,7 @@ def _find_data_problems(config: Config, session: Session) -> list[str]:
 
 
 def _find_task_problems(config: Config, session: Session) -> list[str]:
-    """Return what keeps a task from being asked: its name, its questions, its splits."""
+    """Return the problems of the tasks: their names, data, splits and chat template."""
     problems = tasks.find_task_problems(config.evaluation)
     if problems:
         return problems
@@ -227,11 +228,11 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
         try:
             source = base_model.find_model(config.model)
         except (OSError, ValueError):
-            return []  # a missing model is told by its own check
+            return []  # a missing model is reported by its own check
         if session.tokenizer(config.model, source).chat_template is None:
             return [
-                f"evaluation.chat_template is true; the tokenizer of {config.model.path} has no "
-                "chat template: set evaluation.chat_template=false or model.chat_template=FILE"
+                f"evaluation.chat_template is true, but the tokenizer of {config.model.path} has "
+                "no chat template: set evaluation.chat_template=false or model.chat_template=FILE"
             ]
     try:
         session.tasks(config, source)

@@ -40,7 +40,7 @@ from finetune.problems import Refused
 
 @dataclass(frozen=True)
 class Preview:
-    """The rows of one run; `examples` are not joined, also with training.sequence_packing."""
+    """The rows of one run; `examples` are not packed, also with training.sequence_packing."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
-"""Runs on one screen: check, load, score the base, train, score the results.
+"""Run jobs in the worker process: score the base, train, score the results.
 
-Runs in the worker process; the sweep reads what it leaves in the run's folder.
+The sweep's process reads the results from the folders of the runs.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from finetune.pipeline.samples import NUM_SAMPLES, Sample, answer
 from finetune.pipeline.scores import (
     build_scorers,
     is_done,
-    tell_artifacts,
-    tell_scores,
+    record_artifacts,
+    record_scores,
     write_scores,
 )
 from finetune.pipeline.session import Session
@@ -76,18 +76,18 @@ def run(jobs: Sequence[Job], session: Session | None = None) -> list[State]:
     session = session or Session()
     with ExitStack() as stack:
         runs = open_runs(jobs, stack)
-        at_work = [r for r in runs if not is_done(r.config, r.inputs, r.folder, session)]
+        unfinished = [r for r in runs if not is_done(r.config, r.inputs, r.folder, session)]
         for run in runs:
-            if run not in at_work:
-                tell_scores(run.events, *_write_stored_scores(run, session))
+            if run not in unfinished:
+                record_scores(run.events, *_write_stored_scores(run, session))
                 run.state = "finished"
         for job, run in zip(jobs, runs, strict=True):
-            if run in at_work:
+            if run in unfinished:
                 run.begin(job)
-        for run in at_work:
+        for run in unfinished:
             with _guarded([run]):
                 run.check_inputs()
-        _run_stages([run for run in at_work if run.state is None], session)
+        _run_stages([run for run in unfinished if run.state is None], session)
         for run in runs:
             if run.state == "finished":
                 _record_finished(run, session)
@@ -114,7 +114,7 @@ def _run_stages(runs: Sequence[ActiveRun], session: Session) -> None:
 
 
 def _record_finished(run: ActiveRun, session: Session) -> None:
-    """Let the same command know next time, without torch, that this run answers its job."""
+    """Record a finished run, so that the same command finds it without importing torch."""
     try:
         scorers = build_scorers(run.config, run.inputs, run.folder)
         scores = [file for one in scorers for file in one.files(_tasks(run, session))]
@@ -127,7 +127,7 @@ def _record_finished(run: ActiveRun, session: Session) -> None:
 
 @contextmanager
 def _guarded(runs: Sequence[ActiveRun]) -> Iterator[None]:
-    """Keep what goes wrong with its runs; this is the failure boundary of a job."""
+    """Turn an exception into the failure of its runs; this is the failure boundary of a job."""
     try:
         yield
     except Exception as error:
@@ -170,7 +170,7 @@ def _score_base(run: ActiveRun, session: Session) -> None:
 
 
 def _train(runs: Sequence[ActiveRun], session: Session) -> None:
-    """Train runs together where they can be, else one after another; half of them if too many."""
+    """Train runs together where possible, else separately; half of them where memory runs out."""
     if not runs:
         return
     too_many = False
@@ -208,11 +208,11 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
         first.config, first.inputs, rows, precision
     )
     if obstacle is not None:
-        level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: in one step
-        log.log(level, "trained one by one, by the Trainer: %s", obstacle)
+        level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: trained together
+        log.log(level, "trained separately, by the Trainer: %s", obstacle)
         for run, spec in zip(runs, specs, strict=True):
             with _guarded([run]):
-                _train_alone(run, spec, session)
+                _train_separately(run, spec, session)
         return
     trained = multi_adapter.train_together(_base(first, session), specs, precision)
     for number, weights, outcome in trained:
@@ -221,15 +221,15 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
         else:
             assert weights is not None, "what was trained has weights"
             with _guarded([runs[number]]):
-                _keep(runs[number], weights, outcome, session)
+                _save_trained(runs[number], weights, outcome, session)
 
 
-def _train_alone(run: ActiveRun, spec: AdapterSpec, session: Session) -> None:
-    """Train any method by TRL's Trainer, in all processes."""
+def _train_separately(run: ActiveRun, spec: AdapterSpec, session: Session) -> None:
+    """Train one run of any method by TRL's Trainer, on all ranks."""
     with _trainable(run, spec, session) as model:
         with distributed.training_together(run.config, run.inputs, alike=Diverged):
             result = _train_by_trainer(spec, model, _tokenizer(run, session))
-        _keep(run, model, result, session)
+        _save_trained(run, model, result, session)
 
 
 def _train_by_trainer(
@@ -239,7 +239,7 @@ def _train_by_trainer(
 
 
 def take_part(config: Config, inputs: Inputs, session: Session) -> None:
-    """Train beside the first process, which alone writes, scores and decides what comes next."""
+    """Train on a rank other than 0; rank 0 alone writes, scores and decides what comes next."""
     place = replace(inputs, device=str(pick_device(config.training.device)))
     run = ActiveRun(config, place, RunFolder(inputs.folder), NullEventLog(), time.time())
     spec, wanted = _spec(run, session), config.training.use_liger_kernel
@@ -249,7 +249,7 @@ def take_part(config: Config, inputs: Inputs, session: Session) -> None:
             _trainable(run, spec, session) as model,
         ):
             _train_by_trainer(spec, model, _tokenizer(run, session))
-    except (Diverged, KeyboardInterrupt):  # in the first process too, which tells of it
+    except (Diverged, KeyboardInterrupt):  # raised on rank 0 too, which reports it
         session.release()
 
 
@@ -257,7 +257,7 @@ def take_part(config: Config, inputs: Inputs, session: Session) -> None:
 def _trainable(
     run: ActiveRun, spec: AdapterSpec, session: Session
 ) -> Iterator[PreTrainedModel | PeftModel]:
-    """Give the base with what is to be trained; at the end it is what it was, or let go of."""
+    """Yield the base with its trainable parameters; at the end it is restored or released."""
     base, config = _base(run, session), run.config
     if METHODS[config.peft.method].trains_base:
         try:
@@ -283,13 +283,13 @@ def _spec(run: ActiveRun, session: Session) -> AdapterSpec:
     return AdapterSpec(config.lora, arguments, examples, run.events)
 
 
-def _keep(
+def _save_trained(
     run: ActiveRun,
     trained: PreTrainedModel | PeftModel | LoraWeights,
     result: TrainResult,
     session: Session,
 ) -> None:
-    """Save what training came to; the checkpoints have done their work."""
+    """Save the trained weights and the result of the training, and remove the checkpoints."""
     if isinstance(trained, PreTrainedModel):
         dtype = compute_dtype(run.config.model, torch.device(run.inputs.device))
         base_model.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
@@ -305,7 +305,7 @@ def _keep(
 
 @contextmanager
 def _restored(adapted: PeftModel, session: Session) -> Iterator[PeftModel]:
-    """Take the adapter off at the end, so that the base is what it was for the next run."""
+    """Remove the adapter at the end, so that the next run gets the base unchanged."""
     try:
         yield adapted
     finally:
@@ -316,7 +316,7 @@ def _restored(adapted: PeftModel, session: Session) -> Iterator[PeftModel]:
 
 @contextmanager
 def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftModel]:
-    """Give the model that the run came to; at the end the base is what it was, or let go of."""
+    """Yield the tuned model; at the end the base is restored or released."""
     config, folder = run.config, run.folder.adapter
     _refuse_damaged_weights(run)
     if config.training.is_skipped:
@@ -335,10 +335,10 @@ def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftM
 
 
 def _refuse_damaged_weights(run: ActiveRun) -> None:
-    """Look at every byte of what was trained before it is used; set aside what is damaged."""
+    """Verify the trained weights before they are used; set damaged ones aside."""
     for name, problem in run.folder.find_weights_damage(thorough=True).items():
         run.folder.set_weights_aside(name, problem)
-        raise OSError(f"{name} is damaged: {problem}; start again, and it is trained anew")
+        raise OSError(f"{name} is damaged: {problem}; start the command again to train it anew")
 
 
 def _score_tuned(run: ActiveRun, session: Session) -> None:
@@ -358,8 +358,8 @@ def _score_tuned(run: ActiveRun, session: Session) -> None:
     if not run.config.training.is_skipped and run.folder.read_json("data.json") is None:
         counts = _spec(run, session).examples.counts  # the file was damaged
         run.folder.write_json("data.json", asdict(counts))
-    tell_scores(run.events, *_write_stored_scores(run, session))
-    tell_artifacts(run.folder, run.events)
+    record_scores(run.events, *_write_stored_scores(run, session))
+    record_artifacts(run.folder, run.events)
 
 
 def _choose_prompts(run: ActiveRun, session: Session) -> list[RowPrompt]:

@@ -1,4 +1,4 @@
-"""A few prompts answered by base and tuned model, for a reader's eye: `samples.json` of a run."""
+"""Sample answers of base and tuned model to a few prompts, for the reader: `samples.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what each model says to it, by greedy decoding."""
+    """One prompt and the answer of each model, by greedy decoding."""
 
     prompt: str
     base: str

@@ -40,7 +40,7 @@ SCORING = 4  # raised when the way to score could change a number; stored scores
 
 
 def forecasts(config: Config, inputs: Inputs, asked: Sequence[LoadedTask]) -> list[str]:
-    """Return what is asked of the models that are to be scored, and how long it will take."""
+    """Return a line per task to be scored: its questions, and how long they will take."""
     speeds = find_speeds(config, inputs)
     return [speeds.forecast(task) for task in asked]
 
@@ -61,7 +61,7 @@ def build_scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Sco
     tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
     base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
     if config.training.is_skipped and config.model.adapter is None:
-        return [base]  # it stands alone
+        return [base]  # nothing is tuned
     return [tuned, base] if config.evaluation.base else [tuned]
 
 
@@ -90,7 +90,7 @@ class Scorer:
         )
 
     def asked(self, tasks: list[LoadedTask]) -> list[LoadedTask]:
-        """Return the tasks that are this model's: the base is no candidate to choose from."""
+        """Return the tasks to score the model on: the base is no candidate for the best run."""
         return [task for task in tasks if self.adapter or not task.selects]
 
     def has(self, tasks: list[LoadedTask]) -> bool:
@@ -117,7 +117,7 @@ class Scorer:
         """Compute the scores that are not stored yet.
 
         Args:
-            tasks: to score the model on, where they are this model's.
+            tasks: of the run; see `asked`.
             model: base or tuned.
             tokenizer: the model's.
             base: the base's scores, by task; a tuned model is checked less where its base passed.
@@ -155,7 +155,7 @@ def write_scores(
         folder: the run's.
         tuned: by the task's key.
         base: the same tasks of the base; none where it was not asked.
-        tasks: resample what only they can compute.
+        tasks: as loaded, to resample the metrics that only lm-eval computes.
     """
     loaded = {task.key: task for task in tasks}
     for name, score in tuned.items():
@@ -210,21 +210,23 @@ def _write_resamples(
         folder.write_json(path, drawn)
 
 
-def tell_scores(
+def record_scores(
     events: EventLog, tuned: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
 ) -> None:
-    """Put the scores into the run's event log."""
+    """Record the scores in the run's event log."""
     for name, score in tuned.items():
         is_selection = name != score.task
         named = {key: MetricName(score.task, key) for key in score.metrics}
-        told = {n.selection if is_selection else str(n): score.metrics[k] for k, n in named.items()}
+        values = {
+            n.selection if is_selection else str(n): score.metrics[k] for k, n in named.items()
+        }
         for key, value in base[name].metrics.items() if name in base else ():
-            told[MetricName(name, key).base] = value
-        events.scores(told)
+            values[MetricName(name, key).base] = value
+        events.scores(values)
 
 
-def tell_artifacts(folder: RunFolder, events: EventLog) -> None:
-    """Put what the run leaves into its event log."""
+def record_artifacts(folder: RunFolder, events: EventLog) -> None:
+    """Record the run's adapter, model and scores in its event log."""
     for path in ("adapter", "model", "evaluation"):
         if (folder.path / path).exists():
             events.artifact(path, path)

@@ -1,6 +1,6 @@
-"""What a process keeps loaded from one job to the next: each is made once, and found here.
+"""A session: the base, tokenizers, tasks and checks that a process keeps from job to job.
 
-The worker makes one session and hands it down; whoever asks without one begins with nothing.
+The worker makes one session and passes it down; a caller without one begins with nothing loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 
 class Kept(Generic[Value]):
-    """The newest few values, each by what it was made from; keys are compared, never hashed."""
+    """A cache of the newest few values; keys are compared, never hashed."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -49,7 +49,7 @@ class Kept(Generic[Value]):
 
 
 class Session:
-    """What is loaded: the base, tokenizers, tasks, and what was found out about each."""
+    """The loaded base, tokenizers and tasks, and the results of checks on them."""
 
     def __init__(self) -> None:
         self._base: Kept[PreTrainedModel] = Kept(1)  # there is room for one
@@ -74,7 +74,7 @@ class Session:
         return self._base.get(_base_key(config, inputs), load)
 
     def release(self) -> None:
-        """Let go of the base, which was altered or is not wanted, and of all that it held."""
+        """Release the base, which was altered or is not needed any more, and its memory."""
         self._base.clear()
         gc.collect()
         if torch.cuda.is_available():
@@ -86,7 +86,7 @@ class Session:
         )
 
     def tokenizer_problems(self, model: ModelConfig, source: Source) -> list[str]:
-        """Return whether the tokenizer has ids that the base has no embedding for."""
+        """Return a problem if the tokenizer has ids without an embedding in the base."""
 
         def look() -> list[str]:
             tokenizer, config = self.tokenizer(model, source), base_model.load_config(model, source)
@@ -141,12 +141,12 @@ class Session:
             contents = [one.digest for one in dataset.find_sources(rows)]
             contents.append(templates.load_template(rows.prompt_template).file_text or "")
         except (OSError, ValueError):
-            return dataset.find_problems(rows, tokenizer, training)  # which says what is not there
+            return dataset.find_problems(rows, tokenizer, training)  # which names what is missing
         key = asdict(rows), training.max_length, asdict(config.model), source, contents
         return self._row_problems.get(key, lambda: dataset.find_problems(rows, tokenizer, training))
 
     def longest_batch(self, config: Config, source: Source, found: Sequence[DataSource]) -> int:
-        """Return the tokens of the largest micro-batch that there can be."""
+        """Return the most tokens that a micro-batch can have."""
         rows: DataConfig = config.data
         training = TrainingConfig(
             batch_size=config.training.batch_size, max_length=config.training.max_length
@@ -163,7 +163,7 @@ class Session:
     def obstacle(
         self, config: Config, inputs: Inputs, rows: Sequence[list[int]], precision: Precision
     ) -> str | None:
-        """Return why the base cannot be trained on rows by several adapters; the Trainer then does.
+        """Return why adapters cannot be trained together on the base; the Trainer then trains them.
 
         Args:
             config: of a run on the base.
