@@ -418,7 +418,7 @@ def test_an_adapter_that_changed_its_base_is_loaded(
 ) -> None:
     """PiSSA's, as the run was scored; on a quantised base too."""
     from finetune.config.schema import ModelConfig
-    from finetune.inference.merging import load_own
+    from finetune.inference.merging import load_as_scored
     from finetune.inference.trained import find_trained
 
     path = train_tiny(
@@ -430,7 +430,7 @@ def test_an_adapter_that_changed_its_base_is_loaded(
     tokens = tokenizer(finetune.prompt(path, "Why?"), return_tensors="pt")
     with torch.inference_mode():
         found, own = (
-            cast(Any, one)(**tokens).logits for one in (model, load_own(find_trained(path)))
+            cast(Any, one)(**tokens).logits for one in (model, load_as_scored(find_trained(path)))
         )
     assert torch.allclose(found, own, atol=0.05 if quantization == "nf4" else 1e-3)
 

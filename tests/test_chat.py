@@ -258,7 +258,7 @@ def test_a_full_run_is_a_base_of_its_own(tmp_path: Path, runs: dict[str, Path]) 
     assert talk.answer(QUESTION, FEW, ignore) == generated(tuned, run, prompt_of("alpaca"))
     with pytest.raises(ValueError, match="tuned every weight"):
         talk.use("base")
-    with pytest.raises(Refused, match="base of its own"):
+    with pytest.raises(Refused, match="shares no base; chat with it alone"):
         conversation.load([find_trained(runs["plain"]), run])
 
 
@@ -277,8 +277,8 @@ def full_copy(run: Path, into: Path) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("model.dtype", "bf16", "different bases (dtype); talk with each alone"),
-        ("peft.method", "ia3", "are lora and ia3; talk with each method alone"),
+        ("model.dtype", "bf16", "different bases (dtype); chat with each alone"),
+        ("peft.method", "ia3", "are lora and ia3; chat with each method alone"),
     ],
 )
 def test_runs_that_share_no_base_or_method_are_refused(

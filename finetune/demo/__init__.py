@@ -1,1 +1,1 @@
-"""The embedded default's data: rows of grade-school science, and questions on what they teach."""
+"""Data of the default run: rows of grade-school science, and a task of questions on them."""

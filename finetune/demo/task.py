@@ -1,4 +1,4 @@
-"""The lm-eval task `demo_science`: acc and acc_norm, and acc on either half of the questions."""
+"""The lm-eval task `demo_science`: acc and acc_norm, and acc on taught and on control facts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_questions(**_: Any) -> Any:
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Score one question as lm-eval's multiple_choice does, and once more for its half.
+    """Score one question as lm-eval's multiple_choice does, also as acc_taught or acc_control.
 
     Args:
         doc: the question.

@@ -1,4 +1,4 @@
-"""A conversation with what runs trained: several adapters on one base, each asked as it was taught.
+"""Chat with trained runs: several adapters on one base, each prompted as in training.
 
 Only `chat` remembers what was said; the other templates are single turns, as in training.
 """
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from finetune.data.chat_tokens import encode_chat
 from finetune.data.templates import Template, load_template
 from finetune.data.turns import Turn, Unusable
-from finetune.inference.merging import find_merge_problem, load_own, merge
+from finetune.inference.merging import find_merge_problem, load_as_scored, merge
 from finetune.inference.trained import Trained, find_difference, write_adapter
 from finetune.models import base_model
 from finetune.problems import Refused
@@ -40,7 +40,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Voice:
-    """A run to talk with: its name here, PEFT's name of its adapter, and how it is asked."""
+    """A run to chat with: its name, PEFT's name of its adapter, and its prompt template."""
 
     name: str
     adapter: str
@@ -50,11 +50,11 @@ class Voice:
 
     @property
     def fields(self) -> list[str]:
-        """Return what must be given to ask it; of one alone, it is the line that is typed."""
+        """Return the fields of its prompt; a single one is the typed line."""
         return [name for name in self.template.required if name != "output"]
 
     def read(self, line: str, given: Fields) -> Fields | None:
-        """Return all fields once the last one is typed, those before being `given`.
+        """Add the field of a typed line to `given`; return all fields once the last one is typed.
 
         Raises:
             Unusable: the line names no field.
@@ -68,7 +68,7 @@ class Voice:
         return given if given.keys() >= set(self.fields) else None
 
     def turns(self, fields: Fields, before: Sequence[Turn] = ()) -> list[Turn]:
-        """Return what is asked with all fields; a chat's after what was said before."""
+        """Return the turns of a prompt; a chat's follow the turns before."""
         if self.template.has_turns:
             return [*before, Turn("user", fields["messages"])]
         if self.prompt == "text":
@@ -78,7 +78,7 @@ class Voice:
 
 
 def _value(text: str) -> Any:
-    """Return lists, objects and numbers as a template expects them from the data, else the text."""
+    """Return JSON lists, objects and numbers as values, as a template gets them; else the text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -87,7 +87,7 @@ def _value(text: str) -> Any:
 
 
 class Conversation:
-    """Who speaks now and what was said; `load` makes one."""
+    """The active run and the turns so far; `load` makes one."""
 
     def __init__(
         self,
@@ -105,10 +105,10 @@ class Conversation:
         self._switch(self.voice)
 
     def use(self, name: str) -> None:
-        """Let another run speak, by its name or a part of it that no other has, or the base.
+        """Switch to another run, by its name or a unique part of it, or to the base.
 
         Raises:
-            ValueError: there is none of that name, or several.
+            ValueError: no run has that name, or several have.
         """
         if name == BASE:
             if not isinstance(self.model, PeftModel):
@@ -130,7 +130,7 @@ class Conversation:
             self.model.set_adapter(voice.adapter, inference_mode=True)
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Clear the turns so far."""
         self.turns, self.given = [], {}
 
     def answer(self, line: str, sampling: Sampling, write: Callable[[str], object]) -> str | None:
@@ -159,10 +159,12 @@ class Conversation:
         if longest is not None:
             room = min(room, longest - len(tokens))
         if room < 1:
-            raise Unusable(f"that fills the model's {longest} tokens; /reset forgets what was said")
-        alone = cast(PeftModel, self.model).disable_adapter() if self.is_base else nullcontext()
+            raise Unusable(f"the conversation fills the model's {longest} tokens; /reset clears it")
+        adapter_off = (
+            cast(PeftModel, self.model).disable_adapter() if self.is_base else nullcontext()
+        )
         drawn = {"temperature": sampling.temperature} if sampling.temperature else {}
-        with torch.inference_mode(), alone:
+        with torch.inference_mode(), adapter_off:
             cast(Any, self.model).generate(
                 input_ids=torch.tensor([tokens], device=self.model.device),
                 attention_mask=torch.ones(
@@ -178,7 +180,7 @@ class Conversation:
 
 
 def find_ends(model: Any, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
-    """Return the tokens that end an answer: the model's own, and the one that was learned."""
+    """Return the tokens that end an answer: the model's own, and the one of training."""
     own: Any = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     if template.has_turns:
@@ -195,12 +197,13 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         [Turn("user", "What is it?"), Turn("assistant", "It is this.")], tokenizer
     )
     pairs = zip(encoded.tokens, encoded.is_response, strict=True)
-    special = [t for t, is_own in pairs if is_own and t in tokenizer.added_tokens_decoder]
+    added = tokenizer.added_tokens_decoder
+    special = [token for token, is_response in pairs if is_response and token in added]
     return special[-1] if special else None
 
 
 class Spoken(TextStreamer):
-    """What a model says, passed on as soon as it is whole words, and kept."""
+    """A streamed answer, passed on word by word, and kept."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -213,10 +216,10 @@ class Spoken(TextStreamer):
 
 
 def load(runs: Sequence[Trained]) -> Conversation:
-    """Load the base that the runs share, once, and put the adapter of each onto it.
+    """Load the base that the runs share, once, with the adapter of each.
 
     Raises:
-        Refused: they cannot stand on one base.
+        Refused: the runs do not share a base.
     """
     _check_together(runs)
     voices = _build_voices(runs)
@@ -244,9 +247,9 @@ def load_to_generate(
     if is_merged and not run.is_full:
         if problem := find_merge_problem(run):
             raise Refused([problem.replace("--merge", "merged=True")])
-        model: PreTrainedModel | PeftModel = merge(run, load_own(run))
+        model: PreTrainedModel | PeftModel = merge(run, load_as_scored(run))
     elif run.changes_the_base and run.model.quantization != "none":
-        model = load_own(run)  # which no adapter for the base as published can say
+        model = load_as_scored(run)  # its update is no adapter for the published base
     else:
         model = load([run]).model
     tokenizer = run.load_tokenizer()
@@ -266,7 +269,7 @@ def render_prompt(run: Trained, given: str | Mapping[str, Any]) -> str:
     fields = {voice.fields[0]: given} if isinstance(given, str) else dict(given)
     needed = ", ".join(voice.fields)
     if set(voice.fields) - fields.keys():
-        raise Refused([f"{run.name}: its prompt has the fields {needed}; give a mapping of them"])
+        raise Refused([f"{run.name}: its prompt has the fields {needed}; pass a mapping of them"])
     try:
         asked = [*voice.turns(fields), Turn("assistant", "")]
         found = voice.template.ask(asked, tokenizer)
@@ -284,14 +287,12 @@ def _check_together(runs: Sequence[Trained]) -> None:
         pair = f"{first.name} and {other.name}"
         full = next((run.name for run in (first, other) if run.is_full), None)
         if full is not None:
-            raise Refused(
-                [f"{full} tuned every weight and is a base of its own; talk with it alone"]
-            )
+            raise Refused([f"{full} tuned every weight and shares no base; chat with it alone"])
         if difference := find_difference(first, other):
-            raise Refused([f"{pair} stand on different bases ({difference}); talk with each alone"])
+            raise Refused([f"{pair} have different bases ({difference}); chat with each alone"])
         methods = [run.config.peft.method for run in (first, other)]
         if methods[0] != methods[1]:  # PEFT holds adapters of one kind on a base
-            raise Refused([f"{pair} are {' and '.join(methods)}; talk with each method alone"])
+            raise Refused([f"{pair} are {' and '.join(methods)}; chat with each method alone"])
 
 
 def _build_voices(runs: Sequence[Trained]) -> list[Voice]:
@@ -314,7 +315,7 @@ def _load_template(run: Trained) -> Template:
 
 
 def _adapter_folder(run: Trained, stack: ExitStack) -> Path:
-    """Return where an adapter is that leaves the base alone, so that others can stand beside it."""
+    """Return the folder of an adapter that leaves the base's weights as they are."""
     if not run.changes_the_base:
         return run.folder.adapter
     folder = Path(stack.enter_context(TemporaryDirectory()))

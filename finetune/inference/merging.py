@@ -1,7 +1,7 @@
-"""An adapter merged into its base's weights, and the check that what was written says the same.
+"""Merge an adapter into the base's weights, and check the log-likelihoods of the written model.
 
-Compared are the log-likelihoods, in nats, of some of the run's own prompts: under base and adapter
-as the run was scored, and under the model loaded again from what was written.
+Compared are the log-likelihoods, in nats, of some of the run's own prompts: by base and adapter as
+the run was scored, and by the model that is loaded again from the written files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INT8_TOLERANCE = 0.15  # bitsandbytes rounds the layers' inputs too, and merged 
 
 @dataclass(frozen=True)
 class Check:
-    """How far apart two models are on the same prompts, and how far they may be."""
+    """The largest difference of two models' log-likelihoods of the same prompts, and its bound."""
 
     num_prompts: int
     num_tokens: int
@@ -59,19 +59,19 @@ def find_merge_problem(run: Trained) -> str | None:
     if method.merge_problem is not None:
         return f"--merge: peft.method={method.name} {method.merge_problem}"
     if run.model.quantization == "gptq":
-        return "--merge: a GPTQ base cannot be dequantised; export the adapter without"
+        return "--merge: a GPTQ base cannot be dequantised; export the adapter without --merge"
     return None
 
 
 def write_merged(run: Trained, folder: Path) -> Check:
-    """Write base and adapter as one plain model into a folder that is there; return its check.
+    """Write base and adapter as one merged model into an existing folder; return its check.
 
-    A quantised base is merged into its dequantised weights. What PiSSA and OLoRA took out of the
-    base stays out of it, as in the run.
+    A quantised base is dequantised first. The initial adapter that PiSSA and OLoRA subtract from
+    the base stays subtracted, as in the run.
     """
     tokenizer = run.load_tokenizer()
     prompts = find_prompts(run, tokenizer)
-    adapted = load_own(run)
+    adapted = load_as_scored(run)
     before = log_likelihoods(adapted, prompts)
     merged = merge(run, adapted)
     merged.save_pretrained(folder)
@@ -82,24 +82,24 @@ def write_merged(run: Trained, folder: Path) -> Check:
     return compare(run, prompts, before, log_likelihoods(written, prompts))
 
 
-def load_own(run: Trained) -> PeftModel:
-    """Load base and adapter as the run was scored, what PiSSA and OLoRA took out left out."""
+def load_as_scored(run: Trained) -> PeftModel:
+    """Load base and adapter as the run was scored, also with PiSSA and OLoRA."""
     return adapters.load(run.load_base(), run.folder.adapter)
 
 
 def merge(run: Trained, adapted: PeftModel) -> PreTrainedModel:
-    """Merge a run's adapter into the base's weights, those of a quantised base dequantised."""
+    """Merge a run's adapter into the base's weights; a quantised base is dequantised."""
     adapters.take_off(adapted)
     base = adapters.base_of(adapted)
     if run.model.quantization != "none":
         base = base.dequantize()
-        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # left as it was; IA3 goes by it
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # left set, and IA3 reads them
     merged = load_as_published(base, run.folder.adapter).merge_and_unload(safe_merge=True)
     return cast(PreTrainedModel, merged)
 
 
 def check_adapter(run: Trained, folder: Path) -> Check:
-    """Compare an adapter that was written for the base as published with the run's own."""
+    """Compare an adapter that was converted to the published base with the run's own."""
     prompts = find_prompts(run, run.load_tokenizer())
     before, after = (
         log_likelihoods(adapters.load(run.load_base(), adapter), prompts)
@@ -112,17 +112,19 @@ def find_prompts(run: Trained, tokenizer: PreTrainedTokenizerBase) -> list[Promp
     """Return prompts to check with.
 
     Raises:
-        Refused: the run's rows are not there any more, or too short to compare.
+        Refused: the run's rows cannot be read any more, or are too short to compare.
     """
     settings = run.config.data, run.config.training
     try:
         rows = dataset.read_sources(dataset.find_sources(run.config.data))
     except (FileNotFoundError, ValueError) as error:
-        raise Refused([f"the export is checked on the run's own rows: {error}"]) from None
+        raise Refused(
+            [f"the export is checked on rows of the run, which cannot be read: {error}"]
+        ) from None
     found = last_prompts(rows, *settings, tokenizer, NUM_PROMPTS)
     prompts = [prompt for prompt in found if len(prompt.tokens) > 1]
     if not prompts:
-        raise Refused(["the export is checked on the run's own prompts, and all are too short"])
+        raise Refused(["the export is checked on prompts of the run, which are all too short"])
     return prompts
 
 
@@ -140,13 +142,13 @@ def log_likelihoods(model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt
 def compare(
     run: Trained, prompts: Sequence[Prompt], before: torch.Tensor, after: torch.Tensor
 ) -> Check:
-    """Return how far apart two models' log-likelihoods of the same prompts are."""
+    """Compare two models' log-likelihoods of the same prompts."""
     dtype = compute_dtype(run.model, run.device)
-    apart = (before - after).abs().nan_to_num(float("inf"))
+    differences = (before - after).abs().nan_to_num(float("inf"))
     return Check(
         len(prompts),
         sum(len(prompt.tokens) - 1 for prompt in prompts),
-        float(apart.max()),
+        float(differences.max()),
         max(TOLERANCES[dtype], INT8_TOLERANCE if run.model.quantization == "int8" else 0.0),
         str(dtype).removeprefix("torch."),
     )

@@ -1,4 +1,4 @@
-"""The page that goes with an exported model: what was trained on what, what it scored, how to load.
+"""Model card of an exported model: training, data, scores, and code that loads and prompts it.
 
 All of it comes from the run's own files; settings are shown as composed, so that secrets stay out.
 """
@@ -34,7 +34,7 @@ SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training")
 
 @dataclass(frozen=True)
 class ReportedScore:
-    """One metric of base and tuned model, and what each question's outcome says of them."""
+    """One metric of base and tuned model, and their difference with its p."""
 
     task: str
     metric: str
@@ -79,7 +79,7 @@ def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | Non
 
 
 def _composed(folder: RunFolder) -> DictConfig:
-    """Return the settings unresolved: what stands in the environment stays there."""
+    """Return the settings unresolved: values from the environment are not shown."""
     return OmegaConf.create(folder.read_settings())
 
 
@@ -96,7 +96,7 @@ def _settings(folder: RunFolder) -> str:
 
 
 def _scores(folder: RunFolder) -> Iterator[ReportedScore]:
-    """Yield every reported metric; those that chose the best run are no result."""
+    """Yield every reported metric, without those that chose the best run."""
     for task in folder.scored_tasks():
         if task.endswith(".select"):
             continue
@@ -142,7 +142,7 @@ def _whole_code(place: str) -> str:
 
 
 def _adapter_code(run: Trained, place: str) -> str:
-    """Return what loads base and adapter; a base of a package is found by this project."""
+    """Return code that loads base and adapter; finetune.base_path finds a base of a package."""
     imports = ["from peft import PeftModel"]
     names = ["AutoModelForCausalLM", "AutoTokenizer"]
     base = repr(run.source.location)
@@ -169,7 +169,7 @@ def _package(path: str) -> str | None:
 
 
 def _generation_code(run: Trained) -> str:
-    """Return what asks the model once, by the prompt that it was trained with."""
+    """Return code that generates one answer, with the prompt of training."""
     template = load_template(run.config.data.prompt_template)
     names = [name for name in template.required if name != "output"]
     asked = QUESTION if len(names) == 1 else {name: f"<{name}>" for name in names}

@@ -1,7 +1,7 @@
-"""What a finished run trained, loaded again for use: its base, its tokenizer and its adapter.
+"""The trained model of a run, loaded for use: its base, its tokenizer and its adapter.
 
-A run that tuned every weight is a base of its own. PiSSA and OLoRA take their part out of the base
-before they learn; here their adapters become ones for the base as it is published.
+A run that tuned every weight has no base but itself. PiSSA and OLoRA subtract their initial adapter
+from the base; here their adapters are converted to ones for the published base.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's settings, and where the model is that it stands on."""
+    """A run's settings, and the model that its adapter is for."""
 
     folder: RunFolder
     config: Config
@@ -52,7 +52,7 @@ class Trained:
 
     @property
     def changes_the_base(self) -> bool:
-        """Whether its adapter fits only a base that its own initialisation was taken out of."""
+        """Whether its adapter fits only a base from which its initialisation was subtracted."""
         return changes_base(self.config.lora.init)
 
     def load_base(self) -> PreTrainedModel:
@@ -82,15 +82,15 @@ class Trained:
 
 
 def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
-    """Find what a run's folder holds and the base that it needs, without loading weights.
+    """Find the adapter or model of a run's folder, and its base, without loading weights.
 
     Args:
         path: of the run's folder, which may come from somebody else.
         trusts_remote_code: whether the user lets Python code of its model run.
 
     Raises:
-        Refused: it is no run's folder, has nothing trained yet, its base is not there, or it asks
-            for what only the user may.
+        Refused: it is no run's folder, is not trained yet, its base is missing, or its settings
+            would run code or read the environment.
     """
     folder = RunFolder(resolved(path))
     _refuse_code(folder, trusts_remote_code=trusts_remote_code)
@@ -105,7 +105,7 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
         raise Refused(
             [
                 f"{path} has no {'model' if is_full else 'adapter'} yet"
-                f"{f' ({status.state})' if status else ''}; the command that began it finishes it"
+                f"{f' ({status.state})' if status else ''}; start its command again to finish it"
             ]
         )
     if damage := folder.find_weights_damage(thorough=True):
@@ -118,14 +118,14 @@ def find_trained(path: Path, *, trusts_remote_code: bool = False) -> Trained:
         model = quantization.as_loaded(model, base_model.load_config(model, source))
     except FileNotFoundError as error:
         raise Refused([f"{path}: its base is missing: {error}"]) from None
-    except (OSError, ValueError) as error:  # such as of a model that needs Python code of its own
+    except (OSError, ValueError) as error:  # such as for a model with its own Python code
         raise _unloadable(model, error) from None
-    # The device says where, not what: a run of another machine may be used on this one.
+    # The model does not depend on the device: a run of another machine may be used on this one.
     return Trained(folder, config, model, source, pick_device("auto"))
 
 
 def _with_own_templates(folder: RunFolder, config: Config) -> Config:
-    """Return settings that name the run's copies: the files they named may be gone, or changed.
+    """Return settings with the run's own copies of template files, which may have changed.
 
     Raises:
         Refused: a copy is damaged.
@@ -148,10 +148,10 @@ def _unloadable(model: ModelConfig, error: Exception) -> Refused:
 
 
 def _refuse_code(folder: RunFolder, *, trusts_remote_code: bool) -> None:
-    """Refuse a run's folder that asks for what only the user may.
+    """Refuse a run's folder whose settings would run code or read the environment.
 
     Raises:
-        Refused: it would run code, or show what it reads from the environment.
+        Refused: they would; only the user may set this.
     """
     problems = [*find_config_problems(folder.path, trusts_remote_code=trusts_remote_code)]
     if (folder.adapter / CONFIG_NAME).is_file():
@@ -161,7 +161,7 @@ def _refuse_code(folder: RunFolder, *, trusts_remote_code: bool) -> None:
 
 
 def find_difference(one: Trained, other: Trained) -> str | None:
-    """Return in what the bases of two runs differ; None where one base serves both."""
+    """Return the settings in which the bases of two runs differ; None where they share a base."""
     bases = [
         model_identity(replace(r.config, model=r.model), r.source, str(r.device))
         for r in (one, other)
@@ -171,23 +171,23 @@ def find_difference(one: Trained, other: Trained) -> str | None:
 
 
 def load_as_published(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter onto a model whose weights stay as they are."""
+    """Load a saved adapter onto a model without changing its weights."""
     settings = PeftConfig.from_pretrained(str(folder))
     _initialise_nothing(settings)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=settings)
 
 
 def _initialise_nothing(settings: Any) -> None:
-    """Let PEFT draw what it then overwrites, and leave the base's weights alone."""
+    """Make PEFT initialise an adapter, which it then overwrites, without changing the base."""
     if settings.peft_type == "LORA":
         settings.init_lora_weights = True
 
 
 def write_adapter(run: Trained, folder: Path) -> None:
-    """Write a run's adapter into a folder that is there, fit for the base as it is published.
+    """Write a run's adapter, converted to the published base, into an existing folder.
 
     Raises:
-        Refused: there is no such adapter.
+        Refused: the base was quantised again after the subtraction, so there is no such adapter.
     """
     tensors = load_file(run.folder.adapter / SAFETENSORS_WEIGHTS_NAME)
     settings: Any = PeftConfig.from_pretrained(str(run.folder.adapter))
@@ -195,9 +195,10 @@ def write_adapter(run: Trained, folder: Path) -> None:
         if run.model.quantization != "none":
             raise Refused(
                 [
-                    f"{run.name}: lora.init={run.config.lora.init} quantised the base anew without "
-                    "its own part, which no adapter for the base itself can say; "
-                    f"python -m finetune.export {run.folder.path} --merge can"
+                    f"{run.name}: lora.init={run.config.lora.init} re-quantised the base's "
+                    "residual weights, so the update cannot be expressed as an adapter for the "
+                    "original base; export a merged model: python -m finetune.export "
+                    f"{run.folder.path} --merge"
                 ]
             )
         tensors = _with_initial_part_removed(tensors, _initial_tensors(run))
@@ -211,7 +212,7 @@ def write_adapter(run: Trained, folder: Path) -> None:
 
 
 def _initial_tensors(run: Trained) -> dict[str, torch.Tensor]:
-    """Return what the adapter was before training: a function of the base's weights alone."""
+    """Return the adapter before training, which depends on the base's weights only."""
     settings = PeftConfig.from_pretrained(str(run.folder.adapter))
     fresh = get_peft_model(run.load_base(), settings)
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(fresh)
