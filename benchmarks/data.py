@@ -1,8 +1,8 @@
-"""Measure how rows become tokens: the first time, from the cache, and by stock SFTTrainer.
+"""Measure tokenising: the first time, from the cache, and by stock SFTTrainer.
 
     python benchmarks/data.py [--quick]
 
-Each measurement is a process of its own, whose seconds, processor seconds and peak memory are
+Each measurement is a separate process, whose seconds, processor seconds and peak memory are
 printed as one JSON object a line. Rows are random words in JSON Lines: 500,000 short ones, 50,000
 of about 1,000 tokens, and 50,000 conversations of four turns; --quick takes a hundredth of them.
 Stock SFTTrainer prepares a tenth of each (with --quick all): compare `processor_us_a_row`. It does
@@ -87,7 +87,7 @@ def start(case: str, way: str, path: Path) -> None:
 
 
 def measure(case: str, way: str, path: Path) -> None:
-    """Prepare rows one way, and print what it took, without imports and the tokenizer."""
+    """Prepare rows one way, and print its cost without imports and the tokenizer."""
     from finetune.config.schema import ModelConfig
     from finetune.models.base_model import find_model, load_tokenizer
 

@@ -3,11 +3,11 @@
     python benchmarks/evaluation.py [--quick] [--data FOLDER] [--device cuda] [--tokenizer FOLDER]
 
 FOLDER holds arc_easy_test.jsonl and arc_easy_train.jsonl; without it only the demo is measured.
-Both score in one process on one core, in turns. Prints what each took and said, and at the end
-one JSON object a comparison; a ratio above 1 means that ours is faster. On CUDA the model has
+Both score in one process on one core, in turns. Prints the times and answers of both, and at the
+end one JSON object per comparison; a ratio above 1 means that ours is faster. On CUDA the model has
 random weights and the shape of Mistral-7B, in 4-bit, and computes in bf16 and in fp32; HFLM takes
-the fastest of several batch sizes. To random weights most answers are near ties: how many
-questions turn in bf16 is printed, and only fp32 is held to the same answers.
+the fastest of several batch sizes. With random weights most answers are near ties: the number of
+answers that differ in bf16 is printed, and only fp32 is held to the same answers.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ TOLERANCE = 1e-4  # nats, of a log-likelihood in fp32
 
 
 class Stock(HFLM):  # type: ignore[misc]  # lm-eval is untyped
-    """HFLM as it is, with a place for what the scores are described by."""
+    """Stock HFLM, with the `scoring` that TaskScore records."""
 
     scoring = Scoring("plain", "it is measured")
 
 
 class Timed:
-    """Passes requests on, and keeps how long they took and what came back."""
+    """Pass requests to a model, and keep its time and answers."""
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
@@ -124,12 +124,12 @@ def fastest(tried: dict[int, Timed], task: LoadedTask, evaluation: EvaluationCon
 
 
 def count_flips(one: TaskScore, other: TaskScore) -> int:
-    """Return how many questions have another answer."""
+    """Return the number of questions that are answered differently."""
     return sum(a != b for a, b in zip(one.items, other.items, strict=True))
 
 
 def needed_tokens(lm: SharedContextLM, instances: Sequence[Instance]) -> tuple[int, int]:
-    """Return the least tokens that must be forwarded, and those that stock forwards unpadded."""
+    """Return the tokens of the prefix tree, and those that stock computes without padding."""
     requests: list[Request] = []
     for instance in instances:
         context, continuation = instance.args
@@ -139,7 +139,7 @@ def needed_tokens(lm: SharedContextLM, instances: Sequence[Instance]) -> tuple[i
 
 
 def main() -> None:
-    """Run all comparisons whose data is there."""
+    """Run all comparisons whose data is available."""
     quick, data = "fewer questions: two minutes", "the folder of ARC-Easy files"
     given = build_parser(__doc__, quick=quick, data=data, default=DATA).parse_args()
     logging.disable(logging.WARNING)
@@ -161,7 +161,7 @@ def main() -> None:
             )
             tasks.append((f"arc_easy {what}", evaluation))
     else:
-        print(f"no ARC-Easy files in {given.data}: measured on the demo alone")
+        print(f"no ARC-Easy files in {given.data}: measured on the demo only")
     found = [
         compare(what + dtype, evaluation, model, device)
         for dtype, model in models.items()

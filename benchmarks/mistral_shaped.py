@@ -22,7 +22,7 @@ from finetune.models.base_model import find_model, load_tokenizer
 
 
 def mistral_shaped(tokenizer: Path | None = None) -> Path:
-    """Return its folder, made once on the first card; the tokenizer is the demo's or another's."""
+    """Return the model's folder, written once; by default with the demo's tokenizer."""
     folder = cache_dir() / "models" / "mistral-shaped-nf4"
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
@@ -39,7 +39,7 @@ def mistral_shaped(tokenizer: Path | None = None) -> Path:
 def write_mistral_shaped(
     folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, **changes: Any
 ) -> None:
-    """Write it in nf4 with its tokenizer, as pre-quantised checkpoints are.
+    """Write the model in nf4 with its tokenizer, as pre-quantised checkpoints are.
 
     Args:
         folder: to write into.

@@ -1,10 +1,10 @@
-"""Measure what planning a grid costs, a grid that is finished, and a report over many runs.
+"""Measure the cost of planning a grid, of a finished grid, and of a report over many runs.
 
     python benchmarks/planning.py [--quick]
 
 Plans (`sweep.dry_run=true`) 24 and 240 jobs over a local model folder of 1 GB and 50,000 rows; runs
 24 jobs of the tiny model, and the same command again; writes the report of 24 and of 240 finished
-runs twice, from the lines of their questions and from the arrays made of them; resamples a macro
+runs twice, from the JSON lines of their questions and from cached arrays; resamples a macro
 mean of 57 tasks (14,000 questions) for 1 and for 24 runs. Prints, at the end, one JSON object
 each: seconds of processor time (also of the worker). --quick takes 8 and 24 jobs.
 """
@@ -120,7 +120,7 @@ def macro_mean(runs: int) -> float:
 
 
 def processor_seconds(arguments: list[str], folder: Path) -> float:
-    """Return what a command and its processes take; end with its complaint where it fails."""
+    """Return the processor time of a command; exit with its error where it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FINETUNE_CACHE": str(folder / "cache")}
     environment = {**os.environ, **own}
@@ -135,7 +135,7 @@ def processor_seconds(arguments: list[str], folder: Path) -> float:
 
 
 def measure(folder: Path, *, quick: bool) -> dict[str, float]:
-    """Return what each part costs, in seconds of processor time."""
+    """Return the processor time of each part, seconds."""
     few, many = (8, 24) if quick else (24, 240)
     overrides = write_inputs(folder, quick=quick)
     found = {"plan 8 jobs, reading the rows for the first time": plan(overrides, 8, folder)}

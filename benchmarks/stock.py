@@ -18,7 +18,7 @@ from finetune.training.trainer import Arguments
 
 @contextmanager
 def as_it_comes() -> Iterator[None]:
-    """Let PyTorch choose its kernels on a card, as it does where nobody settled them."""
+    """Let PyTorch choose its CUDA kernels, as it does by default."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         yield
@@ -35,7 +35,7 @@ def build_stock(
     *,
     by_liger: bool = False,
 ) -> SFTTrainer:
-    """Build SFTTrainer as it comes, with padded batches; Liger's kernels stay on the model."""
+    """Build stock SFTTrainer, with padded batches; Liger's patches stay on the model."""
     arguments.padding_free, arguments.save_strategy = False, "no"
     arguments.use_liger_kernel = by_liger
     return SFTTrainer(

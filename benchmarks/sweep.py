@@ -40,7 +40,7 @@ Point = tuple[int, float]  # the rank and the learning rate
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side took and came to, over all its points; starts and reports are in `seconds`."""
+    """Times and scores of one side over all points; `seconds` includes starts and reports."""
 
     seconds: float
     training_seconds: float
@@ -50,7 +50,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StockPoint:
-    """What one stock script prints."""
+    """The output of one stock script."""
 
     training_seconds: float
     evaluation_seconds: float
@@ -171,7 +171,7 @@ def measure_stock(common: list[str], points: list[Point]) -> Measured:
 
 
 def _run(command: list[str], folder: Path, **more: str) -> str:
-    """Return what a command prints; end with what it complains of where it fails."""
+    """Return the output of a command; exit with its error where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -206,7 +206,7 @@ def measure_ours(common: list[str], ranks: list[int], rates: list[float]) -> Mea
     return Measured(
         seconds,
         sum(float(row["train_seconds"]) for row in rows),
-        # The base's questions are asked once: every run tells the same.
+        # The base is scored once: its scores are the same in every run.
         sum(one["tuned"]["seconds"] for one in evaluations) + evaluations[0]["base"]["seconds"],
         {
             # A setting with one value is no column.
@@ -219,7 +219,7 @@ def measure_ours(common: list[str], ranks: list[int], rates: list[float]) -> Mea
 
 
 def print_comparison(stock: Measured, ours: Measured) -> None:
-    """Print what both sides took and came to."""
+    """Print the times and scores of both sides."""
     print("rank, rate     base: stock, ours     acc: stock, ours     acc_norm: stock, ours")
     worst = dict.fromkeys(SCORES, 0.0)
     for place, theirs in stock.scores.items():

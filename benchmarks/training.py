@@ -1,13 +1,13 @@
-"""Measure training against stock SFTTrainer, and several adapters against one after the other.
+"""Measure training against stock SFTTrainer, and adapters trained together against separately.
 
     python benchmarks/training.py [--quick] [--only TEXT] [--data FILE]
         [--device cuda] [--tokenizer FOLDER]
 
 FILE holds Alpaca rows; without it the demo's are measured. TEXT runs only comparisons whose name
 contains it; all take more than an hour. On a CPU all run in one process on one core, in turns.
-Prints real tokens a second, seconds and peak memory (of a process of its own each), and at the end
-one JSON object a comparison, in tokens a second; a ratio above 1 means that ours is faster. Where
-several adapters are measured, "stock" is ours, one after the other. On CUDA the model has random
+Prints real tokens per second, seconds and peak memory (each in its own process), and at the end one
+JSON object per comparison, in tokens per second; a ratio above 1 means that ours is faster. Where
+several adapters are measured, "stock" is ours, trained separately. On CUDA the model has random
 weights and the shape of Mistral-7B, in 4-bit.
 """
 
@@ -64,14 +64,14 @@ RANKS = (LORA.r, 2 * LORA.r)  # of the adapters, in turns
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: what is trained and on which batches."""
+    """One measurement: the base, the batches and the number of adapters."""
 
     kind: str  # of the base: fp32, bf16, nf4 (computing in fp32), nf4-bf16
     batch_size: int
     accumulation: int
     steps: int
     max_length: int
-    together: int = 1  # adapters in one step
+    together: int = 1  # adapters trained together
     times: int = 1  # how often, one after the other
     is_stock: bool = False
     by_liger: bool = False  # stock with Liger's kernels
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case took, for all its adapters."""
+    """Times, tokens, memory and losses of a case, for all its adapters."""
 
     seconds: float
     cpu_seconds: float
@@ -127,7 +127,7 @@ def _autocast(case: Case) -> torch.dtype:
 def train_stock(
     base: PreTrainedModel, case: Case, rows: list[Example], folder: Path, _: int
 ) -> list[float]:
-    """Train by SFTTrainer as it comes."""
+    """Train by stock SFTTrainer."""
     given = arguments(case, folder, base.device)
     adapted = adapters.attach(base, methods.lora_settings(LORA), 42)
     trainer = build_stock(adapted, given, rows, tokenizer(base.device), by_liger=case.by_liger)
@@ -142,7 +142,7 @@ def train_stock(
 def train_ours(
     base: PreTrainedModel, case: Case, rows: list[Example], folder: Path, first: int
 ) -> list[float]:
-    """Train a group whose first adapter is that of number `first`."""
+    """Train a group of adapters together, whose first one has the number `first`."""
     given = arguments(case, folder / "0", base.device)
     precision = Precision(base.device, _autocast(case))
     examples = Examples(rows, [], RowCounts())
@@ -168,7 +168,7 @@ def run_case(base: PreTrainedModel, case: Case, rows: list[Example]) -> Measured
     process_memory.reset_peak_memory(base.device)
     chosen = rows[: case.batch_size * case.accumulation * case.steps]
     started, cpu = time.perf_counter(), time.process_time()
-    if not case.is_stock:  # what a sweep asks once of a base and its rows
+    if not case.is_stock:  # which a sweep checks once per base and rows
         precision = Precision(base.device, _autocast(case))
         assert find_obstacle(base, [row["input_ids"] for row in chosen], precision) is None
     for number in range(case.times):
@@ -267,7 +267,7 @@ def compare(
 
 
 def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case]]:
-    """Return what is measured: stock against ours, then alone against together."""
+    """Return the comparisons: stock against ours, then separately against together."""
     if device.type == "cuda":
         return _cuda_comparisons(quick)
     kinds = ("fp32",) if quick else ("fp32", "bf16")
@@ -293,7 +293,7 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
 
 
 def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
-    """Return what is measured on a card: the reference's batches, and groups by their rows."""
+    """Return the comparisons on CUDA: the reference's batches, and groups by lengths of rows."""
     case = Case("nf4-bf16", 8, 4, 1 if quick else 6, 2048, checkpointing=True)
     stock = replace(case, is_stock=True)
     found = [("8 x 4 rows, nf4-bf16", stock, case)]
@@ -334,7 +334,7 @@ def main() -> None:
     chosen = [one for one in comparisons(given.quick, device) if given.only in one[0]]
     if not chosen:
         names = "\n".join(what for what, *_ in comparisons(given.quick, device))
-        sys.exit(f"benchmarks/training.py: nothing is named so; there are:\n{names}")
+        sys.exit(f"benchmarks/training.py: no comparison is named so; there are:\n{names}")
     told = [compare(*one, given.data, device, given.quick) for one in chosen]
     print()
     for comparison in told:
