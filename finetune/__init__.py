@@ -1,6 +1,6 @@
 """Fine-tune language models with LoRA, sweep any setting, evaluate honestly.
 
-`import finetune` is quick: a name is loaded when it is first used, torch only where weights are.
+`import finetune` imports no torch: each public name is loaded on first use, torch with the weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command: check what was typed, let Hydra compose it, hand it to the sweep."""
+"""Command line entry point: check the overrides, let Hydra compose them, run the sweep."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from finetune.streams import keep_streams
 
 
 def main() -> None:
-    """Run `finetune` or `python -m finetune`; under a launcher the other processes follow.
+    """Run `finetune` or `python -m finetune`; under a launcher the other ranks follow rank 0.
 
     Exit codes: 0 all runs finished, 1 a run failed or diverged or the results could not be
-    written, 2 refused before the start, 75 stopped by a signal of the machine (SIGTERM, SIGHUP),
-    to be run again, 130 interrupted by a person (Ctrl-C).
+    written, 2 refused before the start, 75 stopped by SIGTERM or SIGHUP (the same command
+    resumes), 130 interrupted by a person (Ctrl-C).
     """
     keep_streams()
     complete_environment()
@@ -42,7 +42,7 @@ def main() -> None:
     if not distributed.is_main():
         from finetune.sweeps.worker import follow
 
-        distributed.leave(follow())
+        distributed.exit_now(follow())
     with signals.stops_raised(), distributed.leading():
         try:
             command()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def command() -> None:
-    """Check what was typed and let Hydra compose and run it."""
+    """Check the overrides and let Hydra compose and run them."""
     if sys.argv[1:] == ["--version"]:
         print(version_line())
         return
@@ -72,7 +72,7 @@ def command() -> None:
 
 
 def compose_and_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Let Hydra do what the flags say.
+    """Let Hydra compose the config and run it, or print what the flags ask for.
 
     Raises:
         Refused: the settings cannot be composed.

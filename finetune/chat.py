@@ -1,7 +1,7 @@
-"""`python -m finetune.chat RUN [RUN ...]`: talk with what runs trained, and with their base.
+"""Chat with trained runs and their base model: `python -m finetune.chat RUN [RUN ...]`.
 
-Answers go to the standard output and all else to the standard error, so that a pipe of lines
-comes out as answers.
+Answers go to standard output and everything else to standard error, so that prompts can be piped
+in and answers piped out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from finetune.inference.conversation import Conversation, Sampling
 
 HELP = """\
-A line is asked as the run was trained: as an instruction, in a chat, as the beginning of a text,
-or by the run's own template, whose fields are given as FIELD: VALUE where it has several.
-/use NAME   let another run answer, by a part of its name; /use base for the base alone
-/list       the runs, and who answers now
-/reset      forget the conversation
-/help       this
-/quit       leave, as Ctrl-D does; Ctrl-C stops an answer"""
+Each line is a prompt, rendered with the template that the run was trained with. Where a template
+has several fields, write a line FIELD: VALUE for each.
+/use NAME   switch to another run (a part of its name is enough), or to base, the base model
+/list       list the runs; * marks the one that answers
+/reset      clear the conversation
+/help       show this help
+/quit       exit, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def main() -> None:
-    """Talk on the terminal or through a pipe; exit code 0, or 2 where there is nothing to load."""
+    """Chat on the terminal or through a pipe; exit code 0, or 2 where no run can be loaded."""
     keep_streams()
     parser = argparse.ArgumentParser(
         prog="python -m finetune.chat", description=__doc__, epilog=HELP,
@@ -38,16 +38,16 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, outputs/NAME")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="of an answer, at most (256)"
+        "--max-new-tokens", type=int, default=256, help="longest answer (default: 256)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)"
+        "--temperature", type=float, default=0.0, help="0: greedy decoding (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what a temperature draws (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that a run's model brings along, where the run did",
+        help="allow the Python code of a base model trained with model.trust_remote_code=true",
     )
     given = parser.parse_args()
     if given.max_new_tokens < 1:
@@ -74,18 +74,18 @@ def main() -> None:
         sampling = conversation.Sampling(given.max_new_tokens, given.temperature)
         talk(loaded, sampling, read_lines())
     except Refused as refused:
-        tell(str(refused))
+        notify(str(refused))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def tell(text: str) -> None:
+def notify(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def read_lines() -> Iterator[str]:
-    """Yield what is typed, or what comes through a pipe, until its end."""
+    """Yield lines from the terminal or a pipe until the end of input."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
@@ -95,15 +95,15 @@ def read_lines() -> Iterator[str]:
         try:
             yield input("> " if sys.stdout.isatty() else "")
         except KeyboardInterrupt:  # forgets the line, as a shell does
-            tell("")
+            notify("")
         except EOFError:
-            tell("")
+            notify("")
             return
 
 
 def talk(conversation: Conversation, sampling: Sampling, lines: Iterable[str]) -> None:
     """Answer line by line until /quit or the end, or until nobody reads the answers."""
-    introduce(conversation)
+    print_model(conversation)
     for line in lines:
         if is_gone(sys.stdout):
             return
@@ -112,47 +112,47 @@ def talk(conversation: Conversation, sampling: Sampling, lines: Iterable[str]) -
         if line.startswith("/"):
             if line.strip() == "/quit":
                 return
-            obey(conversation, *line.split(maxsplit=1))
+            run_command(conversation, *line.split(maxsplit=1))
         else:
-            say(conversation, sampling, line)
+            print_answer(conversation, sampling, line)
 
 
-def introduce(conversation: Conversation) -> None:
-    """Tell who answers, and what is asked for."""
+def print_model(conversation: Conversation) -> None:
+    """Print which model answers, its prompt template, and the fields to fill in."""
     voice = conversation.voice
-    who = "the base" if conversation.is_base else voice.name
-    tell(f"{who} answers, asked by {Path(voice.prompt).name}; /help for commands")
+    model = "the base model" if conversation.is_base else voice.name
+    notify(f"{model} answers, prompt template {Path(voice.prompt).name}; /help lists commands")
     if len(voice.fields) > 1:
-        tell(f"it needs {', '.join(voice.fields)}: a line FIELD: VALUE for each")
+        notify(f"write a line FIELD: VALUE for each field: {', '.join(voice.fields)}")
 
 
-def obey(conversation: Conversation, command: str, argument: str = "") -> None:
-    """Do what a line with a slash asks for."""
+def run_command(conversation: Conversation, command: str, argument: str = "") -> None:
+    """Run a command, a line that starts with a slash."""
     match command:
         case "/use":
             try:
                 conversation.use(argument.strip())
             except ValueError as error:
-                tell(str(error))
+                notify(str(error))
             else:
-                introduce(conversation)
+                print_model(conversation)
         case "/list":
             for voice in conversation.voices:
                 now = voice == conversation.voice and not conversation.is_base
                 prompt = Path(voice.prompt).name
-                tell(f"{'*' if now else ' '} {voice.name} ({voice.method}, {prompt})")
-            tell(f"{'*' if conversation.is_base else ' '} base")
+                notify(f"{'*' if now else ' '} {voice.name} ({voice.method}, {prompt})")
+            notify(f"{'*' if conversation.is_base else ' '} base")
         case "/reset":
             conversation.reset()
-            tell("forgotten")
+            notify("conversation cleared")
         case "/help":
-            tell(HELP)
+            notify(HELP)
         case _:
-            tell(f"there is no {command}; /help lists what there is")
+            notify(f"{command} is not a command; /help lists them")
 
 
-def say(conversation: Conversation, sampling: Sampling, line: str) -> None:
-    """Print the answer to a line as it comes, or why there is none."""
+def print_answer(conversation: Conversation, sampling: Sampling, line: str) -> None:
+    """Stream the answer to a prompt, or print why there is none."""
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -162,9 +162,9 @@ def say(conversation: Conversation, sampling: Sampling, line: str) -> None:
             print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
-        tell("(stopped)")
+        notify("(stopped)")
     except ValueError as fault:  # Unusable
-        tell(str(fault))
+        notify(str(fault))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands beside a run, by their first word: `finetune memory lora.r=64`."""
+"""Subcommands of `finetune`, such as `finetune memory lora.r=64`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
-# Each is a module with a `main`; the text stands in the help.
+# Each is a module with a `main`; the text is its line in the help.
 COMMANDS = {
-    "memory": "estimate a run's memory without loading a weight",
-    "preview": "show rows as the model gets them, without loading a weight",
-    "report": "write a sweep's report again",
+    "memory": "estimate a run's memory without loading weights",
+    "preview": "show tokenised rows and their loss mask, without loading weights",
+    "report": "rewrite a sweep's report from the files of its runs",
     "runs": "list runs, or compare two of them",
-    "rerun": "run again what a run's folder says, and compare",
-    "chat": "talk to a trained model",
+    "rerun": "repeat a run from its folder, and compare the results",
+    "chat": "chat with trained models",
     "export": "write a trained model to a folder or to the hub",
-    "sync": "send to MLflow what it is missing",
+    "sync": "send missing events to MLflow",
 }
 
 
@@ -27,7 +27,7 @@ def find_command(arguments: Sequence[str]) -> str | None:
 
 
 def run_command(name: str) -> None:
-    """Run a command on the rest of the words typed."""
+    """Run a subcommand with the remaining arguments."""
     sys.argv = [f"finetune {name}", *sys.argv[2:]]
     import_module(f"finetune.{name}").main()
 
@@ -38,7 +38,7 @@ def version_line() -> str:
 
 
 def find_word_problem(word: str, settings: Sequence[str]) -> str:
-    """Say what is wrong with a word that is no override; a setting has a value."""
+    """Describe an argument that is no override, with the remedy."""
     if word in COMMANDS:
         return f"{word} is a command; it comes first: finetune {word} ..."
     if word in settings:

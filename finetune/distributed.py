@@ -1,8 +1,8 @@
-"""Several processes under a launcher: which one this is, and what they tell each other.
+"""torch.distributed under a launcher: the rank of this process, and messages between ranks.
 
-`accelerate launch` and `torchrun` start the command once for each GPU. The first process conducts
-all as a single one does, and alone writes; the others take part in its trainings. A process by
-itself pays nothing: torch is imported, and a group opened, under a launcher only.
+`accelerate launch` and `torchrun` start the command once for each GPU. Rank 0 runs the sweep as a
+single process does, and only it writes files; the other ranks take part in its trainings. Without
+a launcher torch is not imported and no process group is opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("finetune")
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(days=30)  # the others wait while the first one evaluates
+LONGEST_WAIT = timedelta(days=30)  # the other ranks wait while rank 0 evaluates
 
 
 def num_processes() -> int:
@@ -37,7 +37,7 @@ def is_launched() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process; the first one is 0."""
+    """Return the rank of this process."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
@@ -46,17 +46,17 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine, which is that of its GPU."""
+    """Return the rank on this machine, which is the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
 
 
 def num_local_processes() -> int:
-    """Return how many of the processes are on this machine."""
+    """Return the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
 
 
 def is_sharded() -> bool:
-    """Return whether the processes deal the trained weights out among them (FSDP)."""
+    """Return whether the trained parameters are sharded across the ranks (FSDP)."""
     return is_launched() and asks_for_fsdp()
 
 
@@ -66,88 +66,92 @@ def asks_for_fsdp() -> bool:
 
 @lru_cache(maxsize=1)
 def join() -> None:
-    """Meet the other processes, once, before accelerate does: it takes a group that is there.
+    """Open the process group, once; accelerate takes one that is open.
 
-    What they tell each other goes by the CPU, so that waiting keeps no GPU busy.
+    Python objects are sent over gloo on the CPU, so that waiting ranks keep no GPU busy.
     """
     import torch
     import torch.distributed as dist
 
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only the first one has weights
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only rank 0 has weights
     if local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
-def from_main(find: Callable[[], T]) -> T:
-    """Return in every process what the first one finds."""
+def from_main(compute: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 computes."""
     if not is_launched():
-        return find()
+        return compute()
     import torch
 
     join()
-    held: list[Any] = [find() if is_main() else None]
-    torch.distributed.broadcast_object_list(held, src=0, device=torch.device("cpu"))
-    found: T = held[0]
-    return found
+    values: list[Any] = [compute() if is_main() else None]
+    torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    value: T = values[0]
+    return value
 
 
 def from_all(value: T) -> list[T]:
-    """Return every process's value, in their order, in each of them."""
+    """Return the values of all ranks, by rank, on every rank."""
     if not is_launched():
         return [value]
     import torch.distributed as dist
 
     join()
-    held: list[Any] = [None] * num_processes()
-    dist.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def hear() -> tuple[str, Any]:
-    """Wait for what the first process says next: a verb and what belongs to it."""
+def receive() -> tuple[str, Any]:
+    """Wait for the next message of rank 0: a verb and its payload."""
     return from_main(lambda: ("", None))
 
 
-def _tell(verb: str, given: Any) -> None:
-    from_main(lambda: (verb, given))
+def _broadcast(verb: str, payload: Any) -> None:
+    from_main(lambda: (verb, payload))
 
 
-_parted: list[BaseException] = []  # what took this process out of a training, others still in it
+# Errors that took this rank out of a training while the other ranks are still in it.
+_desynchronised: list[BaseException] = []
 
 
-def has_parted() -> bool:
-    """Return whether the others can no longer be reached; this process must end soon."""
-    return bool(_parted)
+def is_desynchronised() -> bool:
+    """Return whether the other ranks are blocked in a collective; this process must end soon."""
+    return bool(_desynchronised)
 
 
 @contextmanager
-def training_together(config: Config, inputs: Inputs, alike: type[Exception]) -> Iterator[None]:
-    """Let the other processes take part in a training.
+def training_together(config: Config, inputs: Inputs, expected: type[Exception]) -> Iterator[None]:
+    """Let the other ranks take part in a training.
 
     Args:
-        config: what they are to train.
-        inputs: and from what, as planned.
-        alike: an error that comes in all processes at once. Any other one, in this process alone,
-            leaves them waiting for its gradients; only the launcher can end them then. A stop
-            that all have agreed on is as expected; a second request ends this process alone.
+        config: the settings to train with.
+        inputs: the planned inputs of the run.
+        expected: exception type raised on all ranks at once. Any other exception on this rank
+            leaves the others blocked in a collective; only the launcher can stop them. The first
+            request to stop is agreed on by all ranks; a second one ends only this rank.
     """
     if is_launched():
-        _tell("train", (config, inputs))
+        _broadcast("train", (config, inputs))
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        is_expected = isinstance(error, alike) or error is signals.first_stop()
+        is_expected = isinstance(error, expected) or error is signals.first_stop()
         if is_launched() and not is_expected:
-            _parted.append(error)
-            log.error("the other processes cannot go on without this one; the same command resumes")
+            _desynchronised.append(error)
+            log.error(
+                "the other ranks are blocked in a collective without this one; once the launcher "
+                "has stopped them, the same command resumes"
+            )
         raise
 
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """End the other processes with the exit code that this one ends with."""
+    """End the other ranks with the exit code of this one."""
     code: Any = 1
     try:
         yield
@@ -157,17 +161,17 @@ def leading() -> Iterator[None]:
         if not is_launched():
             raise
     finally:
-        if is_launched() and not has_parted():
-            with suppress(RuntimeError):  # those that died hear nothing
-                _tell("end", code)
+        if is_launched() and not is_desynchronised():
+            with suppress(RuntimeError):  # ranks that died receive nothing
+                _broadcast("end", code)
     if is_launched():
-        leave(code)
+        exit_now(code)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process of several at once.
+def exit_now(code: int) -> NoReturn:
+    """Exit this rank without the interpreter's teardown.
 
-    Threads of the process group may abort a run that is over while the interpreter is taken down.
+    Threads of the process group may abort a finished run during it.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Show text from outside (values, errors, samples) on a terminal, a page or a spreadsheet."""
+"""Escape text from outside (values, errors, samples) for terminals, pages and spreadsheets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKDOWN_START = re.compile(r"^(\s*)([#>]|[-+](?=\s|$)|-(?=--)|=(?==)|\d+(?=[.)]
 
 
 def for_terminal(text: str) -> str:
-    r"""Write out what a terminal would obey or hide, e.g. ESC as `\x1b`; newlines stay."""
+    r"""Escape control and invisible characters, e.g. ESC as `\x1b`; newlines stay."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(
@@ -30,8 +30,8 @@ def for_terminal(text: str) -> str:
 
 
 def keep_logs_plain() -> None:
-    """Write out control characters in every line that finetune logs, from here on."""
-    logging.getLogger("finetune").addFilter(_plain)  # once, however often
+    """Escape control characters in every line that finetune logs from now on."""
+    logging.getLogger("finetune").addFilter(_plain)  # adding it twice changes nothing
 
 
 def _plain(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
-"""`python -m finetune.export RUN`: what a run trained as a folder for others, or on the hub.
+"""Export a run's adapter or merged model: `python -m finetune.export RUN`.
 
-The adapter, or with --merge the whole model, with tokenizer and model card; whole or not at all.
+The folder has weights, tokenizer, prompt template and model card, and is written atomically; it
+can be uploaded to the hub.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class NotExported(Exception):
-    """What was begun did not succeed; the message says why and what to do."""
+    """An export or upload that failed; the message says why and what to do."""
 
 
 def main() -> None:
@@ -39,19 +40,19 @@ def main() -> None:
     )
     parser.add_argument(
         "--merge", action="store_true",
-        help="merge the adapter into the base's weights, and check the model that comes of it",
+        help="merge the adapter into the base model's weights, and compare the log-likelihoods",
     )  # fmt: skip
     parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload it too; the token is HF_TOKEN or hf's login"
+        "--push", metavar="OWNER/NAME", help="upload to the hub too, by HF_TOKEN or hf auth login"
     )
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
     parser.add_argument(
         "--trust-remote-code", action="store_true",
-        help="run Python code that the run's model brings along, where the run did",
+        help="allow the Python code of a base model trained with model.trust_remote_code=true",
     )  # fmt: skip
     given = parser.parse_args()
     if given.private and not given.push:
-        parser.error("--private says how to --push OWNER/NAME")
+        parser.error("--private needs --push OWNER/NAME")
     into = given.into or Path("exports") / resolved(given.run).name
     try:
         trusts = given.trust_remote_code
@@ -80,14 +81,14 @@ def export(
     repo: str | None = None,
     trusts_remote_code: bool = False,
 ) -> None:
-    """Write a run's model into a new folder, and print what its check found.
+    """Write a run's model into a new folder, and print how its outputs were checked.
 
     Raises:
         Refused: the run, the folder or the hub's name cannot be used.
-        NotExported: what was written does not say what the run's model says.
+        NotExported: the exported model's log-likelihoods differ from the trained model's.
     """
     if os.path.lexists(into) and (not into.is_dir() or any(into.iterdir())):
-        raise Refused([f"{into} is there already; name another with --into, or remove it"])
+        raise Refused([f"{into} exists already; set another folder with --into, or remove it"])
     if repo is not None:
         refuse_push(repo)
     # Only now, so that help and mistakes come at once.
@@ -103,10 +104,13 @@ def export(
     run = find_trained(path, trusts_remote_code=trusts_remote_code)
     if is_merged and (problem := find_merge_problem(run)):
         raise Refused([problem])
-    with written_whole(into) as folder:
+    with written_atomically(into) as folder:
         check = write_model(run, folder, is_merged=is_merged)
         if check is not None and not check.has_passed:
-            raise NotExported(f"not exported, it is not what was trained: {check.describe()}")
+            raise NotExported(
+                "export aborted: the exported model's log-likelihoods differ from the trained "
+                f"model's: {check.describe()}"
+            )
         card = render_card(run, repo or str(into), is_merged=is_merged, check=check)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if check is not None:
@@ -114,9 +118,9 @@ def export(
 
 
 def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
-    """Write weights, tokenizer and prompt; return how what was written was checked, if at all.
+    """Write weights, tokenizer and prompt; return the comparison with the trained model, if any.
 
-    An adapter that is copied as it is needs no check.
+    An adapter that is copied unchanged needs none.
     """
     from finetune.data.templates import save_prompt
     from finetune.inference.merging import check_adapter, write_merged
@@ -136,18 +140,18 @@ def write_model(run: Trained, folder: Path, *, is_merged: bool) -> Check | None:
 
 
 def describe_check(run: Trained, check: Check, *, is_merged: bool) -> str:
-    """Say in one line how close what was written is, and to what."""
+    """Describe in one line how close the exported model is to the trained one."""
     if not is_merged:
-        return f"made to fit the base as published; {check.describe()}"
+        return f"converted to an adapter for the published base model; {check.describe()}"
     if run.model.quantization == "none":
         return f"merged; {check.describe()}"
-    quantised = f"the base was quantised ({run.model.quantization})"
-    return f"{quantised}: merged into its dequantised weights; {check.describe()}"
+    quantised = f"merged into the dequantised weights ({run.model.quantization}) of the base model"
+    return f"{quantised}; {check.describe()}"
 
 
 @contextmanager
-def written_whole(into: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `into` at the end, unless that fails."""
+def written_atomically(into: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `into` at the end, unless the block fails."""
     into.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=into.parent, prefix=f".{into.name}."))
     try:
@@ -162,7 +166,7 @@ def written_whole(into: Path) -> Iterator[Path]:
 
 
 def refuse_push(repo: str) -> None:
-    """Raise Refused where an upload could not even begin."""
+    """Raise Refused where an upload cannot succeed: name, offline mode, missing token."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -172,30 +176,30 @@ def refuse_push(repo: str) -> None:
     except HFValidationError as error:
         raise Refused([f"--push {repo}: {error}"]) from None
     if "/" not in repo:
-        raise Refused([f"--push {repo}: name the owner too, OWNER/NAME"])
+        raise Refused([f"--push {repo} has no owner; write OWNER/NAME"])
     if constants.is_offline_mode():
-        raise Refused([f"--push {repo}: HF_HUB_OFFLINE keeps the hub away; unset it"])
+        raise Refused([f"--push {repo}: HF_HUB_OFFLINE forbids uploads; unset it"])
     if get_token() is None:
-        raise Refused([f"--push {repo}: set HF_TOKEN to a token that may write"])
+        raise Refused([f"--push {repo} needs a token; set HF_TOKEN to one with write access"])
 
 
 def push(folder: Path, repo: str, *, is_private: bool) -> str:
-    """Upload a folder to a repository of the hub, made where it is not there; return its URL.
+    """Upload a folder to a repository of the hub, created if missing; return its URL.
 
     Raises:
-        NotExported: it did not work; the folder is left, to be uploaded again.
+        NotExported: the upload failed; the folder is kept, to be uploaded again.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     from finetune.models.compatibility import HTTPError
 
-    again = f"{folder} stays; later: hf upload {repo} {folder}"
+    again = f"{folder} is kept; upload it with: hf upload {repo} {folder}"
     hub = HfApi()
     try:
         url = hub.create_repo(repo, private=is_private or None, exist_ok=True)
         if is_private and not hub.repo_info(repo).private:
-            raise NotExported(f"not pushed: {url} is there already, and is public; {again}")
+            raise NotExported(f"not pushed: {url} exists already and is public; {again}")
         hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from finetune")
     except HfHubHTTPError as error:
         raise NotExported(
@@ -211,9 +215,9 @@ def push(folder: Path, repo: str, *, is_private: bool) -> str:
 
 def _remedy(status: int, error: Exception) -> str:
     if status == 401:
-        return "the hub does not know the token (401); set HF_TOKEN to a valid one that may write"
+        return "the hub rejects the token (401); set HF_TOKEN to a valid one with write access"
     if status == 403:
-        return "the token may not write there (403); use one that may, or another OWNER"
+        return "the token has no write access (403); use one that has, or another OWNER"
     return " ".join(str(error).split())
 
 

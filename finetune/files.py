@@ -1,8 +1,8 @@
 """Files from disk, written atomically and checked as they are read.
 
-A file is damaged where it does not hold what was written there: bytes that are no text, text that
-is no JSON, JSON of another shape, another digest than the recorded one. Readers of files go
-through here; who holds the file's folder sets a damaged one aside, so that it is made anew.
+A file is damaged if its content is not what was written: not UTF-8, not JSON, JSON of another
+shape, or another digest than the recorded one. The process that holds the lock of the folder
+renames a damaged file to NAME.damaged, so that it is written again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import yaml
 log = logging.getLogger("finetune")
 
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024  # the beginning; a bound
-ASIDE = ".damaged"  # the end of a name under which a damaged file is kept
+ASIDE = ".damaged"  # suffix of a damaged file that is kept
 
 # The same values; libyaml, which most builds of PyYAML have, reads ten times as fast.
 YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Damaged(ValueError):
-    """A file that does not hold what was written there; the message says why, without a path."""
+    """A file whose content is not what was written; the message says why, without a path."""
 
 
 def digest(value: Any) -> str:
@@ -83,13 +83,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def keep_regular(path: Path) -> None:
-    """Set aside what is in a file's place and is none, so that it can be written."""
+    """Rename a folder, pipe or broken link at a path where a file is to be written."""
     if os.path.lexists(path) and not path.is_file():
         set_aside(path, "it is not a file")
 
 
 def is_obstructed(folder: Path) -> bool:
-    """Return whether something that is no folder is in its place, such as a loop of links."""
+    """Return whether a folder's path is something else, such as a file or a loop of links."""
     return os.path.lexists(folder) and not folder.is_dir()
 
 
@@ -99,7 +99,7 @@ def resolved(path: Path) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary name, sync, rename."""
+    """Write a file atomically: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -152,7 +152,7 @@ def parse_json(text: str, kind: type[T]) -> T:
 
 
 def read_yaml(path: Path, kind: type[T]) -> T | None:
-    """Return the YAML value in a file, interpolations as they stand; None without the file.
+    """Return the YAML value in a file, interpolations unresolved; None without the file.
 
     Raises:
         Damaged: it is no YAML, or not of this kind.
@@ -177,14 +177,14 @@ def _checked(value: Any, kind: type[T]) -> T:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The objects of a file of JSON lines, and where lines were that cannot be used."""
+    """The objects of a JSON Lines file, and the positions of its damaged lines."""
 
     values: list[dict[str, Any]]
     damaged: list[tuple[int, int]]  # first byte and length, without the line's end
 
 
 def parse_lines(raw: bytes, is_valid: Callable[[dict[str, Any]], bool]) -> JsonLines:
-    """Read JSON lines; a blank one and a half-written last one are neither good nor damaged."""
+    """Parse JSON lines; blank lines and an incomplete last line are skipped, not damaged."""
     lines, start = JsonLines([], []), 0
     while (end := raw.find(b"\n", start)) >= 0:
         line = raw[start:end]
@@ -192,7 +192,7 @@ def parse_lines(raw: bytes, is_valid: Callable[[dict[str, Any]], bool]) -> JsonL
             try:
                 value = json.loads(line.decode())
                 if not isinstance(value, dict) or not is_valid(value):
-                    raise Damaged("it is of another shape")
+                    raise Damaged("it lacks fields")
                 lines.values.append(value)
             except (ValueError, RecursionError):
                 lines.damaged.append((start, len(line)))
@@ -210,7 +210,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Rename a damaged file or folder to NAME.damaged, in place of an earlier one, and say so."""
+    """Rename a damaged file or folder to NAME.damaged, replacing an earlier one, and log it."""
     aside = path.with_name(path.name + ASIDE)
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)
@@ -226,13 +226,13 @@ def slug(text: str) -> str:
 
 
 def distinct_slug(text: str) -> str:
-    """Return a slug that no other text has: with a digest where the slug leaves something out."""
+    """Return a slug unique to this text: with a digest where the slug drops characters."""
     name = slug(text)
     return name if name == text else f"{name[:71].rstrip('-.')}-{digest(text)[:8]}"
 
 
 def _open_like(around: Path, folder: Path) -> None:
-    """Let those read and write a new folder who may the one around it.
+    """Give a new folder the permissions of the folder around it.
 
     Temporary folders, and files by safetensors, are made for their owner only.
     """
@@ -242,7 +242,7 @@ def _open_like(around: Path, folder: Path) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Let a folder stand in for another one, which is renamed before it is removed.
+    """Replace a folder by another one; the old one is renamed before it is removed.
 
     On NFS a file that somebody reads outlives its removal, and would keep its folder there.
     """
@@ -255,13 +255,13 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which then stands in for `folder`, whole or not at all."""
+    """Yield a temporary folder to fill, which then replaces `folder` atomically."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield temporary
         _open_like(folder.parent, temporary)
         if is_obstructed(folder):
-            set_aside(folder, "it is no folder")
+            set_aside(folder, "it is not a folder")
         put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Home, user name, cache and shared folders: what may be lacking, or another user's.
+"""Home directory, user name, cache folder and write access, any of which may be missing.
 
 A container's user may have no name and no home, and files on a shared disk may belong to others.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from finetune.problems import Refused
 
-ROOM_BYTES = 2**16  # that a folder must have room for
+ROOM_BYTES = 2**16  # free space that a folder must have
 CACHE_PARTS = ("models", "evaluations", "speeds", "tokens", "finished")
 
 
 def cache_dir() -> Path:
-    """Return the folder of what all runs of a user share: FINETUNE_CACHE, or below ~/.cache.
+    """Return the cache that all runs of a user share: FINETUNE_CACHE, or ~/.cache/finetune.
 
     Raises:
-        Refused: the user has no home to put it into.
+        Refused: neither FINETUNE_CACHE nor a home directory is set.
     """
     try:
         if "FINETUNE_CACHE" in os.environ:
@@ -34,9 +34,9 @@ def cache_dir() -> Path:
 
 
 def complete_environment() -> None:
-    """Give the libraries a user name and a home where the system has none.
+    """Set USER and HOME for the libraries where the system has neither.
 
-    Without a home they would make a folder named `~`; theirs is then beside our cache.
+    Without HOME they would make a folder named `~`; HOME is then the folder of our cache.
     """
     try:
         getpass.getuser()
@@ -47,7 +47,7 @@ def complete_environment() -> None:
 
 
 def find_folder_problem(name: str, folder: Path, remedy: str) -> str | None:
-    """Return why nothing can be written into a folder, which is made where it is not there."""
+    """Return why a folder, created if missing, cannot be written to; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -58,7 +58,7 @@ def find_folder_problem(name: str, folder: Path, remedy: str) -> str | None:
 
 
 def find_cache_problem() -> str | None:
-    """Return why base scores and converted models cannot be kept between sweeps."""
+    """Return why the cache of base scores and converted models cannot be written to."""
     try:
         folder = cache_dir()
     except Refused as refused:
@@ -73,7 +73,7 @@ def find_cache_problem() -> str | None:
 
 
 def find_foreign_problem(runs: Iterable[Path]) -> str | None:
-    """Return that runs belong to another user, who lets nobody else write to them."""
+    """Return which run folders this user cannot write to, with their owner and the remedy."""
     closed = [run for run in runs if _is_closed(run) or _is_closed(run / "events.jsonl")]
     if not closed:
         return None

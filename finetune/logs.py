@@ -1,4 +1,4 @@
-"""What of the logs reaches a screen: our own lines, and the libraries' errors."""
+"""Configure logging: finetune's lines and the libraries' errors reach the screen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.home import complete_environment
 
 
 def quieten_libraries(*, is_quiet: bool = False) -> None:
-    """Leave on screen what a user acts on: our own lines, and the libraries' errors."""
+    """Hide the libraries' warnings and progress bars; with `is_quiet` also our own lines."""
     complete_environment()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

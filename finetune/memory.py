@@ -1,4 +1,4 @@
-"""Estimate a run's memory by parts before anything is loaded, `python -m finetune.memory ...`."""
+"""Estimate a run's memory by parts, without loading weights: `python -m finetune.memory`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def main() -> None:
     keep_streams()
     parser = argparse.ArgumentParser(
         prog="python -m finetune.memory",
-        description="Estimate a run's memory by parts, without loading a weight. Batches are taken "
+        description="Estimate a run's memory by parts, without loading weights. Batches are taken "
         "to be full: training.batch_size rows of training.max_length tokens.",
         epilog="example: python -m finetune.memory experiment=mistral_alpaca_arc",
     )
-    parser.add_argument("overrides", nargs="*", help="as of python -m finetune, without a sweep")
+    parser.add_argument("overrides", nargs="*", help="as for python -m finetune, one value each")
     parser.add_argument(
-        "--gib", type=float, help="memory to fit into (default: what is free, or 16 for a GPU that "
-        "is not here); with training.device=cuda it is a card's",
+        "--gib", type=float, help="memory to fit into, the GPU's with training.device=cuda "
+        "(default: the free memory, or 16 where there is no GPU)",
     )  # fmt: skip
     given = parser.parse_args()
     try:
@@ -51,11 +51,11 @@ def main() -> None:
 
 
 def render(need: Estimate, device: DeviceMemory) -> Table:
-    """Return the table of parts, and what is there."""
+    """Return the table of parts, their peak, and the free memory."""
     table = build_table("part", "GiB", right=("GiB",))
     for name, value in asdict(need).items():
         add_row(table, name, f"{value / GIB:.2f}")
-    add_row(table, "at most at one time", f"{need.total / GIB:.2f}")
+    add_row(table, "peak", f"{need.total / GIB:.2f}")
     add_row(table, f"free on the {device.kind}", f"{device.free / GIB:.2f}")
     return table
 

@@ -1,4 +1,4 @@
-"""Show rows as the model gets them, learned tokens marked: `python -m finetune.preview ...`."""
+"""Show tokenised rows, tokens in the loss marked: `python -m finetune.preview ...`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def main() -> None:
     keep_streams()
     parser = argparse.ArgumentParser(
         prog="python -m finetune.preview",
-        description="Show rows as the model gets them, without loading a weight: learned tokens on "
-        "green (in brackets without a terminal), how many rows are used, cut and left out, and "
-        "why, and how long they are.",
+        description="Show tokenised rows, without loading weights: learned tokens (in the loss) on "
+        "green, or in brackets without a terminal; how many rows are used, cut and left out, and "
+        "why; and the rows' lengths.",
         epilog="example: python -m finetune.preview data=local data.path=rows.jsonl --rows 5",
     )
-    parser.add_argument("overrides", nargs="*", help="as of python -m finetune, without a sweep")
+    parser.add_argument("overrides", nargs="*", help="as for python -m finetune, one value each")
     parser.add_argument(
         "--rows", type=_count, metavar="N", help=f"rows to show (default: {NUM_ROWS}; "
         "with --json: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", action="store_true", help="one object a row: row (its number in the data, from "
+        "--json", action="store_true", help="print JSON lines: row (its number in the data, from "
         "1), text, input_ids, labels (-100: masked) and tokens; the counts go to standard error",
     )  # fmt: skip
     given = parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""Problems as a user reads them: refusals, the nearest known name, the first line of an error."""
+"""Errors as a user reads them: refusals, the nearest known name, an error's first line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a sweep's report again, `python -m finetune.report FOLDER`."""
+"""Rewrite a sweep's report from its runs: `python -m finetune.report FOLDER`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def main() -> None:
         sys.exit(2)
     except IsADirectoryError as error:
         name = error.filename2 or error.filename
-        print(f"{name} is a folder; move it away", file=sys.stderr)
+        print(f"{name} is a folder where the report writes a file; move it away", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         fault = error.strerror or error
-        print(f"{sys.argv[1]} cannot be written to ({fault}); see its rights", file=sys.stderr)
+        place = sys.argv[1]
+        print(f"{place} cannot be written to ({fault}); check its permissions", file=sys.stderr)
         sys.exit(2)
     for line in (line for run in results.runs for line in find_damage(run)):
         print(for_terminal(line), file=sys.stderr)

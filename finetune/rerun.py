@@ -1,7 +1,7 @@
-"""`python -m finetune.rerun RUN`: run it again elsewhere and say whether it came out the same.
+"""Repeat a run in a new folder and compare the results: `python -m finetune.rerun RUN`.
 
-What is run again is the run's own config.yaml, so that neither the folder given to `--config-dir`
-nor the groups that it was composed of need to be there as they were.
+The settings are those of the run's config.yaml: neither the folder of `--config-dir` nor the config
+groups that it was composed from are needed.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ SWEEP = "rerun"
 
 
 def main() -> None:
-    """Rerun and compare; exit codes: 0 identical or within tolerance, 1 different, 2, 75, 130."""
+    """Rerun and compare; exit code 0 identical or within tolerance, 1 different, 2 refused."""
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE",
-        help="of the run, typed again since it would run code: model.trust_remote_code=true",
+        help="override of the run that would run code, confirmed by typing it again: "
+        "model.trust_remote_code=true",
     )  # fmt: skip
-    parser.add_argument("--into", type=Path, help="where to run it (default: a new folder reruns/)")
+    parser.add_argument("--into", type=Path, help="output folder (default: a new one in reruns/)")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     before = RunFolder(given.run)
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def refuse_foreign(before: RunFolder, typed: Sequence[str]) -> None:
-    """Raise Refused where the run's files ask for what only the command line may."""
+    """Raise Refused where the run's files set what only the command line may set."""
     if problem := before.find_problem("overrides.yaml"):
         raise Refused([f"{before.path / 'overrides.yaml'} is damaged: {problem}; {REMEDY}"])
     again = f"python -m finetune.rerun {shlex.quote(str(before.path))}"
@@ -73,10 +74,10 @@ def refuse_foreign(before: RunFolder, typed: Sequence[str]) -> None:
 
 
 def build_job(before: RunFolder, into: Path | None) -> Job:
-    """Return the job of a run's own settings, to be run in another folder, untracked.
+    """Return a job with the settings of a run, but another folder and no tracking.
 
     Raises:
-        Refused: the run's settings are damaged, or no settings of this version.
+        Refused: the run's settings are damaged, or not of this version.
     """
     try:
         composed = OmegaConf.create(before.read_settings())
@@ -96,7 +97,7 @@ def build_job(before: RunFolder, into: Path | None) -> Job:
 
 
 def report(before: RunFolder, into: Path) -> int:
-    """Print in what a run and its rerun differ, and the verdict; return the exit code."""
+    """Print the differences between a run and its rerun, and the verdict; return the exit code."""
     (config,) = into.glob("*/config.yaml")
     after = RunFolder(config.parent)
     for difference in find_other_conditions(before, after):

@@ -1,4 +1,4 @@
-"""`python -m finetune.runs`: list runs, or compare any two of them."""
+"""List runs, or compare two of them: `python -m finetune.runs [RUN OTHER]`."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m finetune.runs", description=__doc__)
     parser.add_argument("compare", nargs="*", type=Path, help="two runs' folders to compare")
     parser.add_argument(
-        "--outputs", type=Path, default=Path(Config.output_dir), help="where runs lie"
+        "--outputs", type=Path, default=Path(Config.output_dir), help="folder of the runs"
     )
     given = parser.parse_args()
     if given.compare:
         if len(given.compare) != 2:
-            parser.error("give two runs to compare, or none to list all")
+            parser.error("name two runs to compare, or none to list all")
         runs = [RunFolder(path) for path in given.compare]
         missing = [str(run.path) for run in runs if not is_run(run)]
         if missing:
             print(f"no run in {', '.join(missing)}: config.yaml is missing", file=sys.stderr)
             sys.exit(2)
-        tell_damage(runs)
+        print_damage(runs)
         table = render_pair(runs[0], runs[1])
         if not table.row_count and any(find_damage(run) for run in runs):
             print("nothing can be compared: the damaged files are left out", file=sys.stderr)
@@ -51,27 +51,27 @@ def main() -> None:
         print_table(table)
         return
     places = [RunFolder(path) for path in sorted(given.outputs.glob("*-????????????"))]
-    tell_damage([run for run in places if run.find_place_problem()])
+    print_damage([run for run in places if run.find_place_problem()])
     found = [run for path in sorted(given.outputs.glob("*")) if is_run(run := RunFolder(path))]
     if not found:
         print(f"no runs in {given.outputs}/", file=sys.stderr)
         sys.exit(2)
-    tell_damage(found)
+    print_damage(found)
     print_table(render_list(found))
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Return whether a folder is a run's, also where one of its files is lost."""
+    """Return whether a folder is a run's, even if one of its files is missing."""
     return any((folder.path / name).exists() for name in ("status.json", "config.yaml"))
 
 
-def tell_damage(runs: Sequence[RunFolder]) -> None:
+def print_damage(runs: Sequence[RunFolder]) -> None:
     for line in (line for run in runs for line in find_damage(run)):
         print(for_terminal(line), file=sys.stderr)
 
 
 def render_list(runs: Sequence[RunFolder]) -> Table:
-    """Return a table of runs: state, when, what was set, and scores."""
+    """Return a table of runs: state, end time, overrides and scores."""
     table = build_table("run", "state", "ended", "settings", "scores")
     for run in runs:
         status = run.status()
@@ -93,7 +93,7 @@ def _scores(run: RunFolder) -> str:
 
 
 def render_pair(one: RunFolder, other: RunFolder) -> Table:
-    """Return a table of two runs' scores on the same questions, with what is proven."""
+    """Return a table of two runs' scores on the same questions: difference, interval and p."""
     numbers = (one.name, other.name, "difference", "95 %", "gained / lost", "p")
     table = build_table("metric", *numbers, right=numbers)
     for task in one.scored_tasks():
@@ -111,14 +111,14 @@ def render_pair(one: RunFolder, other: RunFolder) -> Table:
 def _pair_cells(
     one: RunFolder, other: RunFolder, metric: MetricName, scores: tuple[MetricScore, MetricScore]
 ) -> list[str]:
-    """Return what stands behind a metric's name; nothing where a run's answers are not stored."""
+    """Return the cells of a metric's row; none where a run's outcomes are not stored."""
     first, second = (read_answers(run, metric.task, metric.name) for run in (one, other))
     if not (first.tuned and second.tuned):
         return []
     values, definition = [score.value for score in scores], scores[0].definition
     plain = [*map(show_score, values), f"{values[1] - values[0]:+.4g}"]
     if scores[1].definition != definition:
-        return [*plain[:2], "the runs' scores have other definitions", "", "", ""]
+        return [*plain[:2], "the runs define this metric differently", "", "", ""]
     if not definition.is_known:
         return [*plain, "", "", ""]  # only a run and its base are resampled at scoring
     try:

@@ -1,7 +1,7 @@
-"""Signals that stop a sweep: who asked, whether it is a new request, and the exit code for it.
+"""Stop signals (SIGINT, SIGTERM, SIGHUP): the sender, repeated signals, and the exit code.
 
-Ctrl-C is a person's. SIGTERM and SIGHUP are the machine's (a scheduler, a container, a terminal
-that is gone): the same command is to be run again.
+Ctrl-C comes from a person. SIGTERM and SIGHUP come from the machine (a scheduler, a container, a
+closed terminal): the same command is to be run again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REPEAT_SECONDS = 0.3
 
 
 class Stopped(KeyboardInterrupt):
-    """A request to stop; its text says who asked, as a run's reason."""
+    """A request to stop; its text names the sender, and is the run's recorded reason."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -35,16 +35,16 @@ class StopHandler:
     """Raise `Stopped` at a stop signal, unless it repeats the request before it.
 
     Args:
-        heard: returns the signal that a signal stands for, or None where it is not meant.
+        translate: maps a received signal to the one to act on, or to None to ignore it.
     """
 
-    def __init__(self, heard: Callable[[int], int | None] = lambda number: number) -> None:
+    def __init__(self, translate: Callable[[int], int | None] = lambda number: number) -> None:
         self.first: Stopped | None = None
-        self._heard = heard
+        self._translate = translate
         self._last = 0.0
 
     def __call__(self, number: int, frame: object) -> None:
-        asked, before = self._heard(number), self._last
+        asked, before = self._translate(number), self._last
         if asked is None:
             return
         self._last = time.monotonic()
@@ -70,8 +70,8 @@ class StopSignals:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take the process' stop signals until the end; those that it ignores stay ignored."""
-        other = StopHandler()  # where another launcher's process has none of ours
+        """Handle stop signals until the end; signals that the process ignores stay ignored."""
+        other = StopHandler()  # in a process of another launcher, which has no handler of ours
         for number in STOP_SIGNALS:
             handler = signal.getsignal(number)
             self._handlers[number] = handler if isinstance(handler, StopHandler) else other
@@ -104,8 +104,8 @@ def first_stop() -> KeyboardInterrupt:
 
 
 def end_stopped(stop: KeyboardInterrupt) -> int:
-    """Say why the process ends; return its exit code."""
-    print(f"finetune: {describe(stop)}; the same command goes on", file=sys.stderr)
+    """Print why the process ends; return its exit code."""
+    print(f"finetune: {describe(stop)}; the same command resumes", file=sys.stderr)
     return exit_code(stop)
 
 
@@ -114,21 +114,21 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 
 
 def describe(stop: KeyboardInterrupt) -> str:
-    """Say who asked to stop."""
+    """Return who asked to stop, as a reason."""
     return str(stop) or "interrupted by the user"
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let stop signals wait until the end; a process that is started here begins with them so."""
-    came: list[int] = []
-    with _handled_by(lambda number, frame: came.append(number)):  # by any of the threads
+    """Block stop signals until the end, then raise them; a process started here inherits that."""
+    pending: list[int] = []
+    with _handled_by(lambda number, frame: pending.append(number)):  # by any of the threads
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for number in came:
+    for number in pending:
         signal.raise_signal(number)
 
 
@@ -149,9 +149,9 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
             signal.signal(number, before[number])
 
 
-def listen_to(heard: Callable[[int], int | None]) -> None:
-    """Leave stop signals to another process: only a SIGINT that it speaks of is one here."""
+def listen_to(translate: Callable[[int], int | None]) -> None:
+    """Ignore stop signals but a SIGINT that `translate` maps to one: another process decides."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, StopHandler(heard))
+    signal.signal(signal.SIGINT, StopHandler(translate))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,7 +1,7 @@
-"""Standard output and error that outlive their reader: a closed pipe or terminal ends no run.
+"""Keep running when standard output or error is closed: a broken pipe ends no run.
 
-`| head`, a closed pager, a dead log collector, a terminal that is gone, a log on a full disk: what
-is printed there is lost, and the files tell the rest. Nothing above has to catch such an error.
+`| head`, a closed pager, terminal or log collector, a log on a full disk: what is printed there is
+dropped, and the run's files have it. Callers need not catch such errors.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class LastingOutput(io.FileIO):
                 select.select([], [self.fileno()], [])  # another process made it non-blocking
         except OSError as error:
             if error.errno in GONE:
-                self._leave()
+                self._redirect_to_null()
             elif error.errno not in FULL:
                 raise
             return size
         return done
 
-    def _leave(self) -> None:
-        """Send all that follows to nowhere, also what libraries and new processes write."""
+    def _redirect_to_null(self) -> None:
+        """Redirect the descriptor to /dev/null, for libraries and child processes too."""
         self.is_gone = True
-        _open_nowhere(self.fileno())
+        _open_null(self.fileno())
 
 
 def keep_streams() -> None:
-    """Let this process go on when nobody reads its output any more.
+    """Keep this process running when its output is closed.
 
     Streams that are not the interpreter's own (a notebook's, a test's) are left alone. Ctrl-C
     prints no traceback.
@@ -62,7 +62,7 @@ def keep_streams() -> None:
 def _show_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Show what nobody has caught, unless somebody has just pressed Ctrl-C."""
+    """Print the traceback of an uncaught exception, but none of Ctrl-C."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 
@@ -74,24 +74,24 @@ def is_gone(stream: TextIO) -> bool:
 
 
 def _open_missing() -> None:
-    """Open closed descriptors (`>&-`), which the next file that is opened would be given."""
+    """Open closed descriptors (`>&-`), which the next opened file would get."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            _open_nowhere(descriptor)
+            _open_null(descriptor)
 
 
-def _open_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != descriptor:  # it is, where the descriptor was closed
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+def _open_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:  # it is, where the descriptor was closed
+        os.dup2(null, descriptor)
+        os.close(null)
     os.set_inheritable(descriptor, True)
 
 
 def _kept(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Return a stream on a descriptor like the one that is there, but lasting."""
+    """Return a stream on a descriptor with the settings of another, whose writes never fail."""
     raw = LastingOutput(descriptor, "w", closefd=False)
     if not isinstance(stream, io.TextIOWrapper):  # the descriptor was closed
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", line_buffering=True)
@@ -108,7 +108,7 @@ def _kept(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _flush(stream: io.TextIOWrapper) -> None:
-    """Write what is buffered; where that cannot be, the next write finds out why."""
+    """Write what is buffered; an error shows at the next write."""
     try:
         stream.flush()
     except OSError:

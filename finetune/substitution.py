@@ -1,6 +1,6 @@
-"""Put something else in the place of a library's attribute or entry, until a block ends.
+"""Temporarily patch an attribute or mapping entry of a library, until a block ends.
 
-For libraries that have no setting for what a block needs of them.
+For libraries that have no setting for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def substituted(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an object or module that has it; an object's class keeps its own."""
+    """Replace an attribute of an object or module; an object's class keeps its attribute."""
     is_own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -26,7 +26,7 @@ def substituted(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def updated(entries: MutableMapping[str, Any], more: Mapping[str, Any]) -> Iterator[None]:
-    """Add to a mapping, or replace in it; it is the same object, for whoever has it."""
+    """Add or replace entries of a mapping in place, until the block ends."""
     before = dict(entries)
     entries.update(more)
     try:

@@ -1,4 +1,4 @@
-"""`python -m finetune.sync`: send to MLflow what it missed while it was down."""
+"""Send events that MLflow missed while it was down: `python -m finetune.sync`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.tracking.tracker import send
 
 
 def main() -> None:
-    """Send the rest of the named sweeps, or of all; exit code 0, 1 where that failed, 2 refused."""
+    """Send missing events of some sweeps, or of all; exit code 0, 1 (failed) or 2 (refused)."""
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.sync", description=__doc__)
     parser.add_argument(
@@ -29,8 +29,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--uri",
-        help=f"the server that the sweeps are recorded for, or set {URI_VARIABLE}; a SQLite file "
-        "and this machine's own server need neither",
+        help=f"MLflow server of the sweeps, unless it is local, a SQLite file or set by "
+        f"{URI_VARIABLE}",
     )
     given = parser.parse_args()
     if given.uri:
@@ -42,7 +42,7 @@ def main() -> None:
     for folder in untracked:
         print(
             f"{folder}: has no mlflow.json: not tracked, or the file was deleted; "
-            "the sweep's own command sends its runs again"
+            "the sweep's command sends its runs again"
         )
     for folder in missing:
         print(f"{folder}: there is no such sweep", file=sys.stderr)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _is_refused(folder: Path) -> bool:
-    """Return whether a sweep asks to be sent to a server that the user has not named; say so."""
+    """Refuse to send to a server that a sweep's file names and the user did not."""
     try:
         uri = Mirror.load(folder / "mlflow.json").uri
     except (Damaged, FileNotFoundError):
@@ -74,15 +74,16 @@ def _sync(folder: Path) -> bool:
             return _send_rest(folder, Mirror.load(path), path)
     except Damaged as damage:
         print(
-            f"{path} is damaged: {damage}; the sweep's command makes it anew, and sends all",
+            f"{path} is damaged: {damage}; the sweep's command recreates it and sends all events",
             file=sys.stderr,
         )
         return False
     except Timeout:
-        print(f"{folder}: its sweep is running, and sends by itself", file=sys.stderr)
+        print(f"{folder}: the sweep is running, and sends its events itself", file=sys.stderr)
         return False
     except OSError as error:
-        print(f"{folder} cannot be written to ({error.strerror}); see its rights", file=sys.stderr)
+        fault = f"cannot be written to ({error.strerror}); check its permissions"
+        print(f"{folder} {fault}", file=sys.stderr)
         return False
 
 

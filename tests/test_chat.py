@@ -234,7 +234,7 @@ def test_a_pipe_of_lines_comes_out_as_answers(
     base = generated(run.load_base(), run, prompt_of("alpaca"))
     assert said.out == f"{tuned}\n{base}\n"
     assert "no run has 'nobody'" in said.err
-    assert "there is no /what" in said.err
+    assert "/what is not a command" in said.err
     assert "* base" in said.err
 
 

@@ -405,7 +405,8 @@ def test_the_report_command_names_what_is_damaged(
     (folder / "results.csv").mkdir()
     with pytest.raises(SystemExit, match="2"):
         report.main()
-    assert f"{folder / 'results.csv'} is a folder; move it away" in capsys.readouterr().err
+    remedy = "is a folder where the report writes a file; move it away"
+    assert f"{folder / 'results.csv'} {remedy}" in capsys.readouterr().err
 
 
 def test_two_runs_of_which_damage_leaves_nothing_are_not_compared(

@@ -217,7 +217,7 @@ def test_one_process_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.training_together(Config(), inputs, Diverged),
     ):
         raise OSError("disk")
-    assert not distributed.has_parted()
+    assert not distributed.is_desynchronised()
 
 
 def test_a_launched_process_knows_its_place(

@@ -214,7 +214,7 @@ def test_an_adapter_that_changed_its_base_is_made_to_fit_the_published_one(
     run = train_tiny(tmp_path / "outputs", lora=lora)
     into = tmp_path / "export"
     assert call(monkeypatch, run, "--into", into) == 0
-    assert "made to fit the base as published" in capsys.readouterr().out
+    assert "converted to an adapter for the published base model" in capsys.readouterr().out
     trained = find_trained(run)
     prompts, wanted = find_prompts(trained, trained.load_tokenizer()), trained_log_likelihoods(run)
     base = AutoModelForCausalLM.from_pretrained(trained.source.location)
@@ -256,7 +256,8 @@ def test_what_does_not_pass_its_check_is_not_exported(
     monkeypatch.setattr("finetune.inference.merging.load_as_published", halved)
     assert call(monkeypatch, run, "--merge", "--into", tmp_path / "merged") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("not exported, it is not what was trained: log-likelihoods of 8")
+    assert line.startswith("export aborted: the exported model's log-likelihoods differ from the")
+    assert "trained model's: log-likelihoods of 8" in line
     assert list(tmp_path.iterdir()) == []  # of the temporary folder neither
 
 
@@ -300,7 +301,7 @@ def test_a_folder_that_holds_something_is_refused(
     (tmp_path / "mine.txt").write_text("mine")
     assert call(monkeypatch, run, "--into", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is there already; name another with --into" in line
+    assert "exists already; set another folder with --into" in line
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -398,9 +399,9 @@ def test_an_export_is_pushed(
 @pytest.mark.parametrize(
     ("hub", "told"),
     [
-        ((401, True), "the hub does not know the token (401); set HF_TOKEN"),
-        ((403, True), "the token may not write there (403); use one that may"),
-        ((None, False), "is there already, and is public"),
+        ((401, True), "the hub rejects the token (401); set HF_TOKEN"),
+        ((403, True), "the token has no write access (403); use one that has"),
+        ((None, False), "exists already and is public"),
     ],
     indirect=["hub"],
 )
@@ -414,7 +415,7 @@ def test_a_failed_upload_says_what_to_do(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("not pushed: ")
     assert told in line
-    assert line.endswith(f"later: hf upload me/mine {into}")
+    assert line.endswith(f"upload it with: hf upload me/mine {into}")
     assert (into / "README.md").is_file()
     assert hub.files == {}
 
@@ -434,7 +435,7 @@ def test_a_hub_that_cannot_be_reached_is_told(
 @pytest.mark.parametrize(
     ("repo", "offline", "token", "told"),
     [
-        ("mine", False, "t", "name the owner too"),
+        ("mine", False, "t", "has no owner; write OWNER/NAME"),
         ("a/b/c", False, "t", "Repo id must be"),
         ("me/mine", True, "t", "HF_HUB_OFFLINE"),
         ("me/mine", False, None, "set HF_TOKEN"),
@@ -458,4 +459,4 @@ def test_private_without_push_is_refused(
 ) -> None:
     """An option that would do nothing is a mistake."""
     assert call(monkeypatch, "outputs/run", "--private") == 2
-    assert "--private says how to --push" in capsys.readouterr().err
+    assert "--private needs --push" in capsys.readouterr().err

@@ -120,21 +120,21 @@ def test_another_launchers_process_is_stopped_in_training() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_request_parts_the_processes_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop that all have agreed on leaves them together; this process' alone does not."""
-    parted: list[BaseException] = []
-    monkeypatch.setattr(distributed, "_parted", parted)
+def test_a_second_request_desynchronises_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that all ranks have agreed on does not; a second one ends this rank alone."""
+    desynchronised: list[BaseException] = []
+    monkeypatch.setattr(distributed, "_desynchronised", desynchronised)
     monkeypatch.setattr(distributed, "is_launched", lambda: True)
-    monkeypatch.setattr(distributed, "_tell", lambda verb, given: None)
-    inputs = cast(Inputs, None)  # of no use before others are told
+    monkeypatch.setattr(distributed, "_broadcast", lambda verb, payload: None)
+    inputs = cast(Inputs, None)  # unused where nothing is broadcast
     with signals.stops_raised():
         with pytest.raises(Stopped), distributed.training_together(Config(), inputs, Diverged):
             send(signal.SIGTERM)
-        assert not parted
+        assert not desynchronised
         time.sleep(signals.REPEAT_SECONDS)
         with pytest.raises(Stopped), distributed.training_together(Config(), inputs, Diverged):
             send(signal.SIGTERM)
-        assert len(parted) == 1
+        assert len(desynchronised) == 1
 
 
 @pytest.mark.parametrize("is_locked", [False, True])

@@ -133,7 +133,7 @@ def test_sync_leaves_a_sweep_at_work_alone(
     with claimed(tmp_path / CLAIM_FILE), pytest.raises(SystemExit) as ended:
         sync.main()
     assert ended.value.code == 1
-    assert "its sweep is running" in capsys.readouterr().err
+    assert "the sweep is running" in capsys.readouterr().err
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:

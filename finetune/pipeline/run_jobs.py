@@ -227,7 +227,7 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
 def _train_separately(run: ActiveRun, spec: AdapterSpec, session: Session) -> None:
     """Train one run of any method by TRL's Trainer, on all ranks."""
     with _trainable(run, spec, session) as model:
-        with distributed.training_together(run.config, run.inputs, alike=Diverged):
+        with distributed.training_together(run.config, run.inputs, expected=Diverged):
             result = _train_by_trainer(spec, model, _tokenizer(run, session))
         _save_trained(run, model, result, session)
 

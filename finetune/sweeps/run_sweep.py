@@ -224,7 +224,7 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
             took += [(time.monotonic() - started) / len(points)] * len(points)
         yield from states
         is_failed = not settled and states != ["finished"] * len(points)
-        if (sweep.config.sweep.fail_fast and is_failed) or distributed.has_parted():
+        if (sweep.config.sweep.fail_fast and is_failed) or distributed.is_desynchronised():
             return
 
 

@@ -251,13 +251,13 @@ def follow() -> int:
     session = Session()
     while True:
         try:
-            verb, given = distributed.hear()
+            verb, payload = distributed.receive()
         except RuntimeError:  # it is gone; the launcher tells how
             return 1
         if verb == "end":
-            return cast(int, given)
+            return cast(int, payload)
         assert verb == "train", verb
-        config, inputs = given
+        config, inputs = payload
         run_jobs.take_part(config, inputs, session)
 
 
