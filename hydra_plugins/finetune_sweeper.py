@@ -1,4 +1,4 @@
-"""Hydra's way in for `--multirun`: compose every point of the grid and hand all to the sweep."""
+"""Hydra sweeper plugin for `--multirun`: compose every point of the grid, run them as one sweep."""
 
 # No `from __future__ import annotations` here: Hydra runs this file without naming it in
 # sys.modules, where the dataclass decorator would look up annotations that are text.

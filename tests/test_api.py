@@ -131,7 +131,7 @@ def test_settings_are_composed_and_checked(tmp_path: Path) -> None:
         (["lora.r=2,4"], "several values are a sweep; call finetune.sweep"),
         (["--multirun"], "--multirun is a flag of the command; leave it out"),
         ([["lora.r=2"]], "is no override; give each as text, 'KEY=VALUE'"),
-        (["lora.r=2", "lora.r=4"], "lora.r is set twice or more"),
+        (["lora.r=2", "lora.r=4"], "lora.r is set more than once"),
         (["hydra/launcher=joblib"], "hydra/launcher=joblib is for the command"),
         (["lora"], "lora"),
         (["model=nope"], "model=nope: there is no such option"),

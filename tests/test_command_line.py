@@ -44,10 +44,10 @@ def test_a_sweep_is_a_flag_or_hydras_mode(typed: list[str], expected: bool) -> N
         ("--run --multirun", "--run and --multirun exclude each other"),
         ("--multirun --cfg job", "--multirun and --cfg exclude each other"),
         ("--multirun hydra.mode=RUN", "hydra.mode=RUN and --multirun exclude each other"),
-        ("--resolve", "--resolve goes with --cfg only"),
-        ("--package lora", "--package goes with --cfg only"),
-        ("--config-path x", "--config-path would leave finetune's own conf out"),
-        ("--config-name x", "--config-name would leave finetune's own config out"),
+        ("--resolve", "--resolve needs --cfg"),
+        ("--package lora", "--package needs --cfg"),
+        ("--config-path x", "--config-path would replace finetune's conf/"),
+        ("--config-name x", "--config-name would replace finetune's config.yaml"),
         ("--experimental-rerun x", "--experimental-rerun loads a pickle"),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_setting_typed_twice_is_refused_with_both(typed: str) -> None:
         read_command_line(typed.split())
     (problem,) = caught.value.problems
     first, *_, last = [word for word in typed.split() if word not in ("model=tiny", "-m")]
-    assert f"is set twice or more, by {first} and {last}; leave one of them" in problem
+    assert f"is set more than once, by {first} and {last}; keep one of them" in problem
 
 
 def test_a_key_taken_away_may_be_set_anew() -> None:

@@ -153,14 +153,14 @@ def test_a_defaults_list_that_leads_back_to_its_file_is_one_line(
     with pytest.raises(Refused) as caught:
         compose_settings([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{folder / 'mine.yaml'}: defaults: experiment/{circle} is a circle")
+    assert problem.startswith(f"{folder / 'mine.yaml'}: defaults: experiment/{circle} is a cycle")
 
 
 def test_a_group_below_its_own_group_gets_a_slash(tmp_path: Path) -> None:
     """Hydra looks for experiment/experiment/x."""
     text = GLOBAL + "defaults:\n  - experiment: x\n"
     (problem,) = explained(tmp_path, text.encode())
-    assert problem.endswith("looked for below its own group; write /experiment: x")
+    assert problem.endswith("looked up relative to the file's group; write /experiment: x")
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,7 @@ def test_the_checks_read_the_row_of_an_added_method() -> None:
     config = Config(model=replace(TINY), peft=PeftConfig("loha"), lora=replace(LORA, dropout=0.1))
     config.data.path = "rows.jsonl"
     (problem,) = find_problems(config)
-    assert problem.startswith("lora.dropout is 0.1, which peft.method=loha has no use for")
+    assert problem.startswith("lora.dropout is 0.1, which has no effect with peft.method=loha")
     assert "peft.method=loha" in str(grouping.find_obstacle(config))
     base = load_base(TINY, find_model(TINY), torch.device("cpu"))
     (problem,) = adapters.find_problems(base, config.peft, LoraConfig(target_modules=["qq"]))

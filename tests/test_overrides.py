@@ -47,7 +47,7 @@ register()
         ("model=null", "model=null: there is no such option"),
         ("~tracking", "~tracking: the defaults of tracking would stay in force; set tracking=none"),
         ("~lora", "~lora: the defaults of lora would stay in force; set lora=OPTION"),
-        ("~optimizer.lr", "~optimizer.lr: a setting cannot be taken away; set optimizer.lr=VALUE"),
+        ("~optimizer.lr", "~optimizer.lr: a setting cannot be deleted; set optimizer.lr=VALUE"),
         ("memroy", "memroy is neither a command nor KEY=VALUE; did you mean 'memory'?"),
         ("lora", "lora has no value; write lora=VALUE"),
         ("hydra.run.dir=x", "hydra.run.dir=x: a run's folder is named by its identity; set output"),

@@ -1,4 +1,4 @@
-"""Read the command line by Hydra's parser: flags and overrides in any order, refusals in a line."""
+"""Parse the command line with Hydra's parser: flags and overrides in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_command_line(
     """Return the flags and overrides, these in Hydra's grammar, and Hydra's parser.
 
     Raises:
-        Refused: a flag is unknown, has a wrong value, or cannot stand beside another.
+        Refused: a flag is unknown, has a wrong value, or excludes another.
     """
     parser = get_args_parser()
 
@@ -43,7 +43,7 @@ def read_command_line(
 
 
 def is_multirun(args: argparse.Namespace) -> bool:
-    """Return whether several values are a sweep: by --multirun or hydra.mode."""
+    """Return whether --multirun or hydra.mode asks for a sweep."""
     return bool(args.multirun) or is_typed_multirun(args)
 
 
@@ -64,16 +64,16 @@ def _find_flag_problems(args: argparse.Namespace) -> list[str]:
     typed = [name for name, value in modes.items() if value]
     problems = []
     if args.multirun and any(_sets_mode(a) for a in args.overrides) and not is_typed_multirun(args):
-        problems.append("hydra.mode=RUN and --multirun exclude each other; leave one of them")
+        problems.append("hydra.mode=RUN and --multirun exclude each other; use one of them")
     if len(typed) > 1:
-        problems.append(f"{' and '.join(typed)} exclude each other; leave one of them")
+        problems.append(f"{' and '.join(typed)} exclude each other; use one of them")
     for name in ("resolve", "package"):
         if getattr(args, name) and not args.cfg and not args.help:
-            problems.append(f"--{name} goes with --cfg only; add --cfg job")
+            problems.append(f"--{name} needs --cfg; add --cfg job")
     if args.config_path:
-        problems.append("--config-path would leave finetune's own conf out; use --config-dir")
+        problems.append("--config-path would replace finetune's conf/; use --config-dir")
     if args.config_name not in (None, "config"):
-        problems.append("--config-name would leave finetune's own config out; use experiment=NAME")
+        problems.append("--config-name would replace finetune's config.yaml; use experiment=NAME")
     if args.experimental_rerun:
         problems.append(
             "--experimental-rerun loads a pickle, which can run code; use finetune rerun FOLDER"
@@ -89,7 +89,7 @@ def find_settings_typed_twice(arguments: Sequence[str]) -> Iterator[str]:
             typed.setdefault(key_of(argument).strip(), []).append(argument)
     for key, same in typed.items():
         if len(same) > 1:
-            yield f"{key} is set twice or more, by {' and '.join(same)}; leave one of them"
+            yield f"{key} is set more than once, by {' and '.join(same)}; keep one of them"
 
 
 def _remedy(message: str, parser: argparse.ArgumentParser) -> str:

@@ -1,7 +1,7 @@
 """Explain why settings cannot be composed: the file, the line, the key and the remedy.
 
-Hydra and OmegaConf stop at the first fault, which they tell over several lines. Here every chosen
-config file is checked as well, so that all faults of a user's own YAML show at once.
+Hydra and OmegaConf stop at the first error and print it over several lines. Here every chosen
+config file is checked as well, so that all errors in a user's YAML are listed at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NO_LIST = re.compile(r"Invalid defaults list in '(?P<file>[^']+)'")
 def explain(
     error: Exception, arguments: Sequence[str] = (), config_dir: str | None = None
 ) -> list[str]:
-    """Return why the settings cannot be composed, one line for each fault.
+    """Return why the settings cannot be composed, one line for each error.
 
     Args:
         error: what Hydra, OmegaConf or the YAML reader raised.
@@ -63,9 +63,9 @@ def explain(
 
 
 def find_missing_values(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Return which `???` of a chosen file neither the command line nor another file replaces.
+    """Return each `???` of a chosen file that neither the command line nor a file replaces.
 
-    OmegaConf would leave the default of the schema in force, and say nothing.
+    OmegaConf would silently use the default of the schema.
     """
     folders = [*([Path(config_dir)] if config_dir else []), *_searched(arguments), conf_dir()]
     files = chosen_files(arguments, folders)
@@ -91,12 +91,12 @@ def config_dir_of(hydra: DictConfig | HydraConf) -> str | None:
 
 
 def find_grid_problems(hydra: DictConfig | HydraConf) -> list[str]:
-    """Return why a grid of a config file is not run as one job: a typed grid is not either."""
+    """Refuse a grid in a config file without --multirun, as a typed one is refused."""
     grid = hydra.sweeper.get("params")
     if not grid:
         return []
     settings = ", ".join(map(str, grid))
-    return [f"{GRID} is a sweep of {settings}; {AS_A_SWEEP}, or leave its file out"]
+    return [f"{GRID} is a sweep of {settings}; {AS_A_SWEEP}, or leave out its file"]
 
 
 def chosen_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -165,7 +165,7 @@ def _describe(error: Exception, folders: Sequence[Path], files: Sequence[Path]) 
     if isinstance(error, YAMLError):
         return describe_yaml_error(None, error)
     if isinstance(error, RecursionError):
-        return _describe_circle(folders, files)
+        return _describe_cycle(folders, files)
     if isinstance(error, UnicodeDecodeError):
         return "a config file is not UTF-8; save it as UTF-8"
     if error.__cause__ is not None and not text:
@@ -198,20 +198,20 @@ def _describe_defaults(text: str, folders: Sequence[Path], files: Sequence[Path]
     return None
 
 
-def _describe_circle(folders: Sequence[Path], files: Sequence[Path]) -> str:
-    """Return the file whose defaults list leads back to it, and by which files."""
+def _describe_cycle(folders: Sequence[Path], files: Sequence[Path]) -> str:
+    """Describe a cycle of defaults lists: the files that lead from one back to itself."""
     for path in files:
-        circle = _find_circle(path, folders)
-        if circle:
+        cycle = _find_cycle(path, folders)
+        if cycle:
             names = " -> ".join(
-                one.relative_to(one.parents[1]).with_suffix("").as_posix() for one in circle
+                one.relative_to(one.parents[1]).with_suffix("").as_posix() for one in cycle
             )
-            return f"{path}: defaults: {names} is a circle; leave one of the lines out"
-    return "the settings are nested too deeply; name fewer files inside each other in defaults"
+            return f"{path}: defaults: {names} is a cycle; remove one of the lines"
+    return "the configs are nested too deeply; nest fewer files in defaults"
 
 
-def _find_circle(start: Path, folders: Sequence[Path]) -> list[Path]:
-    """Return the files from one back to itself by their defaults lists; none if there is no way."""
+def _find_cycle(start: Path, folders: Sequence[Path]) -> list[Path]:
+    """Return the files from one back to itself by their defaults lists; none without a cycle."""
     waiting, seen = [[start]], set()
     while waiting:
         way = waiting.pop(0)
@@ -228,7 +228,7 @@ def _find_circle(start: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def _groups_named(path: Path) -> list[str]:
-    """Return the groups of a defaults list, as written, but for those of an override."""
+    """Return the groups of a defaults list, as written, without those of an override."""
     return [str(key) for entry in read_defaults(path) if isinstance(entry, dict) for key in entry]
 
 
@@ -250,7 +250,7 @@ def _interpolation_remedy(said: str) -> str:
     if "Environment variable" in said:
         return "set the variable, or a value"
     if "Recursive" in said:
-        return "let one of the settings have a value"
+        return "give one of the settings a value"
     if "Unsupported interpolation type" in said:
         return "known: ${section.key}, ${oc.env:NAME}, and add, sub, mul, div: ${mul:2,${lora.r}}"
     if "Interpolation key" in said:
@@ -264,14 +264,14 @@ def _describe_missing(missing: re.Match[str], folders: Sequence[Path]) -> str:
     above = group.rpartition("/")[2]
     if not names and above != group and any((f / above).is_dir() for f in folders):
         place = _naming_file(missing, folders)
-        said = f"{above} is looked for below its own group"
+        said = f"{above} is looked up relative to the file's group"
         return f"{place}: defaults: {said}; write /{above}: {option}"
     place = _naming_file(missing, folders)
     return f"{place}: {group}={option}: there is no such option; {nearest(option, names)}"
 
 
 def _naming_file(missing: re.Match[str], folders: Sequence[Path]) -> str:
-    """Return the file whose defaults list names a missing option; Hydra tells the root's only."""
+    """Return the file whose defaults list names a missing option; Hydra names only the root."""
     group, _, option = missing["option"].rpartition("/")
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):

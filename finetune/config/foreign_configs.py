@@ -1,8 +1,8 @@
-"""Refuse a folder of configs that holds more than settings, before Hydra composes any of it.
+"""Refuse config folders that could run code or read secrets, before Hydra composes them.
 
-Such a folder (`--config-dir`, `hydra.searchpath`) may come from somebody else. Each of its files,
-chosen or not, may hold keys of the schema, options of our groups and a grid; `foreign_values` says
-which values need the command line.
+A folder of `--config-dir` or `hydra.searchpath` may come from somebody else. Each of its files,
+chosen or not, may hold keys of the schema, options of our groups and a grid; `foreign_values`
+checks the values.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ GRID = "hydra.sweeper.params"
 
 
 def find_foreign_problems(folder: Path, chosen: Collection[str] | None = None) -> list[str]:
-    """Return what in a folder of configs is more than settings, one line each.
+    """Return what a folder of configs holds besides settings, one line each.
 
     Args:
         folder: with a folder of YAML files for each group.
         chosen: the options, as GROUP/OPTION, whose misspelt keys are problems too; None for all.
-            In files that are not composed they do no harm.
+            Files that are not composed may have them.
     """
     if folder.resolve() == conf_dir():
         return []
@@ -51,7 +51,7 @@ def find_foreign_problems(folder: Path, chosen: Collection[str] | None = None) -
         return [f"{folder}: {error}"]
     found = [problem for path in files for problem in _problems_of(path, folder, chosen)]
     if len(found) > MOST_PROBLEMS:
-        more = f"{folder}: {len(found) - MOST_PROBLEMS} problems more"
+        more = f"{folder}: {len(found) - MOST_PROBLEMS} more problems"
         return [*found[:MOST_PROBLEMS], more]
     return found
 
@@ -82,7 +82,7 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
 def _problems_of(path: Path, folder: Path, chosen: Collection[str] | None) -> Iterator[str]:
     names, known = path.relative_to(folder).parts, groups()
     if any("hydra" in name.casefold().split(".") for name in names):
-        yield f"{path}: stands in for a part of Hydra, which can run code; leave it out"
+        yield f"{path}: would replace a part of Hydra's config, which can run code; leave it out"
     elif len(names) == 1:
         yield (
             f"{path}: is in no group and could replace finetune's own config; move it into the "
@@ -140,7 +140,7 @@ def read_small(path: Path) -> str:
 
 
 def find_syntax_problem(text: str) -> str | None:
-    """Return what unfolds to more than it shows, or names a type; nothing of it is built."""
+    """Return YAML aliases, tags or deep nesting in a text, without building any of it."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -164,7 +164,7 @@ def _find_package(header: Mapping[str, str | None], group: str) -> str | None:
 
 
 def _problems_of_special_keys(content: Mapping[Any, Any], package: str) -> Iterator[str]:
-    """Yield what is wrong with the keys that are not settings: the defaults list and Hydra's."""
+    """Yield the problems of the defaults list and of Hydra's section."""
     yield from _problems_of_defaults(content.get("defaults"))
     if package == "_global_" and "hydra" in content:
         yield from _problems_of_hydra(content["hydra"], "hydra")
@@ -177,7 +177,7 @@ def _settings(content: Mapping[Any, Any], package: str) -> Mapping[Any, Any]:
 
 
 def _problems_of_defaults(entries: Any) -> Iterator[str]:
-    """Yield what a defaults list names besides options of our groups."""
+    """Yield entries of a defaults list that are not options of our groups."""
     if entries is not None and not isinstance(entries, list):
         yield "defaults is not a list; write - GROUP: OPTION lines"
         return
@@ -201,7 +201,7 @@ def _problems_of_default(key: str, options: Any) -> Iterator[str]:
 
 
 def _problems_of_hydra(node: Any, name: str) -> Iterator[str]:
-    """Yield what is set of Hydra's own config besides the grid."""
+    """Yield keys of Hydra's config that are set, other than the grid."""
     if name == GRID and (node is None or isinstance(node, dict)):
         for key, values in (node or {}).items():
             yield from (f"{GRID}: {problem}" for problem in find_grid_problems(key, values))

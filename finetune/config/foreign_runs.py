@@ -1,7 +1,7 @@
-"""What the folder of somebody else's run may not ask for: code, secrets, other servers.
+"""Refuse run folders from somebody else that would run code, show secrets or use servers.
 
-Its files are read by chat, export, rerun and sync; what they would run, show or send needs the
-command line.
+Their files are read by chat, export, rerun and sync; what these would run, show or send has to be
+typed on the command line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRUST = "model.trust_remote_code"
 
 
 def find_config_problems(run: Path, *, trusts_remote_code: bool) -> Iterator[str]:
-    """Yield what a run's config.yaml asks for that only the user may; a missing one is no problem.
+    """Yield settings of a run's config.yaml that only the user may set; it may be missing.
 
     Args:
         run: the run's folder.
@@ -46,7 +46,7 @@ def find_config_problems(run: Path, *, trusts_remote_code: bool) -> Iterator[str
             return
         settings = yaml.load(text, Loader=get_yaml_loader())  # noqa: S506  # as OmegaConf reads it
     except (OSError, ValueError, yaml.YAMLError):
-        return  # the one who reads the settings says so
+        return  # reported where the settings are read
     trust = _value(settings, "model", "trust_remote_code")
     if trust not in (None, False) and not trusts_remote_code:
         model = shortened(_value(settings, "model", "path"))
@@ -69,22 +69,22 @@ def _value(settings: Any, section: str, key: str) -> Any:
 
 
 def find_link_problems(run: Path) -> Iterator[str]:
-    """Yield which of the files that are exported lead out of the run's folder.
+    """Yield links among the exported files that lead out of the run's folder.
 
-    A copy would publish what they lead to.
+    A copy would publish their targets.
     """
-    whole = os.path.realpath(run)  # pathlib's own raises where links are a loop
+    root = os.path.realpath(run)  # pathlib's own raises where links are a loop
     places = [run / name for name in ("prompt.jinja", "chat_template.jinja", "adapter", "model")]
     for path in (file for place in places for file in (place, *sorted(place.rglob("*")))):
         real = os.path.realpath(path)
-        if not Path(real).is_relative_to(whole):
+        if not Path(real).is_relative_to(root):
             yield f"{path}: links to {real}, out of the run's folder; copy it there"
 
 
 def find_rerun_problems(
     recorded: Sequence[Any], typed: Sequence[str], command: str
 ) -> Iterator[str]:
-    """Yield which of a run's overrides need to be typed again for a rerun, and the unknown typed.
+    """Yield overrides that have to be typed again for a rerun, and typed ones that it lacks.
 
     Args:
         recorded: the run's overrides.
@@ -93,7 +93,7 @@ def find_rerun_problems(
     """
     for override in typed:
         if override not in recorded:
-            yield f"{override} is not an override of the run; a rerun changes none"
+            yield f"{override} is not an override of the run, which a rerun repeats; leave it out"
     for override in recorded:
         reason = None if override in typed else _find_override_reason(override)
         if reason is not None:

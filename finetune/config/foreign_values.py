@@ -1,7 +1,7 @@
-"""The settings that somebody else's config may hold, and the values that need the command line.
+"""Check the values of somebody else's config: those that run code or read secrets must be typed.
 
-What runs code, sends runs or credentials to a server, or reads secrets of the environment is the
-user's to type.
+A value that runs code, sends runs or credentials to a server, or reads environment variables is
+only taken from the command line.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def is_option(value: Any) -> bool:
 
 
 def find_setting_problems(settings: Mapping[Any, Any], *, is_chosen: bool = True) -> Iterator[str]:
-    """Yield what of nested settings is not one, or needs the command line.
+    """Yield keys that are not settings, and values that have to be typed.
 
     Args:
-        settings: as a file has them, sections below their names.
+        settings: nested by section, as in a file.
         is_chosen: whether to name misspelt keys too, which the schema refuses wherever they are
             composed.
     """
@@ -178,7 +178,7 @@ def find_unknown_key(name: str) -> str | None:
 
 
 def find_value_problems(name: str, value: Any) -> Iterator[str]:
-    """Yield why a value of somebody else's config needs the command line, with what to type."""
+    """Yield why a value has to be typed on the command line, with what to type."""
     reason = find_reason_to_type(name, value)
     if reason is not None:
         # The address of a server may hold a password.
@@ -188,16 +188,16 @@ def find_value_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def find_reason_to_type(name: str, value: Any) -> str | None:
-    """Return what a value does that only its user may ask for; None where it is a plain setting."""
+    """Return why only the user may set a value, as a clause; None for a plain setting."""
     text = value if isinstance(value, str) else ""
     if reads_elsewhere(text):
         return "reads more than other settings, such as secrets of the environment"
     if name == "model.trust_remote_code" and value is not False:
-        return "runs Python code that a model brings along"
+        return "runs Python code that comes with a model"
     if name == "tracking.uri" and not (value is None or LOCAL_STORE.fullmatch(text)):
         return "sends runs and credentials to a server, or writes elsewhere"
     if name == "evaluation.tasks" and not TASK.fullmatch(text):
-        return "names no task of lm-eval, and the file of another can run code"
+        return "is not the name of an lm-eval task, and a task file can run code"
     return _find_package_problem(text) if PATHS.fullmatch(name) else None
 
 

@@ -1,4 +1,4 @@
-"""The keys of Hydra's own config that may be typed: none that runs code or sets the environment."""
+"""Allow-list of Hydra's own keys: none that runs code or sets environment variables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KNOWN = f"{', '.join([*KEYS, *GROUPS])}, {LAUNCHER}PARAMETER and {GRID}"
 
 
 def is_hydra(override: Override) -> bool:
-    """Return whether an override is of Hydra's own config."""
+    """Return whether an override changes Hydra's own config."""
     return override.key_or_group.replace("/", ".").partition(".")[0] == "hydra"
 
 
@@ -52,7 +52,7 @@ def find_hydra_problems(override: Override) -> Iterator[str]:
     elif not is_hydra(override):
         return
     elif override.is_delete():
-        yield f"{typed}: takes away a part of Hydra; leave it out"
+        yield f"{typed}: deletes a part of Hydra's config; leave it out"
     elif key in GROUPS:
         yield from _problems_of_group(override)
     elif key == SEARCHPATH:
@@ -61,7 +61,7 @@ def find_hydra_problems(override: Override) -> Iterator[str]:
         yield from _problems_of_grid(override)
     elif key.startswith(LAUNCHER):
         if any(name.startswith("_") for name in _names(key, override._value)):
-            yield f"{typed}: names code to run; a launcher's parameters have no _ before them"
+            yield f"{typed}: names code to run; a launcher's parameters do not start with _"
     elif key in FOLDERS:
         yield f"{typed}: a run's folder is named by its identity; {FOLDERS[key]}"
     elif key not in KEYS:
@@ -118,7 +118,7 @@ def _problems_of_searchpath(override: Override) -> Iterator[str]:
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package lies where pip installs, found without importing anything."""
+    """Return whether a package is in site-packages, without importing it."""
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     places |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     return is_option(package) and PathFinder.find_spec(package, sorted(places)) is not None

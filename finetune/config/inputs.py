@@ -1,4 +1,4 @@
-"""The inputs of a run as planning found them: model, data and identity, which travel with its job.
+"""The resolved inputs of a run: model, data and identity, attached to its job by planning.
 
 Plain values that any process can read: nothing here imports torch.
 """
@@ -13,21 +13,21 @@ from finetune.config.schema import VALIDATION_PATH, ModelConfig, SourceConfig
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base model is: a local folder or a hub id at one commit."""
+    """The location of a base model: a local folder, or a hub id at one commit."""
 
     location: str
-    digest: str  # what the weights are: a commit of the hub, or a digest of their content
+    digest: str  # of the weights: a commit of the hub, or a sha256 of their content
     revision: str | None = None
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it is at a commit of the hub, which never changes."""
+        """True at a commit of the hub, which never changes."""
         return self.revision is not None
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where the rows are; `digest` stands for their content, `key` is the setting naming them."""
+    """The location of rows; `digest` is of their content, `key` the setting that names them."""
 
     key: str
     location: str
@@ -37,7 +37,7 @@ class DataSource:
 
     @property
     def is_validation(self) -> bool:
-        """Whether its rows are only validated on."""
+        """True for rows of `data.validation_path`, which are not trained on."""
         return self.key == VALIDATION_PATH
 
     def __str__(self) -> str:
@@ -46,12 +46,12 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from, and the name that follows from it; found once, by planning."""
+    """All that a run is computed from, and its identity; resolved once, by planning."""
 
     device: str
     source: Source
     data: list[DataSource]
-    model: ModelConfig  # with the quantisation that the checkpoint brings, where it does
+    model: ModelConfig  # with the quantisation of the checkpoint, if it has one
     identity: str  # of the training
     folder: Path  # of the run
     files: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the file it names

@@ -1,4 +1,4 @@
-"""Ways of fine-tuning: one frozen row a method, and all that is asked of one.
+"""Fine-tuning methods (LoRA, AdaLoRA, IA3, prefix and prompt tuning, full): a table row each.
 
 A method is added by its row and a YAML in `conf/peft/`. Nothing here imports torch; what builds
 PEFT's settings imports PEFT when it is called.
@@ -38,7 +38,7 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the settings that a method takes, what it trains, and what can be done with it."""
+    """A row: a method's settings, trained parameters, PEFT config, and restrictions."""
 
     name: str
     count: Callable[[PeftConfig, LoraConfig, Sizes], int]  # parameters that it trains
@@ -47,33 +47,33 @@ class Method:
     build: Callable[[PeftConfig, LoraConfig, int], PeftSettings] | None = None
     lora: tuple[str, ...] = ()  # settings of `lora` that it takes
     takes_virtual_tokens: bool = False  # takes peft.num_virtual_tokens
-    # Returns the model types whose layers it knows; None: it goes by lora.target_modules, or by
-    # no layer at all.
+    # Returns the model types that PEFT knows the target layers of; None: they are
+    # lora.target_modules, or it has none.
     model_types: Callable[[], Collection[str]] | None = None
-    shares_step: bool = False  # several can be trained in one step over one base
-    # Why it is not trained with gradient checkpointing, and the remedy; None: it can be.
+    shares_step: bool = False  # several adapters can be trained together over one base
+    # Why gradient checkpointing cannot be used, and the remedy; None: it can be.
     checkpointing_problem: str | None = None
     merge_problem: str | None = None  # why it is not merged into the base; None: it can be
 
     @property
     def trains_base(self) -> bool:
-        """Whether the weights of the base are trained, without an adapter."""
+        """True if the weights of the base model are trained, without an adapter."""
         return self.build is None
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """A row: a way for LoRA's matrices to begin, `lora.init`."""
+    """A row: an initialisation of LoRA's matrices, `lora.init`."""
 
     name: str
-    changes_base: bool = False  # takes the first update out of the weights of the base
+    changes_base: bool = False  # subtracts the initial B A from the weights of the base
     fits_quantised: bool = True  # PEFT draws it on quantised weights
     fits_gptq: bool = True  # and on those of a GPTQ checkpoint
     needs_even_rank: bool = False
 
 
 def build_settings(peft: PeftConfig, lora: LoraConfig, num_steps: int) -> PeftSettings:
-    """Return PEFT's settings of a method that puts an adapter onto the base.
+    """Return PEFT's config of a method with an adapter.
 
     Args:
         peft: the method.
@@ -98,7 +98,7 @@ def lora_settings(lora: LoraConfig) -> PeftLoraConfig:
 
 
 def lora_basics(lora: LoraConfig) -> dict[str, Any]:
-    """Return what PEFT calls scaling, dropout and layers of LoRA and AdaLoRA."""
+    """Return the arguments that PEFT's LoRA and AdaLoRA configs share."""
     return {
         "task_type": "CAUSAL_LM",
         "lora_alpha": lora.alpha,
@@ -113,18 +113,18 @@ def find_targets(lora: LoraConfig) -> str | list[str]:
 
 
 def first_rank(rank: int) -> int:
-    """Return the rank that AdaLoRA begins with: half as many again, as its paper does."""
+    """Return AdaLoRA's initial rank: 1.5 times the target rank, as in its paper."""
     return rank + (rank + 1) // 2
 
 
 def changes_base(init: str) -> bool:
-    """Return whether an initialisation alters the base; PEFT's names may have a count behind."""
+    """Return whether an initialisation alters the base; PEFT allows suffixes (pissa_niter_16)."""
     names = tuple(name for name, row in INITIALISATIONS.items() if row.changes_base)
     return init.startswith(names)
 
 
 def _adalora_settings(_: PeftConfig, lora: LoraConfig, num_steps: int) -> PeftSettings:
-    """Let the ranks stay for a tenth of the steps, shrink, and stay again for the last third."""
+    """Keep the initial ranks for a tenth of the steps, and the final ones for the last third."""
     from peft import AdaLoraConfig
 
     return AdaLoraConfig(
@@ -172,7 +172,7 @@ def _count_lora(_: PeftConfig, lora: LoraConfig, sizes: Sizes) -> int:
 
 
 def _count_adalora(_: PeftConfig, lora: LoraConfig, sizes: Sizes) -> int:
-    """Count as it begins, with a singular value for each rank."""
+    """Count at the initial rank, with a singular value for each rank."""
     rank = first_rank(lora.r)
     return sum(count * rank * (a + b + 1) for count, a, b in target_sizes(lora, sizes))
 
@@ -195,7 +195,7 @@ def _count_all(_: PeftConfig, __: LoraConfig, sizes: Sizes) -> int:
     return sizes.num_linear + sizes.num_other
 
 
-_NOT_IN_WEIGHTS = "changes no weight of the base; export it without"
+_NOT_IN_WEIGHTS = "changes no weights of the base model; export it without"
 
 METHODS = {
     row.name: row

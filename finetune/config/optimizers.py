@@ -1,6 +1,6 @@
-"""Optimizers: one frozen row a name of transformers', and all that is asked of one.
+"""Optimizers by transformers' names: a table row each (state size, package, restrictions).
 
-Nothing here imports torch or transformers before a check asks what this machine has. The Trainer
+torch is only imported to check for a GPU. The Trainer
 builds an optimizer by its name (`Trainer.get_optimizer_cls_and_kwargs`), also for our own loop.
 """
 
@@ -13,12 +13,12 @@ from finetune.config.schema import OptimizerConfig
 from finetune.problems import nearest
 
 REMEDY = "use optimizer.name=adamw_torch"
-PROJECTED = "projects layers that optim_target_modules names, for which there is no setting"
+PROJECTED = "needs optim_target_modules, for which there is no setting"
 
 
 @dataclass(frozen=True)
 class Package:
-    """What brings an optimizer: its module, and its name on PyPI."""
+    """The package of an optimizer: its module, and its name on PyPI."""
 
     module: str
     name: str
@@ -32,20 +32,21 @@ SCHEDULE_FREE = Package("schedulefree", "schedulefree")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A row: what an optimizer holds, what it needs, and where it can be used.
+    """A row: an optimizer's state size, package, and where it can be used.
 
-    Sharded (FSDP) are those that neither read a weight's memory nor mix a part of it with whole
-    tensors; grouped those that know nothing of a model but the parameters that they are given.
+    `can_shard` is for those that work on FSDP2's DTensors: they neither read a parameter's memory
+    nor mix its shards with full tensors. `can_share_step` is for those that use nothing of a model
+    but its trained parameters, so that each adapter can have one.
     """
 
     name: str
     state_bytes: float  # for each parameter, beside its gradient
     package: Package | None = None  # None: torch's or transformers' own
-    is_paged: bool = False  # a GPU moves its state to the host's memory
-    can_share_step: bool = False  # one for each of several adapters trained in one step
+    is_paged: bool = False  # its state is paged to host memory on a GPU
+    can_share_step: bool = False  # for several adapters trained together, one each
     can_shard: bool = False  # works under FSDP
     needs_cuda: bool = False
-    problem: str | None = None  # why it cannot run with the settings that there are
+    problem: str | None = None  # why it cannot be used here
 
     def resident_bytes(self, device: str) -> float:
         """Return the state's bytes for each parameter in the memory of a device, cpu or cuda."""
@@ -117,7 +118,7 @@ OPTIMIZERS = {
 
 
 def find_optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
-    """Return why the optimizer cannot be had here, with the remedy."""
+    """Return why the optimizer cannot be used on this machine, with the remedy."""
     row = OPTIMIZERS.get(optimizer.name)
     if row is None:
         return [f"optimizer.name is {optimizer.name!r}; {nearest(optimizer.name, supported())}"]
@@ -135,7 +136,7 @@ def find_optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
 
 
 def supported() -> list[str]:
-    """Return the names of the optimizers that can run with the settings there are."""
+    """Return the names of the optimizers that can be used."""
     return [name for name, row in OPTIMIZERS.items() if row.problem is None]
 
 

@@ -1,7 +1,7 @@
-"""What is typed on the command line, checked against the schema before Hydra composes it.
+"""Check command-line overrides against the schema, before Hydra composes them.
 
-Hydra stops at the first wrong override and, for an unknown key, advises a `+` that would slip past
-the schema. Here every override is looked at by itself, so that all problems show at once.
+Hydra stops at the first wrong override and, for an unknown key, suggests a `+` that would bypass
+the schema. Here every override is checked by itself, so that all problems are listed at once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _problems_of(override: Override, folders: list[Path], *, elsewhere: bool) ->
     elif not is_open:
         yield from _key_problems(override, groups)
     elif key.startswith("evaluation.data_files.") and not override.is_add():
-        yield f"{typed}: write +{typed}, since tasks and splits are not settings of their own"
+        yield f"{typed}: write +{typed}, since tasks and splits are not keys of the schema"
 
 
 def _option_problems(override: Override, group: str, folders: list[Path]) -> Iterator[str]:
@@ -204,7 +204,7 @@ def _glob(override: Override) -> Glob | None:
 
 
 def _unread(argument: str, error: Exception) -> str:
-    """Say why an argument is no override; a word alone may be meant for a command."""
+    """Describe why an argument is no override; a single word may be meant as a command."""
     if "=" not in argument and re.fullmatch(r"[\w.-]+", argument):
         groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
         return find_word_problem(argument, [*groups, *_kinds(Config)])
@@ -218,7 +218,7 @@ def _undeleted(key: str, groups: list[str], folders: list[Path]) -> str:
     if key in groups:
         none = "none" if "none" in _options(key, folders) else "OPTION"
         return f"~{key}: the defaults of {key} would stay in force; set {key}={none}"
-    return f"~{key}: a setting cannot be taken away; set {key}=VALUE, or leave it out"
+    return f"~{key}: a setting cannot be deleted; set {key}=VALUE, or leave it out"
 
 
 def _kinds(schema: type) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _kinds(schema: type) -> dict[str, Any]:
 def _range_problems(
     overrides: list[Override], folders: list[Path], config_dir: str | None
 ) -> list[str]:
-    """Compose what is sound, each swept value once, for problems that only ranges show."""
+    """Compose the valid overrides, each swept value once, to check ranges too."""
     fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     swept = [
         f"{o.get_key_element()}={value}"

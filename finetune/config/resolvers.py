@@ -19,7 +19,7 @@ OPERATORS: dict[str, Callable[[Number, Number], Number]] = {
 
 
 def register_resolvers() -> None:
-    """Make the operators known to OmegaConf, wherever settings are resolved."""
+    """Register the operators with OmegaConf."""
     for name, function in OPERATORS.items():
         OmegaConf.register_new_resolver(name, _on_numbers(name, function), replace=True)
 

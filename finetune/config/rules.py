@@ -1,4 +1,4 @@
-"""The range of every setting, and the rules between them: what can be told from values alone."""
+"""Validate settings: the range of each, and the rules between them, without model or data."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SCHEDULERS = (
 )  # fmt: skip
 TEMPLATES = ("alpaca", "chat", "text")
 LONG_TEXT = ("split", "cut")
-LARGEST_INT = 2**31 - 1  # what libraries and files count with
+LARGEST_INT = 2**31 - 1  # of the 32-bit integers in libraries and file formats
 LARGEST_SEED = 2**32 - 1  # numpy's; transformers seeds it beside torch and Python
 LARGEST_FLOAT = 3.4e38  # that fp32 holds
 MOST_EPOCHS = 1_000_000
-MOST_ADAPTERS = 1024  # in one step, far beyond what pays
+MOST_ADAPTERS = 1024  # trained together; far more than is faster
 LONGEST_TIMEOUT = 2_000_000  # seconds; a pipe is waited for in milliseconds of 31 bits
 
 
@@ -65,27 +65,27 @@ def find_problems(config: Config) -> list[str]:
 
 
 def _method_problems(config: Config) -> Iterator[str]:
-    """Yield what a method cannot do, and settings that would do nothing with it."""
+    """Yield settings that a method does not support, or that have no effect with it."""
     yield from _one_of("peft.method", config.peft.method, tuple(METHODS))
     yield from _at_least("peft.num_virtual_tokens", config.peft.num_virtual_tokens, 1)
     if (method := METHODS.get(config.peft.method)) is not None:
         yield from _unused_problems(method, config)
         if method.trains_base and config.model.quantization != "none":
             yield (
-                f"model.quantization is {config.model.quantization}; its weights cannot be trained "
-                "themselves: set model.quantization=none, or an adapter such as peft=lora"
+                f"model.quantization is {config.model.quantization}; quantised weights cannot be "
+                "trained: set model.quantization=none, or an adapter such as peft=lora"
             )
         if method.checkpointing_problem and config.training.gradient_checkpointing:
             yield f"training.gradient_checkpointing is true; {method.checkpointing_problem}"
     if config.model.adapter is not None and not config.training.is_skipped:
         yield (
-            f"model.adapter is {config.model.adapter}; a saved adapter is evaluated as it is: set "
-            "training=none"
+            f"model.adapter is {config.model.adapter}; a saved adapter can be evaluated, not "
+            "trained further: set training=none"
         )
 
 
 def _unused_problems(method: Method, config: Config) -> Iterator[str]:
-    unused = f"which peft.method={method.name} has no use for; leave it out"
+    unused = f"which has no effect with peft.method={method.name}; leave it out"
     for setting in fields(LoraConfig):
         value, default = (getattr(lora, setting.name) for lora in (config.lora, LoraConfig()))
         if value != default and setting.name not in method.lora:
@@ -177,7 +177,7 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
 def _early_stopping_problems(config: Config) -> Iterator[str]:
     if config.training.early_stopping is not None and not _validates(config.data):
         yield (
-            f"training.early_stopping is {config.training.early_stopping}, but no row is held out "
+            f"training.early_stopping is {config.training.early_stopping}, but there are no rows "
             "to validate on; set data.validation_fraction, to 0.1 say"
         )
 
@@ -230,7 +230,7 @@ def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
 
 
 def _at_least(key: str, value: int | None, lowest: int) -> Iterator[str]:
-    """Check a whole number, which every part of the stack is to hold."""
+    """Check an integer that all libraries can hold."""
     if value is not None and not value >= lowest:
         yield f"{key} is {_render(value)}; it must be at least {lowest}"
     elif value is not None:
@@ -248,7 +248,7 @@ def _above_0(key: str, value: float, highest: float) -> Iterator[str]:
 
 
 def _render(value: float) -> str:
-    """Return a number, a very long one by its beginning."""
+    """Return a number as text; a very long one is shortened."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
 

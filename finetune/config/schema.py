@@ -1,7 +1,7 @@
-"""The typed schema of every setting; Hydra composes it from `conf/`. Ranges are in `ranges`.
+"""The typed schema of every setting; Hydra composes it from `conf/`. Ranges are in `rules`.
 
-Each default stands here once; the YAML files only say what differs from it. A line beside a field
-says what it does, its unit, and when it has no effect.
+Each default is defined here once; the YAML files only have what differs from it. The comment of a
+field says what it does, its unit, and when it has no effect.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ AUTO_FORMAT = "auto"
 VALIDATION_PATH = "data.validation_path"
 
 # Marks beside a field, read by identity, grouping and rerun.
-NEUTRAL = "neutral"  # changes no number, or enters an identity as what it names or resolves to
-OWN = "own"  # may differ between runs that share a training step
+NEUTRAL = "neutral"  # changes no result, or enters an identity by what it resolves to
+PER_RUN = "per_run"  # may differ between runs that are trained together
 CONDUCT = "conduct"  # of the sweep and its records, not of any run
 
 
@@ -43,7 +43,7 @@ def marked(schema: Any, mark: str) -> tuple[str, ...]:
 def changed_settings(values: Any) -> dict[str, Any]:
     """Return a section's settings that differ from their defaults, without the neutral ones.
 
-    A field that is added later, at its default, is not among them: what it names keeps its name.
+    A field that is added later, at its default, is not among them, so that identities stay.
     """
     return {
         one.name: getattr(values, one.name)
@@ -69,7 +69,7 @@ class ModelConfig:
     dtype: str = setting("auto", NEUTRAL)  # weights, compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
     chat_template: str | None = setting(None, NEUTRAL)  # a .jinja file; null: the tokenizer's own
-    trust_remote_code: bool = False  # run Python code that a hub model brings along
+    trust_remote_code: bool = False  # run Python code that comes with a hub model
     adapter: str | None = setting(None, NEUTRAL)  # folder of a saved one; only with training=none
     dimensions: dict[str, Any] = field(  # of its config, for finetune.memory
         default_factory=dict, metadata={NEUTRAL: True}
@@ -78,7 +78,7 @@ class ModelConfig:
 
 @dataclass
 class PeftConfig:
-    """The way of fine-tuning."""
+    """The fine-tuning method."""
 
     method: str = "lora"  # lora, adalora, ia3, prefix_tuning, prompt_tuning, or full (no adapter)
     num_virtual_tokens: int = 20  # learned before each sequence; only prefix_ and prompt_tuning
@@ -97,7 +97,7 @@ class LoraConfig:
         ]
     )  # fmt: skip
     use_rslora: bool = False  # scale by alpha / sqrt(r): large ranks learn as fast as small ones
-    use_dora: bool = False  # learn the weights' magnitude apart from their direction; slower
+    use_dora: bool = False  # learn the weights' magnitude and direction separately; slower
     init: str = "default"  # default (Kaiming A, zero B), gaussian, orthogonal, olora, pissa
 
 
@@ -206,23 +206,23 @@ class TrainingConfig:
     batch_size: int = 8  # sequences in one forward pass
     gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
     max_length: int = 512  # tokens; longer rows are cut, and counted
-    sequence_packing: bool = False  # join rows to sequences of up to max_length, attended apart
+    sequence_packing: bool = False  # join rows up to max_length; attention stays within a row
     gradient_checkpointing: bool = setting(False, NEUTRAL)  # recompute: less memory, more time
     use_liger_kernel: bool = False  # Liger's norms, rotary positions, MLPs; CUDA, where installed
     device: str = setting("auto", NEUTRAL)  # auto (a GPU where there is one), cuda, cpu
     precision: str = setting("auto", NEUTRAL)  # autocast: auto (the compute type), fp32, bf16, fp16
-    checkpoint_every: int = setting(50, NEUTRAL, OWN)  # optimizer steps between checkpoints
-    keep_checkpoints: int = setting(1, NEUTRAL, OWN)  # newest checkpoints that are kept
+    checkpoint_every: int = setting(50, NEUTRAL, PER_RUN)  # optimizer steps between checkpoints
+    keep_checkpoints: int = setting(1, NEUTRAL, PER_RUN)  # newest checkpoints that are kept
     validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
     # always validated; no effect without rows to validate on
     early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
     # the adapter of the lowest loss is kept. null: never, and the last one is kept
-    seed: int = setting(42, OWN)  # adapter initialisation, dropout
-    data_seed: int | None = setting(None, NEUTRAL, OWN)  # choice, order of rows; null: the seed
+    seed: int = setting(42, PER_RUN)  # adapter initialisation, dropout
+    data_seed: int | None = setting(None, NEUTRAL, PER_RUN)  # choice, order of rows; null: the seed
 
     @property
     def is_skipped(self) -> bool:
-        """Whether what there is already is only evaluated."""
+        """True if nothing is trained, and a model is only evaluated."""
         return self.max_steps == 0
 
     @property
@@ -240,15 +240,15 @@ class EvaluationConfig:
     """The lm-eval tasks that score the base and the tuned model."""
 
     tasks: list[str] = field(default_factory=lambda: ["demo_science"])  # lm-eval names; [] for none
-    num_fewshot: int | None = None  # solved examples before each question; null: the task's own,
-    # which stays where it is 0
+    num_fewshot: int | None = None  # examples before each question; null: the task's
+    # default; a task that is 0-shot by definition stays so
     limit: float | None = None  # first questions of each task, of each subject (mmlu), or below 1
     # their share; null: all
     batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
-    dtype: str = "auto"  # the model's own; fp32, bf16, fp16: flipped answers are counted
+    dtype: str = "auto"  # auto: the model's; fp32, bf16, fp16: changed answers are counted
     base: bool = True  # score the base model too
-    chat_template: bool = False  # ask in the turns of the tokenizer's chat template
-    fewshot_as_multiturn: bool = True  # solved examples are turns of it, too; else of one turn
+    chat_template: bool = False  # render questions with the tokenizer's chat template
+    fewshot_as_multiturn: bool = True  # few-shot examples as turns of it; false: in one turn
     data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file,
     # in the hub's columns; a group's rows (mmlu) name their task in the column subject
     select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
@@ -257,7 +257,7 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where MLflow keeps the runs."""
+    """The MLflow store of the runs."""
 
     uri: str | None = None  # MLflow store or server; null: MLFLOW_TRACKING_URI, else
     # sqlite:///mlflow.db
@@ -267,13 +267,13 @@ class TrackingConfig:
 
 @dataclass
 class SweepConfig:
-    """The conduct of a sweep; none of it changes a number."""
+    """The execution of a sweep; no setting here changes a result."""
 
-    name: str | None = None  # folder below report_dir; null makes one from what is swept
+    name: str | None = None  # folder below report_dir; null: made from the swept settings
     fail_fast: bool = False  # stop at the first failed run
-    retry_failed: bool = True  # whether a run that failed before is tried again; diverged: never
-    job_timeout: float | None = None  # seconds that one run may take; null means no bound
-    max_concurrent_adapters: int | None = None  # in one training step; null: 8 at batch_size 1
+    retry_failed: bool = True  # run failed runs again; diverged ones never
+    job_timeout: float | None = None  # seconds that one run may take; null: no limit
+    max_concurrent_adapters: int | None = None  # trained together; null: 8 at batch_size 1
     dry_run: bool = False  # check everything, print the plan, run nothing
 
 
@@ -295,7 +295,7 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, so that every YAML file and override is typed."""
+    """Register the schema with Hydra, so that every YAML file and override is typed."""
     ConfigStore.instance().store(name="schema", node=Config)
     register_resolvers()
 

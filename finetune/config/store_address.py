@@ -1,7 +1,7 @@
-"""The address of the MLflow store: which setting holds, its absolute form, what in it is secret.
+"""The MLflow tracking URI: the setting or variable it comes from, and masking of its secrets.
 
-A password or token in an address is never written nor printed: what is kept is the masked address,
-and `reveal` takes the secret from MLFLOW_TRACKING_URI again.
+A password or token in an address is never written or printed: files have the masked address, and
+`reveal` takes the secret from MLFLOW_TRACKING_URI again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ USER_INFO = re.compile(r"([A-Za-z][\w+.-]*://)([^\s/@:'\"]*):([^\s@/'\"]+)@")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a sweep is tracked; `uri` is absolute, and what is secret in it is masked."""
+    """Store and experiment of a sweep; `uri` is absolute, its secrets are masked."""
 
     uri: str
     experiment: str
-    uri_key: str = "tracking.uri"  # the setting or variable that holds
+    uri_key: str = "tracking.uri"  # the setting or variable that it comes from
     experiment_key: str = "tracking.experiment"
     unused: tuple[str, ...] = ()  # variables that are set, but overridden
 
     def describe(self) -> str | None:
-        """Say which setting holds, where the environment has a part in it."""
+        """Return a line on store and experiment if environment variables set or contradict them."""
         keys = [k for k in (self.uri_key, self.experiment_key) if not k.startswith("tracking.")]
         if not keys and not self.unused:
             return None
@@ -95,10 +95,10 @@ def reveal(uri: str, environment: Mapping[str, str] = os.environ) -> str:
     """
     if masked(uri) != uri or MASK not in uri:
         return uri
-    whole = environment.get(URI_VARIABLE)
-    if whole and masked(absolute_uri(whole)) == uri:
-        return whole
-    state = "names another store" if whole else "is not set"
+    typed = environment.get(URI_VARIABLE)
+    if typed and masked(absolute_uri(typed)) == uri:
+        return typed
+    state = "names another store" if typed else "is not set"
     raise ValueError(
         f"the secret of {uri} is taken from {URI_VARIABLE}, which {state}; set it to that address"
     )
@@ -173,7 +173,7 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
 
 
 def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what the environment keeps secret of a store, as it is and decoded."""
+    """Yield the secrets of a store in the environment, as they are and decoded."""
     uri = environment.get(URI_VARIABLE, "")
     if has_secret(uri):
         before, _, after = masked(uri).partition(MASK)
@@ -232,6 +232,6 @@ def ui_command(uri: str) -> str:
 
 
 def sync_command(sweep: Path, uri: str) -> str:
-    """Return the shell command that sends a sweep's rest to its store."""
+    """Return the shell command that sends a sweep's missing events to its store."""
     server = f"--uri {shlex.quote(uri)} " if needs_typing(uri) else ""
     return f"python -m finetune.sync {server}{shlex.quote(str(sweep))}"

@@ -39,7 +39,7 @@ def find_file_problems(path: Path, group: str) -> list[str]:
     except yaml.YAMLError as error:
         return [describe_yaml_error(path, error)]
     except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}; mend it, or choose another option"]
+        return [f"{path}: cannot be read: {error.strerror}; fix that, or choose another option"]
 
 
 def _placed(path: Path, line: int, fault: str) -> str:
@@ -47,7 +47,7 @@ def _placed(path: Path, line: int, fault: str) -> str:
 
 
 def describe_yaml_error(path: Path | None, error: yaml.YAMLError) -> str:
-    """Return which file is no YAML, where, and what to do about it."""
+    """Describe a YAML error in a line: file, line and remedy."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = str(path or (mark and mark.name) or "a config file")
     fault = find_text_fault(error)
@@ -55,7 +55,7 @@ def describe_yaml_error(path: Path | None, error: yaml.YAMLError) -> str:
 
 
 def find_text_fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """Return where a text is no YAML, or no UTF-8, and what to do about it."""
+    """Describe where a text is not YAML or not UTF-8, with the remedy."""
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
@@ -75,7 +75,7 @@ def _yaml_remedy(fault: str) -> str:
         return "leave out the --- between two documents"
     if "special characters" in fault or "unacceptable" in fault:
         return "leave the control character out"
-    return "mend the brackets, quotes or indentation there"
+    return "fix the brackets, quotes or indentation there"
 
 
 def _problems_of_text(text: str, group: str) -> Found:
@@ -119,7 +119,7 @@ def _find_schema(package: str) -> tuple[Any, str]:
 
 
 def _walk(node: Node, kind: Any, name: str, loader: Any) -> Found:
-    """Yield what below a node is no setting, or no value of its kind."""
+    """Yield unknown keys and values of a wrong type below a node."""
     line = node.start_mark.line + 1
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if is_dataclass(kind):

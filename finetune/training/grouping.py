@@ -13,7 +13,7 @@ from itertools import pairwise
 from finetune import distributed
 from finetune.config.methods import METHODS, changes_base
 from finetune.config.optimizers import OPTIMIZERS
-from finetune.config.schema import OWN, Config, marked
+from finetune.config.schema import PER_RUN, Config, marked
 
 MOST_TOGETHER = 8
 
@@ -119,7 +119,7 @@ def _cut(indices: list[int], limit: Limit) -> list[Group]:
 def _shared_settings(config: Config) -> str:
     """Return the settings that runs of one group share, as JSON."""
     training = asdict(config.training)
-    own = marked(config.training, OWN)
+    own = marked(config.training, PER_RUN)
     return json.dumps(
         {
             "model": asdict(config.model),
