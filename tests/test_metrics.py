@@ -185,7 +185,7 @@ def test_the_interval_is_of_the_quantity_that_is_shown(aggregation: str, higher:
     assert run.low is not None
     assert run.high is not None
     assert run.low < run.value < run.high
-    assert run.is_proven
+    assert run.is_significant
     assert found.is_improvement("run") == ((run.value > 0) == higher)
     assert run.p == run.p_adjusted
     assert run.gained is not None
@@ -282,7 +282,7 @@ def test_a_metric_without_a_direction_has_no_leader() -> None:
     """It is compared, and never ranked or claimed."""
     before, after = outcomes([0.0] * 30), outcomes([1.0] * 20 + [0.0] * 10)
     found = compare({"a": (before, after), "b": (before, before)}, Metric("mean", None))
-    assert found.differences["a"].is_proven
+    assert found.differences["a"].is_significant
     assert found.leaders() == []
     assert not found.is_improvement("a")
     assert guess_metric("something_else").higher_is_better is None

@@ -106,22 +106,24 @@ def test_the_table_is_the_recorded_one(by_rank: Path) -> None:
     assert found["16"][f"{TASK}/acc_diff"] == "0.010000000000000009"
 
 
-def test_the_verdict_claims_what_is_proven(by_rank: Path) -> None:
+def test_the_verdict_claims_what_is_significant(by_rank: Path) -> None:
     """The best run by name, its interval, the size of the grid, and the caution it needs."""
     said = verdict(read_results(by_rank))
     assert said.startswith("lora.r=8 scores 0.8000 in arc_easy/acc, +20.0 points [+11.1, +28.9]")
     assert "adjusted for 3 runs" in said
-    assert "1 of 3 runs are proven better" in said
+    assert "1 of 3 runs are significantly better" in said
 
 
 def test_the_verdict_claims_nothing_else(tmp_path: Path) -> None:
-    """Without a proven difference it says so, and what would have been seen."""
+    """Without a significant difference it says so, and the minimum detectable one."""
     folder = sweep(tmp_path, ["lora.r"], [["4"], ["8"]])
     for file in tmp_path.glob("outputs/run-0/evaluation/*.jsonl"):
         assert file.exists()
     said = verdict(read_results(folder))
-    assert said.startswith("No run is proven better than the base in arc_easy/acc")
-    assert "would have been seen in 4 of 5 cases" in said
+    assert said.startswith("No run is significantly better than the base in arc_easy/acc")
+    assert re.search(
+        r"Minimum detectable difference: [\d.]+ points \(5 % level, 80 % power\)", said
+    )
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_is_given(by_rank: Path) -> None:
@@ -156,7 +158,9 @@ def test_any_number_of_swept_keys_is_drawn(
     drawn = {path.name for path in folder.glob("figures/*.png")}
     assert {"differences.png", "loss.png"} <= drawn
     assert ("grid.png" in drawn) == bool(swept)
-    assert ("Seeds together" in (folder / "report.md").read_text()) == ("training.seed" in swept)
+    assert ("All seeds combined" in (folder / "report.md").read_text()) == (
+        "training.seed" in swept
+    )
 
 
 @pytest.mark.slow
@@ -227,7 +231,7 @@ def test_the_best_run_is_chosen_on_other_questions(by_rank: Path, tmp_path: Path
     results = write_report(by_rank)
     assert results.best_run() == "run-2"
     said = verdict(results)
-    assert said.startswith("No improvement is proven in arc_easy/acc: lora.r=16 differs by +1.0")
+    assert said.startswith("No significant improvement in arc_easy/acc: lora.r=16 differs by +1.0")
     assert "It was chosen from 3 runs on other questions." in said
     page = (by_rank / "report.md").read_text()
     assert "| lora.r=16 | 0.7000 | 0.6000 |" in page

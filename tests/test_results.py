@@ -109,7 +109,7 @@ def test_where_lower_is_better_the_lowest_is_best(tmp_path: Path) -> None:
     assert results.lowest_first
     said = verdict(results)
     assert said.startswith("lora.r=4 scores 5.5800 in crows/likelihood_diff (lower is better), -3")
-    assert "2 of 3 runs are proven better" in said
+    assert "2 of 3 runs are significantly better" in said
     assert "| lora.r=8 | 8.6700 | 9.7600 | **+1.09** |" in page(results)
     assert "| 0 / 10 |" in page(results)
     assert "points" not in said
@@ -235,7 +235,7 @@ def test_the_verdict_speaks_of_every_task(tmp_path: Path) -> None:
     results = read_results(write_sweep(tmp_path, [tasks]))
     said = verdict(results)
     assert said.startswith("lora.r=2 scores 0.7500 in first/acc, +75.0 points")
-    assert re.search(r"In second/perplexity \(lower is better\) .*: proven worse\.", said)
+    assert re.search(r"In second/perplexity \(lower is better\) .*: significantly worse\.", said)
     assert "No detectable difference in third/acc" in said
 
 
@@ -317,7 +317,7 @@ def test_a_metric_that_only_lm_eval_computes_has_the_stored_resamples(tmp_path: 
     found = results.comparisons["task/bleu"].differences
     assert set(found) == {"run-0"}
     assert found["run-0"].low == pytest.approx(2.05, abs=0.1)
-    assert found["run-0"].is_proven
+    assert found["run-0"].is_significant
     assert "6 changed" in page(results)
     (tmp_path / "run-0" / "resamples" / "task.json").unlink()
     assert "task/bleu is shown, but not compared" in " ".join(read_results(folder).remarks)

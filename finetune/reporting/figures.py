@@ -1,4 +1,4 @@
-"""The pictures of a report; colours that colour-blind readers can tell apart."""
+"""Figures of a report, in a palette for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw_figures(results: Results) -> dict[str, Path]:
     scored = results.compared_rows()
     if metric in results.comparisons and _changes(results, metric):
         _save(
-            drawn, folder / "differences.png", f"Difference to the base in {metric}, with 95 %",
+            drawn, folder / "differences.png", f"Difference to the base in {metric}, 95 % interval",
             _height(scored), lambda axes: _differences(axes, results, metric),
         )  # fmt: skip
     if metric and len(scored) > 1 and results.record.swept:
@@ -60,7 +60,7 @@ def _save(
 
 
 def _changes(results: Results, metric: str) -> bool:
-    """Return whether any answer differs from the base's: else there is no difference to draw."""
+    """Return whether any outcome differs from the base's."""
     return any(found.changed for found in results.comparisons[metric].differences.values())
 
 
@@ -69,24 +69,24 @@ def _height(rows: Sequence[Row]) -> float:
 
 
 def _differences(axes: Axes, results: Results, metric: str) -> None:
-    """Draw each run's difference to the base with its interval; filled where it is proven."""
+    """Draw each run's difference to the base with its interval; filled where it is significant."""
     comparison = results.comparisons[metric]
     rows = [row for row in results.rows if row["run"] in comparison.differences]
     for place, row in enumerate(reversed(rows)):
         found = comparison.differences[row["run"]]
-        colour = COLOURS[0] if found.is_proven else BASE_COLOUR
+        colour = COLOURS[0] if found.is_significant else BASE_COLOUR
         scale = 100 if comparison.is_share else 1
         if found.low is not None and found.high is not None:
             ends = np.array([found.low, found.high]) * scale
             axes.plot(ends, [place, place], color=colour, linewidth=2)
-        face = colour if found.is_proven else "white"
+        face = colour if found.is_significant else "white"
         axes.plot(found.value * scale, place, "o", color=colour, markerfacecolor=face)
     axes.axvline(0, color=BASE_COLOUR, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(rows)), [results.label(row) for row in reversed(rows)])
     unit = "points; " if comparison.is_share else ""
     direction = {True: "higher", False: "lower"}[bool(comparison.metric.higher_is_better)]
-    grid = " for the whole grid" if len(rows) > 1 else ""
-    axes.set_xlabel(f"{unit}{direction} is better; filled: proven{grid}")
+    adjusted = " after adjustment" if len(rows) > 1 else ""
+    axes.set_xlabel(f"{unit}{direction} is better; filled: significant{adjusted}")
 
 
 def _grid(results: Results, metric: str, rows: Sequence[Row]) -> tuple[str, Callable[[Axes], None]]:

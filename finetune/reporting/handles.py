@@ -1,4 +1,4 @@
-"""What calls of the Python API return: a run and a sweep's results, read from their files."""
+"""Return types of the Python API: `Run` and `Results`, read from files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PENDING = "pending"  # the status of a run that has not begun, as in results.csv
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its folder, and what its files say now.
+    """One run, read from its folder at each access.
 
     Example:
         >>> run = finetune.open_run("outputs/tiny-demo-lora-r4-1f0c8a52d7e9")
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def reason(self) -> str | None:
-        """Why it failed, diverged or was interrupted; None otherwise."""
+        """The cause where it failed, diverged or was interrupted; None otherwise."""
         status = self._folder.status()
         return status.reason if status else None
 
@@ -73,12 +73,12 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides that made it, such as `["model=tiny", "lora.r=4"]`."""
+        """The overrides of the run, such as `["model=tiny", "lora.r=4"]`."""
         return self._folder.read_overrides()
 
     @property
     def adapter(self) -> Path | None:
-        """The folder of its adapter, or of the whole model of `peft.method=full`; None without."""
+        """The folder of its adapter, or model of `peft.method=full`; None before it is trained."""
         folders = (self._folder.adapter, self._folder.model)
         return next((one for one in folders if one.is_dir()), None)
 
@@ -144,10 +144,10 @@ class Results:
 
     comparisons: dict[str, Comparison]
     """By `task/metric`: each run against the base on the same questions. `differences[run.name]`
-    has value, low and high (95 %), p, and p_adjusted for the size of the grid."""
+    has value, low and high (95 %), p, and p_adjusted for the number of runs."""
 
     verdict: str
-    """What the sweep proves, in a sentence or two, as the report says it."""
+    """The report's conclusion: the best run, and whether it is significantly better."""
 
     text: str
     """The table and the verdict, as the command prints them."""
@@ -176,7 +176,7 @@ class Results:
 
 
 def view_results(found: SweepResults) -> Results:
-    """Return the public view of what a sweep came to."""
+    """Return the public view of a sweep's results."""
     runs = {one.name: Run(one.path.resolve()) for one in found.runs}
     best = found.best_run()
     said = for_terminal(verdict(found)) if best is not None or found.metrics else ""

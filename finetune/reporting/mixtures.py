@@ -1,4 +1,4 @@
-"""What the runs of one table do not share, though a comparison would need it: said in remarks."""
+"""Remarks on scores of one table that are not comparable: other questions, dtype or hardware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import TaskScores
 
-# How a score's setup is named to a reader, and whether another value asks other questions.
+# Of each part of a score's setup its name in remarks, and whether it changes the questions.
 SETUP = {
     "limit": ("evaluation.limit", True),
     "num_fewshot": ("evaluation.num_fewshot", True),
@@ -26,14 +26,14 @@ MACHINE = ("threads", "gpu")  # of environment.json: they change the last bits o
 
 @dataclass(frozen=True)
 class Mixtures:
-    """What differs between the scores of one task."""
+    """Differences between the setups of one task's scores."""
 
     remarks: list[str]
-    questions_differ: bool  # so that the runs cannot be ranked by it
+    questions_differ: bool  # then the runs are not ranked by this task
 
 
 def find_mixtures(task: str, scores: Mapping[str, TaskScores]) -> Mixtures:
-    """Compare how the runs of a table were scored.
+    """Compare the setups with which the runs of a table were scored.
 
     Args:
         task: its name.
@@ -46,15 +46,15 @@ def find_mixtures(task: str, scores: Mapping[str, TaskScores]) -> Mixtures:
     }
     remarks, questions_differ = [], False
     for key, (name, asks_others) in SETUP.items():
-        # Neither is known of scores by older versions.
+        # Scores of older versions lack some.
         values = {where: one[key] for where, one in sides.items() if key in one}
         if len(set(map(json.dumps, values.values()))) < 2:
             continue
         if key == "digest" and questions_differ:
-            continue  # it follows from what was said
+            continue  # a consequence of the remark before
         labels = {f"{label} ({side})": value for (label, side), value in values.items()}
-        told = "" if key == "digest" else f": {_grouped(labels)}"
-        remarks.append(f"{task}: {name} differs between scores of this table{told}")
+        detail = "" if key == "digest" else f": {_grouped(labels)}"
+        remarks.append(f"{task}: {name} differs between scores of this table{detail}")
         questions_differ |= asks_others
     if questions_differ:
         remarks.append(f"{task}: the runs are not ranked by it, since they were scored differently")
@@ -62,7 +62,7 @@ def find_mixtures(task: str, scores: Mapping[str, TaskScores]) -> Mixtures:
 
 
 def find_machine_mixtures(runs: Mapping[str, RunFolder]) -> list[str]:
-    """Return what differs between the machines on which the runs of a table ran."""
+    """Return remarks on runs of a table that ran on different hardware or thread counts."""
     environments = {label: run.read_json("environment.json") or {} for label, run in runs.items()}
     remarks = []
     for key in MACHINE:

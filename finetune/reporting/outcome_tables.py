@@ -1,4 +1,4 @@
-"""The outcomes of a task's questions as arrays, kept beside the run's `items.jsonl`.
+"""Cache of outcomes per question as numpy arrays, in each run's folder `.outcomes`.
 
 The lines of `evaluation/<task>.items.jsonl` are read once; the arrays made of them are written to
 `.outcomes/<task>.npz` in the run's folder with the digest of the file, and used for as long as the
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from finetune.files import file_digest
 from finetune.tracking.run_folder import RunFolder
 
-LAYOUT = 1  # raised when the arrays would be others
+LAYOUT = 1  # incremented when the layout of the arrays changes
 SIDES = ("base", "tuned")
 FOLDER = ".outcomes"
 
@@ -40,7 +40,7 @@ class OutcomeTable:
     columns: list[Column]  # of the numbers
     numbers: npt.NDArray[np.float64]
     present: npt.NDArray[np.bool_]  # where a question has an outcome
-    others: dict[Column, dict[str, Any]]  # outcomes that are no numbers, by question
+    others: dict[Column, dict[str, Any]]  # outcomes that are not numbers, by question
 
     def outcomes(self, side: str, metric: str) -> dict[str, Any]:
         """Return the outcome of each question that has one."""

@@ -1,4 +1,4 @@
-"""The outcome of each question of a task that a run stored, by base and tuned model."""
+"""Outcomes per question of base and tuned model, as a run stored them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Answers:
 
 
 def read_answers(run: RunFolder, task: str, metric: str) -> Answers:
-    """Return a run's outcomes; none of a model that was not asked, or not in this metric."""
+    """Return a run's outcomes; none of a model that was not scored in this metric."""
     if run.read_scores(task) is None:
         return Answers({}, {}, {})
     return find_answers(read_table(run, task), metric)
@@ -47,7 +47,7 @@ def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Out
 
 
 def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, Any]]:
-    """Return the outcomes of a run's `base` and `tuned` model; none where one was not asked."""
+    """Return the outcomes of a run's `base` and `tuned` model; none where one was not scored."""
     answers = read_answers(run, task, metric)
     return {"base": answers.base, "tuned": answers.tuned}
 

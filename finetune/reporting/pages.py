@@ -1,6 +1,6 @@
 """A sweep's report in its folder: results.csv, report.md, report.html and their figures.
 
-Everything comes from the files that the runs left, so it can be written again at any time.
+Everything is read from the runs' files, so it can be written again at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED_KEYS = ("training.seed", "training.data_seed")
 
 
 def write_report(folder: Path) -> Results:
-    """Write all that a report consists of into a sweep's folder.
+    """Write results.csv, figures, report.md and report.html into a sweep's folder.
 
     Raises:
         ValueError: the folder is not a sweep's.
@@ -54,7 +54,7 @@ def write_report(folder: Path) -> Results:
 
 
 def _content(results: Results) -> dict[str, Any]:
-    """Gather what both pages show."""
+    """Return the variables of both pages' templates."""
     rows = results.rows
     return {
         "name": results.record.name,
@@ -83,7 +83,7 @@ def _seeds(results: Results) -> dict[str, tuple[int, str, str]]:
     """Compare settings over their seeds, where seeds were swept and the main metric is a mean.
 
     Returns:
-        By setting: how many seeds, the difference and its interval.
+        By setting: the number of seeds, the difference and its interval.
     """
     metric = results.main_metric
     keys = [key for key in results.record.swept if key not in SEED_KEYS]
@@ -120,7 +120,7 @@ def _samples(results: Results) -> list[Mapping[str, str]]:
 
 
 def _provenance(runs: list[RunFolder]) -> dict[str, str]:
-    """Return what was compared and where: the same for all runs, or said where it is not."""
+    """Return versions and hardware; where runs differ, all of their values."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for run in runs:
         environment = run.read_json("environment.json") or {}

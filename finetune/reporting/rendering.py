@@ -1,4 +1,4 @@
-"""Build the environment of the pages' templates, which escapes every value for its page."""
+"""Jinja environment of the report pages, which escapes every value for its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.escaping import for_markdown, for_terminal
 def build_pages(name: str) -> Environment:
     """Return the environment for a page; values are escaped as the ending of its name says.
 
-    In Markdown, what stands in a block of code is written as `{{ value | code }}`.
+    In Markdown, a value in a code block is written as `{{ value | code }}`.
     """
     is_html = name.endswith(".html")
     pages = Environment(

@@ -1,7 +1,7 @@
-"""A run beside its rerun: in what conditions, losses, answers and weights they differ.
+"""Compare a run with its rerun: versions, hardware, settings, losses, answers and weights.
 
-Equal bits are promised for equal versions, hardware and threads. Anything else is held to a
-tolerance on each of losses, answers and weights, which the verdict states in numbers.
+With equal versions, hardware and threads they are bitwise identical. Otherwise losses, answers and
+weights each have a tolerance, which the verdict states in numbers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from finetune.reporting.outcomes import read_sides
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder
 
-LOSS_TOLERANCE = 1e-3  # relative, at any step: what another kernel or machine may do
+LOSS_TOLERANCE = 1e-3  # relative, at any step: for other kernels or machines
 ANSWER_TOLERANCE = 0.01  # share of answers
-WEIGHT_TOLERANCE = 0.05  # of a tensor's norm; small tensors under Adam move by whole steps
+WEIGHT_TOLERANCE = 0.05  # of a tensor's norm; under Adam, small tensors differ by a full step
 
 Verdict = Literal["identical", "within tolerance", "different"]
 
@@ -29,14 +29,14 @@ Verdict = Literal["identical", "within tolerance", "different"]
 class Reproduction:
     """The largest differences between a run and its rerun; infinite where a side is missing."""
 
-    steps: tuple[int, int]  # that each has a loss of
+    steps: tuple[int, int]  # with a loss, of each
     loss: float  # relative
     at_step: str  # the first step whose loss differs, with both losses
-    answers: int  # how many are compared
+    answers: int  # compared
     changed: int
     equal_answers: bool  # to the last bit
     weight: float  # of a tensor's norm
-    tensor: str  # which tensor that is
+    tensor: str  # the tensor of the largest difference
 
     @property
     def verdict(self) -> Verdict:
@@ -67,10 +67,10 @@ class Reproduction:
             parts.append(f"largest difference of a loss {_share(self.loss, LOSS_TOLERANCE)}{at}")
         if self.answers:
             most = math.floor(ANSWER_TOLERANCE * self.answers)
-            parts.append(f"answers changed {self.changed} of {self.answers} (tolerance {most})")
+            parts.append(f"{self.changed} of {self.answers} answers changed (tolerance {most})")
         where = f", {self.tensor}" if self.tensor else ""
         share = _share(self.weight, WEIGHT_TOLERANCE)
-        parts.append(f"largest difference of a tensor of the weights {share} of its norm{where}")
+        parts.append(f"largest difference of a weight tensor {share} of its norm{where}")
         return "; ".join(parts)
 
 
@@ -79,13 +79,13 @@ def _share(value: float, tolerance: float) -> str:
 
 
 def compare_runs(before: RunFolder, after: RunFolder) -> Reproduction:
-    """Compare all that two runs left; of a damaged log only the steps that both have."""
+    """Compare losses, answers and weights; of a damaged log only the steps that both have."""
     losses = [_losses(run) for run in (before, after)]
     common = [step for step in losses[0] if step in losses[1]]
     if "events.jsonl" in before.find_damage(of_weights=False):
         losses = [{step: one[step] for step in common} for one in losses]
-    apart = [step for step in common if losses[0][step] != losses[1][step]]
-    largest = max((_relative(losses[0][s], losses[1][s]) for s in apart), default=0.0)
+    differing = [step for step in common if losses[0][step] != losses[1][step]]
+    largest = max((_relative(losses[0][s], losses[1][s]) for s in differing), default=0.0)
     if losses[0].keys() != losses[1].keys():
         largest = math.inf
     answers = list(_answers(before, after))
@@ -93,7 +93,7 @@ def compare_runs(before: RunFolder, after: RunFolder) -> Reproduction:
     return Reproduction(
         steps=(len(losses[0]), len(losses[1])),
         loss=largest,
-        at_step=_render_step(apart[0], *losses) if apart else "",
+        at_step=_render_step(differing[0], *losses) if differing else "",
         answers=len(answers),
         changed=sum(not _is_near(one, other) for one, other in answers),
         equal_answers=all(one == other for one, other in answers),
@@ -103,12 +103,12 @@ def compare_runs(before: RunFolder, after: RunFolder) -> Reproduction:
 
 
 def _relative(one: float, other: float) -> float:
-    apart = abs(one - other) / max(1.0, abs(one))
-    return math.inf if math.isnan(apart) else apart
+    difference = abs(one - other) / max(1.0, abs(one))
+    return math.inf if math.isnan(difference) else difference
 
 
 def _is_near(one: float, other: float | None) -> bool:
-    """Compare outcomes; those that are counts differ by one or not at all."""
+    """Compare outcomes; a different 0 or 1 always counts as changed."""
     return other is not None and _relative(one, other) <= LOSS_TOLERANCE
 
 
@@ -157,9 +157,9 @@ def _compare_tensors(one: Path, other: Path) -> tuple[float, str]:
         return math.inf, "whose names or shapes differ"
     largest, where = 0.0, ""
     for name, tensor in before.items():
-        apart = float(torch.linalg.vector_norm(tensor.double() - after[name].double()))
+        distance = float(torch.linalg.vector_norm(tensor.double() - after[name].double()))
         norm = float(torch.linalg.vector_norm(tensor.double()))
-        share = apart / norm if norm else (math.inf if apart else 0.0)
+        share = distance / norm if norm else (math.inf if distance else 0.0)
         share = math.inf if math.isnan(share) else share
         if share > largest:
             largest, where = share, name
@@ -167,7 +167,7 @@ def _compare_tensors(one: Path, other: Path) -> tuple[float, str]:
 
 
 def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
-    """Yield what differs in versions, hardware, code, settings and data."""
+    """Yield differences in versions, hardware, code, settings and data."""
     one, other = (run.read_json("environment.json") for run in (before, after))
     if one is None or other is None:
         yield "versions and hardware are not known: environment.json is missing or damaged"
@@ -189,7 +189,7 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
 
 
 def is_conduct(setting: str) -> bool:
-    """Return whether a key or an override is of the sweep's conduct; a rerun has its own."""
+    """Return whether a key or override is about the sweep or its records; reruns replace them."""
     key = setting.lstrip("+").partition("=")[0]
     return key.partition(".")[0] in marked(Config, CONDUCT)
 
@@ -204,7 +204,7 @@ def _other_environment(one: dict[str, object], other: dict[str, object]) -> Iter
     if one.get("threads") != other.get("threads"):
         yield (
             f"threads was {one.get('threads')}, is {other.get('threads')}: sums are in another "
-            "order, so the tolerance is promised and equal bits are not"
+            "order, so results agree within the tolerance, not bitwise"
         )
     for key in ("python", "platform", "processes", "gpu", "git_commit", "lock_digest"):
         if one.get(key) != other.get(key):

@@ -1,4 +1,4 @@
-"""What a sweep came to, read from the files of its runs, and the tables that show it."""
+"""Results of a sweep, read from its runs' files: rows of results.csv, comparisons, best run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = dict[str, Any]  # one row of results.csv
 
 @dataclass
 class Results:
-    """A sweep's runs, their rows of `results.csv`, and what their scores prove."""
+    """A sweep's runs, their rows of `results.csv`, and comparisons with their base."""
 
     folder: Path
     record: SweepRecord
@@ -41,12 +41,12 @@ class Results:
     rows: list[Row]
     metrics: dict[str, Metric] = field(default_factory=dict)  # by task/metric, acc first
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
-    remarks: list[str] = field(default_factory=list)  # what could not be compared, and why
-    refused: set[str] = field(default_factory=set)  # metrics whose runs answered other questions
+    remarks: list[str] = field(default_factory=list)  # on what was not compared, and why
+    refused: set[str] = field(default_factory=set)  # metrics with different questions
 
     @cached_property
     def main_metric(self) -> str | None:
-        """The task/metric that the report turns on: the first task's acc, or its first metric.
+        """The task/metric that ranks the runs: the first task's acc, or its first metric.
 
         It has a direction, and all runs that have it answered the same questions.
         """
@@ -59,7 +59,7 @@ class Results:
 
     @property
     def selects(self) -> str | None:
-        """The column of results.csv that chooses the best run, on questions of its own."""
+        """The column of results.csv that chooses the best run, on `evaluation.select_split`."""
         if self.main_metric is None:
             return None
         column = MetricName.parse(self.main_metric).selection
@@ -81,8 +81,8 @@ class Results:
     def leaders(self) -> list[Row]:
         """Return the rows with the best main metric, in its direction; several are a tie.
 
-        Where no task ranks the runs they are those with the lowest validation loss. The first is
-        the best run: of equal ones the one with the lowest validation loss, then the first.
+        Without a main metric they are those with the lowest validation loss. The first is the best
+        run: ties are broken by validation loss, then by the order of the grid.
         """
         if self.main_metric is None:
             column, metric, rows = VALIDATION, Metric("mean", False), self.validated_rows()
@@ -95,7 +95,7 @@ class Results:
         return sorted((row for row in rows if row[column] == best), key=_validation_loss)
 
     def best_run(self) -> str | None:
-        """Return the run that leads, once any is scored."""
+        """Return the name of the best run; None before any is scored."""
         leaders = self.leaders()
         return str(leaders[0]["run"]) if leaders else None
 
@@ -106,14 +106,14 @@ class Results:
         ]
 
     def drawn_metrics(self) -> list[str]:
-        """Return what runs are to be compared by, the main one first."""
+        """Return the metrics of MLflow's view, the main one first."""
         if self.main_metric is None and self.validated_rows():
             return [VALIDATION, *self.metrics]
         return sorted(self.metrics, key=lambda name: name != self.main_metric)
 
     @property
     def lowest_first(self) -> bool:
-        """Whether the first of the drawn metrics is better where it is lower."""
+        """True if lower is better in the first of the drawn metrics."""
         drawn = self.drawn_metrics()[:1]
         return [self.metrics.get(name, LOSS).higher_is_better for name in drawn] == [False]
 
@@ -130,7 +130,7 @@ def _validation_loss(row: Row) -> float:
 
 
 def read_results(folder: Path) -> Results:
-    """Read what the runs of a sweep have come to so far.
+    """Read the results of a sweep so far.
 
     Raises:
         ValueError: the folder is not a sweep's.
@@ -144,9 +144,9 @@ def read_results(folder: Path) -> Results:
     ]
     results = Results(folder, record, runs, rows)
     for run, row in zip(runs, rows, strict=True):
-        told = find_damage(run)
-        results.remarks += told
-        lost = [line for line in told if ": evaluation/" in line or "is no folder" in line]
+        damage = find_damage(run)
+        results.remarks += damage
+        lost = [line for line in damage if ": evaluation/" in line or "is not a folder" in line]
         if lost:  # why the row has no scores
             row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
     labels = [results.label(row) for row in rows]
@@ -177,7 +177,7 @@ def _gathered(scores: Iterable[TaskScores]) -> dict[str, Metric]:
 
 def _tracked(folder: Path) -> dict[str, str | None]:
     """Return the MLflow run of each run that is mirrored."""
-    with suppress(Damaged, KeyError, TypeError, AttributeError):  # tracking names it
+    with suppress(Damaged, KeyError, TypeError, AttributeError):  # the tracker reports it
         stored = read_json(folder / "mlflow.json", dict) or {"children": {}}
         return {name: child["run_id"] for name, child in stored["children"].items()}
     return {}
@@ -189,7 +189,7 @@ def find_damage(run: RunFolder) -> list[str]:
         return [f"{run.name}: {problem}"]
     status = run.status()
     if status is not None and status.state == "running":
-        return []  # its process writes them now
+        return []  # its process is writing them
     return [
         f"{run.name}: {name} is damaged and left out: {problem}; {REMEDY}"
         for name, problem in run.find_damage(of_weights=False).items()
@@ -197,7 +197,7 @@ def find_damage(run: RunFolder) -> list[str]:
 
 
 def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked: Any) -> Row:
-    """Return one row of `results.csv`; what a run has not come to is absent."""
+    """Return one row of `results.csv`, with the columns that the run has so far."""
     status = run.status()
     row: Row = {
         "run": run.name,
@@ -260,7 +260,7 @@ def _selection_columns(task: str, chosen: ModelScore) -> Row:
 
 
 def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Metric) -> None:
-    """Compare all runs that have a base beside them, and put what is proven into their rows."""
+    """Compare all runs that have a base score, and add intervals and p to their rows."""
     column = str(name)
     scores = {
         row["run"]: (row[name.base], row[column])
@@ -277,8 +277,8 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
         return
     if comparison is None:
         results.remarks.append(
-            f"{column} is shown, but not compared: its questions' outcomes are not stored as this "
-            "version stores them; run the same command again to score it anew"
+            f"{column} is shown, but not compared: an older version stored its outcomes in another "
+            "form; run the same command again to score it anew"
         )
         return
     results.comparisons[column] = comparison

@@ -42,7 +42,7 @@ def compare_runs(
         scores: of the runs that are compared.
 
     Raises:
-        ValueError: the runs were asked different questions.
+        ValueError: the runs were scored on different questions.
     """
     compared = _compare_known if metric.is_known else _compare_opaque
     return compared(scored, name, metric, scores)

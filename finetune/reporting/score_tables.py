@@ -1,4 +1,4 @@
-"""Tables of scores: a sweep's on the terminal, and the report's of one metric."""
+"""Tables of scores: the sweep's on the terminal, and one for each metric in the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cell:
     """One cell of a table."""
 
     text: str
-    is_proven: bool = False  # to be shown in bold
+    is_significant: bool = False  # shown in bold
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ScoreTable:
 
 
 def build_score_table(results: Results, metric: str) -> ScoreTable:
-    """Return the table of a task/metric: compared with the base where that is known."""
+    """Return the table of a task/metric, with the comparison to the base if there is one."""
     comparison = results.comparisons.get(metric)
     notes = [_direction_note(results, metric)]
     if comparison is None:
@@ -60,7 +60,7 @@ def build_score_table(results: Results, metric: str) -> ScoreTable:
 
 
 def show_flips(found: Difference) -> str:
-    """Return how many questions were answered better and worse, or only how many changed."""
+    """Return the numbers of gained and lost questions, or only of changed ones."""
     if found.gained is None or found.lost is None:
         return f"{found.changed} changed"
     return f"{found.gained} / {found.lost}"
@@ -78,7 +78,7 @@ def _difference_cells(found: Difference, comparison: Comparison) -> Iterator[Cel
         yield Cell(NO_DIFFERENCE)
         yield from [Cell("")] * (4 if has_adjusted else 3)
         return
-    yield Cell(show_difference(found.value, comparison), found.is_proven)
+    yield Cell(show_difference(found.value, comparison), found.is_significant)
     yield Cell(show_range(found, comparison))
     yield Cell(show_flips(found))
     yield Cell(show_p(found.p))
@@ -87,7 +87,7 @@ def _difference_cells(found: Difference, comparison: Comparison) -> Iterator[Cel
 
 
 def show_range(found: Difference, comparison: Comparison) -> str:
-    """Return the interval of a difference; nothing where its answers give none."""
+    """Return the interval of a difference; empty where it has none."""
     if found.low is None or found.high is None:
         return ""
     low, high = (show_difference(value, comparison) for value in (found.low, found.high))
@@ -124,19 +124,19 @@ def _comparison_notes(comparison: Comparison) -> Iterator[str]:
     runs = f"a grid of {grid}" if grid > 1 else "one run"
     yield f"{differences[0].questions} questions, each answered by base and tuned model; {runs}."
     if grid > 1:
-        yield "Bold: proven for the whole grid (adjusted p below .05)."
-    elif any(found.is_proven for found in differences):
-        yield "Bold: proven (p below .05)."
+        yield "Bold: significant after adjustment for the grid (adjusted p < .05)."
+    elif any(found.is_significant for found in differences):
+        yield "Bold: significant (p < .05)."
     if detectable := show_detectable(comparison):
         yield detectable
 
 
 def describe_methods(results: Results) -> list[str]:
-    """Return how intervals and p of this report were computed, as far as it has any."""
+    """Return sentences on the methods behind the intervals and p of this report."""
     comparisons = results.comparisons.values()
     if not comparisons:
         return []
-    lines = ["Paired on the questions' own hashes."]
+    lines = ["Base and tuned outcomes are paired by question."]
     if any(one.metric.is_mean for one in comparisons):
         lines.append(
             "Means: paired t interval; p by McNemar's mid-p where answers are right or wrong, else "
@@ -176,10 +176,10 @@ def _score_cell(row: Row, metric: str) -> str:
         return ""
     if base is None:
         return show_score(tuned)
-    proven = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
+    mark = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
     difference = tuned - base
     shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
-    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{proven}"
+    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{mark}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -34,6 +34,6 @@ def add_row(table: Table, *cells: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table to the terminal, or whole and uncoloured where there is none."""
+    """Print a table; where the output is no terminal, without colours and line breaks."""
     console = Console()
     Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(table)

@@ -1,4 +1,4 @@
-"""Say in sentences what a sweep has shown, and no more than its scores carry."""
+"""Summarise a sweep in sentences: the best run, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTHING = "No run has been scored yet, so there is nothing to compare."
 
 
 def verdict(results: Results) -> str:
-    """Return a paragraph: the best run by the main metric, then what the other tasks show."""
+    """Return a paragraph: the best run by the main metric, then its results in other tasks."""
     main = results.main_metric
     if main is None:
         return _verdict_without_ranking(results)
@@ -41,11 +41,11 @@ def show_interval(found: Difference, comparison: Comparison) -> str:
 
 
 def show_detectable(comparison: Comparison) -> str:
-    """Return the smallest difference that such a benchmark shows in four of five cases."""
+    """Return a sentence on the minimum detectable difference, if it is known."""
     if not comparison.detectable:
         return ""
     value = comparison.detectable * 100
-    return f"Differences from {value:.1f} points on would have been seen in 4 of 5 cases."
+    return f"Minimum detectable difference: {value:.1f} points (5 % level, 80 % power)."
 
 
 def show_direction(metric: str, results: Results) -> str:
@@ -105,7 +105,7 @@ def _verdict_on_main(results: Results, metric: str, comparison: Comparison) -> s
     if not found.changed:
         return f"{_no_proof(name)}: the best, {label}, answers as the base does. {detectable}"
     if not comparison.is_improvement(best["run"]):
-        worse = ", which is proven worse" if found.is_proven else ""
+        worse = ", significantly worse" if found.is_significant else ""
         return (
             f"{_no_proof(name)}: the best, {label}, differs by {change} ({tested}){worse}. "
             f"{detectable}"
@@ -116,19 +116,19 @@ def _verdict_on_main(results: Results, metric: str, comparison: Comparison) -> s
     )
     if grid == 1:
         return f"{first} {detectable}"
-    proven = sum(map(comparison.is_improvement, comparison.differences))
+    better = sum(map(comparison.is_improvement, comparison.differences))
     return (
-        f"{first} {proven} of {grid} runs are proven better than the base; the best was picked on "
-        "the questions it is reported on, so expect a little less of it."
+        f"{first} {better} of {grid} runs are significantly better than the base; the best was "
+        "chosen on the questions it is reported on, so its score is slightly optimistic."
     )
 
 
 def _no_proof(name: str) -> str:
-    return f"No run is proven better than the base in {name}"
+    return f"No run is significantly better than the base in {name}"
 
 
 def _verdict_on_chosen(results: Results, best: Row, metric: str) -> str:
-    """Say what the run came to that was chosen on other questions than it is reported on.
+    """Return the verdict on a run that was chosen on other questions than it is reported on.
 
     It is the only run that is tested, so its own p needs no adjustment for the grid.
     """
@@ -140,14 +140,14 @@ def _verdict_on_chosen(results: Results, best: Row, metric: str) -> str:
     if found.p < LEVEL and found.value * comparison.metric.sign > 0:
         claim = f"{label} scores {show_score(found.tuned)} in {name}, {change}."
     else:
-        claim = f"No improvement is proven in {name}: {label} differs by {change}."
+        claim = f"No significant improvement in {name}: {label} differs by {change}."
     grid = len(comparison.differences)
     chosen = f"It was chosen from {grid} runs on other questions."
     return f"{claim} {chosen} {show_detectable(comparison)}"
 
 
 def _verdict_without_base(results: Results, metric: str) -> str:
-    """Say which run has the best score, where there is no base's to compare it with."""
+    """Return the run with the best score, where no base was scored."""
     rows = results.compared_rows()
     best = rows and results.leaders()[0]
     assert best, "the main metric has scores"
@@ -162,7 +162,7 @@ def _verdict_without_base(results: Results, metric: str) -> str:
 
 
 def _verdict_without_ranking(results: Results) -> str:
-    """Say which run has the lowest validation loss, where no task ranks the runs."""
+    """Return the run with the lowest validation loss, where no task ranks the runs."""
     validated = results.validated_rows()
     if not validated:
         return _why_unranked(results) or NOTHING
@@ -170,7 +170,7 @@ def _verdict_without_ranking(results: Results) -> str:
     of = f", of {len(validated)} runs" if len(validated) > 1 else ""
     first = f"{results.label(lowest)} has the lowest validation loss, {lowest[VALIDATION]:.4f}{of}."
     why = _why_unranked(results) or "No task compares the runs with their base."
-    return f"{first} {why} Nothing is claimed."
+    return f"{first} {why} No improvement is claimed."
 
 
 def _why_unranked(results: Results) -> str:
@@ -209,7 +209,7 @@ def _says_more(results: Results, metric: str, main: str) -> bool:
 
 
 def _verdict_on_other(results: Results, metric: str) -> str:
-    """Say what the best run came to in another task."""
+    """Return a sentence on the best run in another task."""
     best, comparison = results.best_run(), results.comparisons.get(metric)
     row = next(row for row in results.rows if row["run"] == best)
     if comparison is None or best not in comparison.differences:
@@ -230,7 +230,9 @@ def _verdict_on_other(results: Results, metric: str) -> str:
 
 
 def _claim(found: Difference, comparison: Comparison) -> str:
-    if not found.is_proven:
-        return "not proven"
+    if not found.is_significant:
+        return "not significant"
     better = found.value * comparison.metric.sign
-    return "proven better" if better > 0 else "proven worse" if better < 0 else "proven"
+    if not better:
+        return "significant"
+    return "significantly better" if better > 0 else "significantly worse"

@@ -1,8 +1,7 @@
-"""What a sweep's scores prove: paired statistics on the questions' own outcomes.
+"""Paired tests and intervals of tuned models against their base, on the same questions.
 
-Pure: outcomes in, numbers out. Every setting answered the questions that the base answered, so
-only the questions whose outcome changed count. Claims are adjusted for the size of the grid.
-A mean has McNemar's or Student's test; another aggregate is resampled (resampling.py).
+Pure: outcomes in, numbers out. A mean has McNemar's mid-p or the paired t-test, another aggregate
+is resampled (resampling.py). Each p is also adjusted for the number of runs of the grid (max-T).
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ class Difference:
     questions: int
     base: float
     tuned: float
-    low: float | None  # of tuned - base, 95 %, paired; None where the answers give no interval
+    low: float | None  # of tuned - base, 95 %, paired; None where no outcome changed
     high: float | None
-    gained: int | None  # questions answered better; None where a question has no score of its own
+    gained: int | None  # questions answered better; None where single questions have no score
     lost: int | None  # questions answered worse
-    changed: int  # questions whose outcome is another
-    p: float  # as if this were the only run
-    p_adjusted: float  # for the grid
+    changed: int  # questions whose outcome differs
+    p: float  # unadjusted
+    p_adjusted: float  # for the number of runs of the grid
 
     @property
     def value(self) -> float:
         return self.tuned - self.base
 
     @property
-    def is_proven(self) -> bool:
-        """Whether the grid's adjusted p allows a claim."""
+    def is_significant(self) -> bool:
+        """True if significant after adjustment for the grid, at the 5 % level."""
         return self.p_adjusted < LEVEL
 
 
@@ -58,14 +57,14 @@ class Comparison:
 
     metric: Metric
     differences: dict[str, Difference]  # by run
-    # The smallest difference seen in four of five such experiments, of answers right or wrong.
+    # Minimum detectable difference (5 % level, 80 % power); None unless outcomes are 0 or 1.
     detectable: float | None
-    is_share: bool  # whether the metric is a share of questions, whose difference is in points
+    is_share: bool  # the metric is a share of questions: differences are in points
 
     def is_improvement(self, run: str) -> bool:
-        """Return whether a run is proven to differ from its base in the metric's direction."""
+        """Return whether a run is significantly better than its base, after adjustment."""
         found = self.differences[run]
-        return found.is_proven and found.value * self.metric.sign > 0
+        return found.is_significant and found.value * self.metric.sign > 0
 
     def leaders(self) -> list[str]:
         """Return the runs with the best score; several are a tie, none without a direction."""
@@ -91,7 +90,7 @@ def compare(
         resamples: sign flips of the adjusted p of a mean.
 
     Raises:
-        ValueError: a run was asked other questions than the first one's base.
+        ValueError: a run was scored on other questions than the first run's base.
     """
     metric = metric or Metric()
     questions = list(next(iter(pairs.values()))[0])
@@ -181,8 +180,8 @@ def _aligned(questions: list[str], outcomes: Outcomes, name: str) -> list[Any]:
     other = sorted(set(questions) ^ outcomes.keys())
     if other:
         raise ValueError(
-            f"{name} was not asked the same questions as the others: {len(other)} differ, "
-            f"the first, {other[0][:12]}, {'only it' if other[0] in outcomes else 'not it'}"
+            f"{name} was not scored on the same questions as the others: {len(other)} differ; "
+            f"{other[0][:12]} is {'only in it' if other[0] in outcomes else 'missing from it'}"
         )
     return [outcomes[question] for question in questions]
 
@@ -222,7 +221,7 @@ def mid_p(gained: int, lost: int) -> float:
 def paired_interval(
     before: npt.NDArray[Any], after: npt.NDArray[Any]
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % interval of the mean difference; none where all questions change alike."""
+    """Return the 95 % interval of the mean difference; none where all changes are equal."""
     if len(before) < 2 or not (after - before).std():
         return None, None
     interval = stats.ttest_rel(after, before).confidence_interval(1 - LEVEL)
@@ -238,8 +237,8 @@ def _paired_p(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> float:
 def adjusted_p(changes: Matrix, resamples: int = RESAMPLES) -> npt.NDArray[np.float64]:
     """Return each run's p, two-sided, adjusted for all runs (Westfall and Young's max-T).
 
-    Without an effect each question's changes could as well have the other sign, for all runs
-    together, since they share base and question: this keeps how alike the runs are.
+    Under the null hypothesis the signs of a question's changes are exchangeable. They are flipped
+    for all runs together, which keeps the correlation between runs.
 
     Args:
         changes: tuned - base, [run, question].
@@ -261,11 +260,11 @@ def adjusted_p(changes: Matrix, resamples: int = RESAMPLES) -> npt.NDArray[np.fl
 
 
 def detectable_difference(changed: float, questions: int) -> float:
-    """Return the difference that such an experiment finds in four of five cases (Connor 1987).
+    """Return the minimum detectable difference at 5 % level and 80 % power (Connor 1987).
 
     Args:
         changed: share of questions whose outcome changes.
-        questions: how many there are.
+        questions: number of questions.
     """
     if changed == 0:
         return 0.0
@@ -280,7 +279,7 @@ def detectable_difference(changed: float, questions: int) -> float:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """One setting over several seeds against the base."""
+    """The difference of one setting to the base, over several seeds."""
 
     seeds: int
     value: float  # mean of tuned - base
@@ -289,7 +288,7 @@ class SeedDifference:
 
 
 def compare_seeds(base: Outcomes, seeds: Sequence[Outcomes]) -> SeedDifference:
-    """Compare a setting's seeds with the base; questions and seeds are both a sample.
+    """Compare a setting's seeds with the base; questions and seeds are both random samples.
 
     The variance is that over questions of the seeds' mean plus that over seeds of the questions'
     mean; degrees of freedom by Satterthwaite (1946).

@@ -50,9 +50,10 @@ class MetricName:
 
     @property
     def p(self) -> str:
-        """The p of the difference, as if this were the only run; p_adjusted is the grid's."""
+        """The unadjusted p of the difference."""
         return f"{self}_p"
 
     @property
     def p_adjusted(self) -> str:
+        """The p of the difference, adjusted for the number of runs of the grid."""
         return f"{self}_p_adjusted"

@@ -1,4 +1,4 @@
-"""lm-eval's metrics as data: aggregate, direction, and the numbers to resample; numpy only.
+"""lm-eval's metrics: aggregation, direction, and terms per question to resample; numpy only.
 
 An aggregate in AGGREGATES is a function of sums over questions, so that resampling questions and
 swapping base and tuned answers are sums too. A group of tasks is a mean of its tasks' aggregates.
@@ -22,7 +22,7 @@ Grouping = Literal["by_size", "equal"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How lm-eval turns a task's answers into one number, and the direction of improvement."""
+    """A metric's definition: its aggregation over questions, and the direction that is better."""
 
     aggregation: str = "mean"  # lm-eval's name of it
     higher_is_better: bool | None = True  # None: lm-eval does not say
@@ -30,12 +30,12 @@ class Metric:
 
     @property
     def is_mean(self) -> bool:
-        """Whether it is the plain mean over all questions."""
+        """True for the plain mean over all questions."""
         return self.aggregation in MEANS and self.grouping != "equal"
 
     @property
     def is_known(self) -> bool:
-        """Whether it can be computed from the questions' stored values."""
+        """True if it can be computed from the stored outcomes."""
         return self.aggregation in AGGREGATES
 
     @property
@@ -44,14 +44,14 @@ class Metric:
         return 0 if self.higher_is_better is None else 1 if self.higher_is_better else -1
 
     def best(self, values: Sequence[float]) -> float:
-        """Return the best of several values; without a direction there is none to ask for."""
+        """Return the best of several values of a metric that has a direction."""
         assert self.higher_is_better is not None, "a metric without a direction is not ranked"
         return max(values) if self.higher_is_better else min(values)
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One aggregation of lm-eval: what is summed over questions, and the value of the sums."""
+    """One aggregation of lm-eval: terms summed over questions, and the value of the sums."""
 
     terms: Callable[[Values], Vector]  # [question, term]
     value: Callable[[Vector], Vector]  # [..., term] -> [...]
@@ -196,14 +196,14 @@ def show_score(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Strata:
-    """The tasks of a group: whose questions are whose, and each task's weight."""
+    """The tasks of a group: the positions of each task's questions, and its weight."""
 
     places: list[npt.NDArray[np.intp]]
     weights: Vector
 
     @classmethod
     def build(cls, metric: Metric, members: Sequence[str | None]) -> Strata:
-        """Sort questions by their task; outside a group all are one task's."""
+        """Sort questions by task; without a group there is a single task."""
         if metric.grouping is None:
             return cls([np.arange(len(members))], np.ones(1))
         names = np.array([str(member) for member in members])

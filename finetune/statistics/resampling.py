@@ -1,4 +1,4 @@
-"""Paired bootstrap and swaps of base and tuned answers, for aggregates that are no mean.
+"""Paired bootstrap and permutation test (swapped answers), for metrics that are not means.
 
 Axes: resample, question, term (of metrics.AGGREGATES).
 """
@@ -17,17 +17,17 @@ from finetune.statistics.metrics import AGGREGATES, Metric, Strata, Values, Vect
 RESAMPLES = 1999
 LEVEL = 0.05
 SEED = 0  # the same answers give the same numbers; equal questions the same swaps
-MOST_DRAWS = 1_000_000  # that stand in memory at a time
+MOST_DRAWS = 1_000_000  # held in memory at a time
 MOST_TERMS = 20_000_000  # of the runs that are resampled together
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """A tuned model's difference to its base, and what it could as well have been."""
+    """A tuned model's difference to its base, with its bootstrap and permutation distributions."""
 
     base: float
     tuned: float
-    changed: int  # questions whose outcome is another
+    changed: int  # questions whose outcome differs
     bootstrap: Vector  # tuned - base over questions drawn with replacement
     swapped: Vector  # the same with base and tuned swapped at random, question by question
 
@@ -39,7 +39,7 @@ class Resampled:
 
     @property
     def p(self) -> float:
-        """The share of swaps with a difference as large, two-sided."""
+        """The two-sided p: the share of swaps with a difference as large."""
         return float(_share_as_large(np.abs(self.swapped), abs(self.tuned - self.base)))
 
 
@@ -53,7 +53,7 @@ def max_t(drawn: Sequence[Resampled]) -> Vector:
     """Return each run's p adjusted for all of them (Westfall and Young's max-T).
 
     Each run's differences are divided by their spread over the swaps, which are the same for all
-    runs; with unequal numbers of swaps there is no joint distribution: Holm's adjustment instead.
+    runs; with unequal numbers of swaps there is no joint distribution: Holm's adjustment.
     """
     if len({len(one.swapped) for one in drawn}) > 1:
         return holm([one.p for one in drawn])
@@ -102,7 +102,7 @@ def resample_all(
         Resampled(base, tuned, count, nothing, nothing)
         for (base, tuned), count in zip(values, changed, strict=True)
     ]
-    for places in _alike([n for n, count in enumerate(changed) if count], runs):
+    for places in _batches([n for n, count in enumerate(changed) if count], runs):
         terms = np.stack([runs[n] for n in places], axis=1)  # [side, run, question, term]
         drawn = _bootstrap(metric, terms, strata), _swap(metric, terms, strata)
         for n, bootstrap, swapped in zip(places, *drawn, strict=True):
@@ -110,8 +110,8 @@ def resample_all(
     return found
 
 
-def _alike(places: Sequence[int], runs: Sequence[tuple[Vector, Vector]]) -> Iterator[list[int]]:
-    """Group runs whose terms have one shape (more classes have more), as memory allows."""
+def _batches(places: Sequence[int], runs: Sequence[tuple[Vector, Vector]]) -> Iterator[list[int]]:
+    """Batch runs whose terms have the same shape (it depends on the classes), as memory allows."""
     for shape in dict.fromkeys(runs[n][0].shape for n in places):
         same = [n for n in places if runs[n][0].shape == shape]
         most = max(1, MOST_TERMS // (2 * shape[0] * shape[1]))
@@ -124,7 +124,7 @@ def _terms(metric: Metric, before: Values, after: Values) -> tuple[Vector, Vecto
 
 
 def _bootstrap(metric: Metric, terms: Vector, strata: Strata) -> Vector:
-    """Draw questions with replacement, within each task, for all models alike: [run, resample]."""
+    """Draw questions with replacement within each task, the same for all runs: [run, resample]."""
     value, batch = AGGREGATES[metric.aggregation].value, _batch_size(terms)
     draw, differences = np.random.default_rng(SEED), []
     for start in range(0, RESAMPLES, batch):
@@ -139,13 +139,13 @@ def _bootstrap(metric: Metric, terms: Vector, strata: Strata) -> Vector:
 
 
 def _batch_size(terms: Vector) -> int:
-    """Return the resamples that are drawn at a time; which draws come depends on it."""
+    """Return the resamples drawn at a time; it changes the random draws."""
     return max(1, MOST_DRAWS // int(terms.shape[2]))
 
 
 def _draw_counts(draw: np.random.Generator, rows: int, size: int) -> Vector:
     """Return how often each question is drawn: [resample, question]."""
-    if size == 1:  # it is always drawn as it is, and takes no draw
+    if size == 1:  # always drawn once, without using the generator
         return np.ones((rows, 1))
     places = draw.integers(0, size, (rows, size))
     offsets = np.arange(rows)[:, None] * size
@@ -184,7 +184,7 @@ def draw_swaps(questions: int, resamples: int, batch: int) -> Iterator[Vector]:
     """Yield which questions' answers are swapped (1) or not (0): [resample, question].
 
     The draws are those of `scipy.stats.permutation_test` of type "samples", which takes seconds
-    for the questions' own arrays; of few questions all combinations come.
+    for the questions' own arrays; of few questions all combinations are used.
     """
     if resamples >= 2**questions:
         yield np.array(list(product((0.0, 1.0), repeat=questions)))
