@@ -106,7 +106,7 @@ COMMANDS = {
     "08": Expected((r"restore|tracking\.experiment=|rc=0",), ("must be in the 'active' state",)),
     "09": Expected((r"rc=0|restore",), ("rc=1",)),
     "10": Expected((r"(?m)^team\.db$|MLFLOW_TRACKING_URI",), (r"(?m)^mlflow\.db$",)),
-    "11": Expected((r"(?s)(== .*?sqlite:///.*?){4}",), ("send the rest with",)),
+    "11": Expected((r"(?s)(== .*?sqlite:///.*?){4}",), ("send it with",)),
     "12": Expected((r"interval",), ("AttributeError", "TypeError")),
     "14": Expected((r"lora\.rank|rank.*lora", r"typo\.yaml", r"typo2\.yaml", r"eight"), ()),
     "15": Expected((r"(?s)(r4-.*r8-.*){2}",), ("ConfigKeyError", "several values are a sweep")),

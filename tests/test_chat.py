@@ -303,7 +303,7 @@ def test_a_folder_without_a_trained_run_is_refused(
     shutil.copytree(runs["plain"], tmp_path / "odd")
     change(tmp_path / "odd", "lora.rank", "3")
     for name, told in (
-        ("nothing", "is no run's folder: config.yaml is missing"),
+        ("nothing", "is not a run's folder: config.yaml is missing"),
         ("begun", "has no adapter yet (finished)"),
         ("odd", "cannot be read: Key 'rank' not in"),
     ):

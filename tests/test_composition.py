@@ -36,7 +36,7 @@ FAULTS = {
     "duplicate key": ("lora:\n  r: 8\n  r: 9\n", "line 4: r is set twice, first in line 3"),
     "duplicate section": ("lora: {r: 8}\nlora: {alpha: 8}\n", "line 3: lora is set twice"),
     "tab": ("lora:\n\tr: 8\n", "line 3: found character '\\t' that cannot start any token; ind"),
-    "open bracket": ("lora: [1,\n", "expected the node content, but found '<stream end>'; mend"),
+    "open bracket": ("lora: [1,\n", "expected the node content, but found '<stream end>'; fix"),
     "indentation": ("lora:\n  r: 8\n alpha: 3\n", "line 4: expected <block end>"),
     "colon": ("model:\n  path: a: b\n", "line 3: mapping values are not allowed here; put"),
     "two documents": ("lora: {r: 8}\n---\nlora: {r: 9}\n", "line 3: but found another document"),

@@ -369,7 +369,7 @@ def test_what_is_in_a_folders_place_is_set_aside(
     shutil.rmtree(run.path / name, ignore_errors=True)
     IN_PLACE[what](run.path / name)
     read_everything(folder, run)
-    assert run.find_damage()[name] == "it is no folder"
+    assert run.find_damage()[name] == "it is not a folder"
     run.set_damaged_aside()
     assert os.path.lexists(run.path / f"{name}.damaged")
     (run.path / name).mkdir()
@@ -384,8 +384,8 @@ def test_what_is_in_a_runs_place_is_refused(
     run = RunFolder(tmp_path / "outputs" / "run-0")
     shutil.rmtree(run.path)
     IN_PLACE[what](run.path)
-    assert run.find_place_problem() == "outputs/run-0 is no folder; move it away"
-    assert "run-0: outputs/run-0 is no folder; move it away" in read_results(folder).remarks
+    assert run.find_place_problem() == "outputs/run-0 is not a folder; move it away"
+    assert "run-0: outputs/run-0 is not a folder; move it away" in read_results(folder).remarks
     assert list(find_link_problems(run.path)) == []
     with pytest.raises(Refused):
         run.read_config()

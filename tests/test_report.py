@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_sweeps_is_refused(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.strip() == f"{tmp_path} is no sweep's folder: it has no sweep.yaml"
+    assert done.stderr.strip() == f"{tmp_path} is not a sweep's folder: sweep.yaml is missing"
 
 
 def test_unequal_questions_are_not_compared_but_said(by_rank: Path, tmp_path: Path) -> None:

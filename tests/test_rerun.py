@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, finetune: Command) 
     """One line and exit code 2."""
     done = finetune(str(tmp_path), module="finetune.rerun")
     assert done.returncode == 2
-    assert "is no run's folder" in done.stderr
+    assert "is not a run's folder" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b"]])

@@ -156,7 +156,7 @@ def test_a_store_that_is_still_to_be_made_is_neither_refused_nor_made(
 def test_a_file_in_the_path_is_refused(tmp_path: Path) -> None:
     """No folder can be made below it."""
     (tmp_path / "file").touch()
-    assert "which is no folder" in problems(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")[0]
+    assert "which is not a folder" in problems(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")[0]
 
 
 @pytest.mark.parametrize("readonly", ["mlflow.db", "."])

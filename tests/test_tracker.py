@@ -197,7 +197,7 @@ def test_a_server_that_never_answers_is_not_waited_for(
         tracked = tracker(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path / "sweep")
         tracked.follow(recorded_run(tmp_path / "run"))
         behind = tracked.close(state="finished")
-    assert "it is slow" in str(behind)
+    assert "timed out" in str(behind)
     assert "python -m finetune.sync" in str(behind)
 
 
@@ -246,7 +246,7 @@ def test_a_server_that_dies_in_mid_run_stops_nothing(
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert run.returncode == 0, said
-    assert f"MLflow at {address} cannot be reached; going on without" in said
+    assert f"MLflow at {address} cannot be reached; the runs continue" in said
     assert "python -m finetune.sync" in said
     server = serve(uri, port)
     try:

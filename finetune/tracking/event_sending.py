@@ -1,4 +1,4 @@
-"""Turn the events of a run's log into MLflow's metrics, parameters, tags, data sets, artifacts.
+"""Send a run's events to MLflow as metrics, parameters, tags, data sets and artifacts.
 
 Sending twice adds nothing, since MLflow keeps one row for equal key, value, time and step.
 """
@@ -49,7 +49,7 @@ def send_events(
         dataset = Dataset(event["name"], digest, "local", source, profile=profile)
         tags = [InputTag("mlflow.data.context", event["context"])]
         client.log_inputs(run_id, [DatasetInput(dataset, tags)])
-    # An artifact may be told again after a resume: it is sent as it is now, once.
+    # An artifact may be logged again after a resume: its current content is sent once.
     for path, target in {(e["path"], e["folder"]) for e in by_kind.get("artifact", [])}:
         local = folder / path
         if Path(path).is_absolute() or ".." in Path(path).parts:  # of somebody else's run
@@ -63,7 +63,7 @@ def send_events(
 
 
 def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
-    """Send each parameter once; one that changed since is told in a tag, as MLflow keeps both."""
+    """Send each parameter once; a changed value goes into a tag, since MLflow's never change."""
     from mlflow.entities import Param
 
     stored = client.get_run(run_id).data.params
@@ -89,7 +89,7 @@ def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> No
 def create_run(
     client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], start_time: int
 ) -> str:
-    """Make a run that began at `start_time` (milliseconds since the epoch); return its id."""
+    """Create a run that started at `start_time` (milliseconds since the epoch); return its id."""
     from mlflow.tracking.context.registry import resolve_tags
 
     # MLflow adds the address of the git repository, which may have a token in it.
@@ -99,7 +99,7 @@ def create_run(
 
 
 def run_info(client: MlflowClient, run_id: str | None) -> RunInfo | None:
-    """Return what the store says of a run; None for one that it does not have, or has deleted."""
+    """Return the store's information on a run; None if it is missing or deleted."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
@@ -114,7 +114,7 @@ def run_info(client: MlflowClient, run_id: str | None) -> RunInfo | None:
 
 
 def _key(name: str) -> str:
-    """Return a name in the letters that MLflow allows."""
+    """Return a name in the characters that MLflow allows."""
     return re.sub(r"[^\w./ -]", "_", name)
 
 

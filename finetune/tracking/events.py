@@ -1,6 +1,6 @@
 """A run's event log, `events.jsonl`: every metric, parameter and state as it happened.
 
-It is only appended to. A line that was damaged since is left out by its readers and counted.
+It is append-only. Readers skip and count lines that were damaged later.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 class EventLog:
     """Append every metric, parameter and state of a run to `events.jsonl` as it happens.
 
-    One JSON object a line, told apart by `event`: metric (key, value, step, time), param and tag
+    One JSON object a line, its kind in `event`: metric (key, value, step, time), param and tag
     (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
     to the run's folder and to the artifact root), status (state, reason, time). Times are
     milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
@@ -56,36 +56,36 @@ class EventLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._steps: set[tuple[str, int]] = set()  # of each metric
         self._last_score: dict[str, float] = {}
-        self._told: set[str] = set()
+        self._recorded: set[str] = set()
         keep_regular(path)
         self._recover(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def _recover(self, path: Path) -> None:
-        """Cut off a line that a kill left half-written; remember what the others told."""
+        """Truncate a line that a kill left incomplete; remember what is recorded already."""
         if not path.exists():
             return
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
+        raw = path.read_bytes()
+        kept = raw[: raw.rfind(b"\n") + 1]
+        if kept != raw:
             os.truncate(path, len(kept))
         for event in read_lines(path).values:
             event.pop(CLAIM, None)
-            self._told.add(json.dumps(event))
+            self._recorded.add(json.dumps(event))
             if event["event"] == "metric":
                 self._steps.add((event["key"], event["step"]))
                 if event["step"] == 0:
                     self._last_score[event["key"]] = event["value"]
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record finite metrics at `step`; a non-finite one belongs into a status' reason."""
+        """Record finite metrics at `step`; a non-finite one is dropped (the status has it)."""
         for key, value in values.items():
             if (key, step) not in self._steps and math.isfinite(value):
                 self._write("metric", key=key, value=float(value), step=step, time=_now_ms())
                 self._steps.add((key, step))
 
     def scores(self, values: Mapping[str, float]) -> None:
-        """Record scores, at step 0; those of another evaluation of the run come behind them."""
+        """Record scores at step 0; those of a later evaluation are appended."""
         for key, value in values.items():
             if self._last_score.get(key) != value and math.isfinite(value):
                 self._write("metric", key=key, value=float(value), step=0, time=_now_ms())
@@ -126,9 +126,9 @@ class EventLog:
 
     def _write_once(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, **fields})
-        if line not in self._told:
+        if line not in self._recorded:
             self._append({"event": event, **fields})
-            self._told.add(line)
+            self._recorded.add(line)
 
     def _append(self, event: dict[str, Any]) -> None:
         self.check_claim()
@@ -138,13 +138,13 @@ class EventLog:
 
 
 class NullEventLog(EventLog):
-    """Write nothing: another process tells of the same run."""
+    """Write nothing: on ranks above 0, since rank 0 writes the run's log."""
 
     def __init__(self) -> None:
         self._claim = None
         self._steps = set()
         self._last_score = {}
-        self._told = set()
+        self._recorded = set()
 
     def close(self) -> None:
         pass
@@ -157,9 +157,9 @@ class NullEventLog(EventLog):
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log; a half-written last line is left out, and damaged ones are.
+    """Yield the events of a log, without damaged lines and an incomplete last one.
 
-    So are those of a writer that went on after another one had taken over the run.
+    Events of a writer that continued after another one took over the run are left out too.
     """
     yield from drop_superseded(read_lines(path).values, [])
 
@@ -212,7 +212,7 @@ def read_lines(path: Path) -> JsonLines:
 
 
 def blank_damaged_lines(path: Path) -> None:
-    """Move damaged lines to NAME.damaged; spaces stay, since MLflow's mirror counts bytes."""
+    """Move damaged lines to NAME.damaged, leaving blanks: MLflow's mirror keeps byte offsets."""
     damaged = read_lines(path).damaged
     if not damaged:
         return
@@ -231,7 +231,7 @@ def _now_ms() -> int:
 
 
 def is_event(line: Mapping[str, Any]) -> bool:
-    """Return whether a line is an event of a run, with all that belongs to one of its kind."""
+    """Return whether a line is an event with all fields of its kind."""
     fields = FIELDS.get(str(line.get("event")))
     if not isinstance(line.get(CLAIM), str | None):
         return False

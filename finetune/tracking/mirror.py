@@ -1,4 +1,4 @@
-"""`mlflow.json` in a sweep's folder: where its runs are tracked, and how far each has been sent."""
+"""`mlflow.json` of a sweep: its MLflow store, and the byte offset up to which each run is sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.tracking.run_folder import RunFolder
 
 @dataclass
 class Child:
-    """How far one run of the sweep has been sent."""
+    """One run of the sweep, and the part of it that has been sent."""
 
     path: str
     run_id: str | None = None
@@ -27,9 +27,9 @@ class Child:
 
 @dataclass
 class Mirror:
-    """What `mlflow.json` of a sweep says: where its runs are tracked and how far."""
+    """The state of a sweep's mirror: its store, its runs, and the part of them that is sent."""
 
-    uri: str  # absolute, what is secret in it masked
+    uri: str  # absolute, secrets masked
     experiment: str
     name: str
     swept: list[str]
@@ -37,8 +37,8 @@ class Mirror:
     run_id: str | None = None
     state: State = "running"
     champion: str | None = None  # the best run, once the sweep has ended
-    metrics: list[str] = field(default_factory=list)  # that its view draws
-    lowest_first: bool = False  # whether the first of them is better where it is lower
+    metrics: list[str] = field(default_factory=list)  # of its saved view
+    lowest_first: bool = False  # lower is better in the first of them
     view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
     started: int | None = None  # when the sweep was first conducted, in milliseconds
@@ -50,23 +50,23 @@ class Mirror:
 
     @classmethod
     def load(cls, path: Path) -> Mirror:
-        """Read what is tracked where.
+        """Read the state of a mirror.
 
         Raises:
-            Damaged: the file does not hold what was written there.
+            Damaged: the file is not such a state.
         """
         stored = read_json(path, dict) or {}
         try:
             children = {name: Child(**child) for name, child in stored.pop("children").items()}
             mirror = cls(**stored, children=children)
         except (TypeError, KeyError, AttributeError):
-            raise Damaged("it holds no record of what is tracked") from None
+            raise Damaged("it is not a record of tracked runs") from None
         if not mirror.is_sound():
-            raise Damaged("it holds other values than those of what is tracked")
+            raise Damaged("its values have wrong types")
         return mirror
 
     def is_sound(self) -> bool:
-        """Return whether every field has its type; what was read may be anything."""
+        """Return whether every field has its type."""
         children = self.children.values()
         texts = [self.uri, self.experiment, self.name, *(child.path for child in children)]
         ids = [self.experiment_id, self.run_id, self.champion, self.view]
@@ -88,7 +88,7 @@ class Mirror:
             write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def add(self, run: RunFolder, path: Path) -> None:
-        """Mirror a run too; saved at once, so that sync knows of it should MLflow be down."""
+        """Add a run; saved at once, so that sync can send it later if MLflow is down."""
         with self._changing:
             self.children.setdefault(run.name, Child(str(run.path))).path = str(run.path)
             self.save(path)

@@ -1,4 +1,4 @@
-"""The MLflow store of a sweep: a server, or a SQLite file that is made where there is none."""
+"""Open the MLflow store of a sweep: a server, or a SQLite file that is created if missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NETWORK = (
 
 
 def open_store(uri: str) -> MlflowClient:
-    """Open the store, made first where it is a SQLite file; `uri` may be masked."""
+    """Open the store, creating a SQLite file if missing; `uri` may be masked."""
     file = sqlite_file(uri)
     if file is not None:
         make_sqlite_store(file)
@@ -38,7 +38,7 @@ def open_store(uri: str) -> MlflowClient:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """Return MLflow's client of a store that is there.
+    """Return MLflow's client of an existing store.
 
     Raises:
         ValueError: the secret of a masked address is not in the environment.
@@ -50,7 +50,7 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def _prepare_mlflow() -> None:
-    """Set, before MLflow is imported, what it reads from the environment; a user's value stays."""
+    """Set MLflow's environment variables before it is imported; a user's values are kept."""
     complete_environment()
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -62,12 +62,12 @@ def _prepare_mlflow() -> None:
         "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     }.items():
         os.environ.setdefault(name, value)
-    for library in ("alembic", "mlflow", "urllib3"):  # the last tells of each retry
+    for library in ("alembic", "mlflow", "urllib3"):  # the last logs each retry
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Return the id of an experiment, made where there is none of the name.
+    """Return the id of an experiment, created if missing.
 
     Raises:
         ValueError: it was deleted in MLflow.
@@ -88,7 +88,7 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def deleted_experiment(uri: str, name: str, experiment_id: str) -> str:
-    """Say that an experiment was deleted in MLflow, with both remedies."""
+    """Return the message on an experiment that was deleted in MLflow, with both remedies."""
     variable = "" if MASK in uri else f"{URI_VARIABLE}={shlex.quote(uri)} "
     return (
         f"tracking.experiment={name} was deleted in MLflow; restore it with: {variable}"
@@ -98,7 +98,7 @@ def deleted_experiment(uri: str, name: str, experiment_id: str) -> str:
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:
-    """Return where an experiment's artifacts lie beside a SQLite file; a server decides itself."""
+    """Return the artifact folder beside a SQLite file; None for a server, which has its own."""
     file = sqlite_file(uri)
     if file is None:
         return None
@@ -114,7 +114,7 @@ def make_sqlite_store(store: Path) -> None:
     if store.is_dir():  # MLflow would try for minutes
         raise IsADirectoryError(f"{store} is a folder")
     if _is_made(store):
-        _leave_write_ahead(store)
+        _disable_write_ahead_log(store)
         return
     _prepare_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -132,16 +132,16 @@ def make_sqlite_store(store: Path) -> None:
             connection.execute(f"pragma journal_mode={mode}")
         os.replace(temporary, store)
         if mode == "delete":
-            log.info(_told(store))
+            log.info(_describe_journal(store))
 
 
 def _is_made(store: Path) -> bool:
-    """Return whether the file has a store in it; an empty one is replaced."""
+    """Return whether the file has a store; an empty file is replaced."""
     return store.exists() and store.stat().st_size > 0
 
 
-def _leave_write_ahead(store: Path) -> None:
-    """Take a store that was made elsewhere out of its write-ahead log on a network file system."""
+def _disable_write_ahead_log(store: Path) -> None:
+    """Disable the write-ahead log of a store on a network file system."""
     if network_type(store.parent) is None:
         return
     with store.open("rb") as file:
@@ -149,10 +149,10 @@ def _leave_write_ahead(store: Path) -> None:
             return
     with suppress(sqlite3.Error), closing(sqlite3.connect(store, timeout=5)) as connection:
         connection.execute("pragma journal_mode=delete")
-        log.info(_told(store))
+        log.info(_describe_journal(store))
 
 
-def _told(store: Path) -> str:
+def _describe_journal(store: Path) -> str:
     return (
         f"{store} is on a network file system ({network_type(store.parent)}), where SQLite's "
         "write-ahead log is not safe: journal_mode=delete"

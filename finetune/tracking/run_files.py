@@ -1,6 +1,6 @@
-"""The files of a run as they were written: their digests in `digests.json`, and their shapes.
+"""Integrity of a run's files: sha256 digests in `digests.json`, and checks of their structure.
 
-A run of an older release has no digests; of its files the shape alone is checked.
+A run of an older release has no digests; only the structure of its files is checked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from finetune.files import (
 from finetune.tracking.score_files import parse_scores
 
 DIGESTS = "digests.json"
-WEIGHTS = ("adapter", "model")  # the folders of what was trained
-# The settings that every run's config.yaml has, by which one that was cut off is known.
+WEIGHTS = ("adapter", "model")  # folders with weights
+# Sections of every config.yaml; a truncated one lacks some.
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
 ITEMS = ".items.jsonl"  # ends the name of a file of questions' outcomes
-LARGE_FILE = 64 * 2**20  # bytes from which a check that is not thorough goes by size and time
+LARGE_FILE = 64 * 2**20  # bytes; above, a check that is not thorough compares size and time
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file as it was written."""
+    """The recorded digest, size and time of a file."""
 
     sha256: str
     size: int  # bytes
@@ -50,7 +50,7 @@ def read_entries(folder: Path) -> dict[str, FileEntry]:
     """Return the files of a run's folder as they were recorded, by name; none in older runs.
 
     Raises:
-        Damaged: what was recorded is lost.
+        Damaged: digests.json itself cannot be used.
     """
     stored = read_json(folder / DIGESTS, dict)
     if stored is None:
@@ -64,15 +64,15 @@ def read_entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def find_unproven(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
-    """Return which of the weights' files nothing proves to be as they were written, and why.
+    """Return the weight files without a recorded digest, and why.
 
-    A run of an older release has no record at all; its weights are taken as they are.
+    A run of an older release has no digests at all; its weights are accepted.
     """
     names = [file.relative_to(folder).as_posix() for file in weights]
     try:
         entries = read_entries(folder)
     except Damaged as damage:
-        problem = f"{DIGESTS} is damaged ({damage}), and nothing else proves these weights"
+        problem = f"{DIGESTS} is damaged ({damage}), so these weights cannot be verified"
         return dict.fromkeys(names, problem)
     if not (folder / DIGESTS).exists():
         return {}
@@ -80,9 +80,9 @@ def find_unproven(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
 
 
 def record(folder: Path, *names: str) -> None:
-    """Record files, given by their names or those of the folders that hold them, as they are.
+    """Record the digests of files, or of all files in folders, as they are now.
 
-    With the first record come the weights of an older release, which had none.
+    The first record of a run of an older release includes its weights.
     """
     if not (folder / DIGESTS).exists():
         names = (*names, *WEIGHTS)
@@ -93,7 +93,7 @@ def record(folder: Path, *names: str) -> None:
 
 
 def forget(folder: Path, *names: str) -> None:
-    """Drop files from the record: what stands there next is another file."""
+    """Remove files from the record before they are replaced."""
     known = _entries_or_none(folder)
     kept = {name: entry for name, entry in known.items() if not _is_within(name, names)}
     if kept != known:
@@ -101,7 +101,7 @@ def forget(folder: Path, *names: str) -> None:
 
 
 def forget_missing(folder: Path) -> None:
-    """Drop the files from the record that are not there any more."""
+    """Remove missing files from the record."""
     known = _entries_or_none(folder)
     forget(folder, *(name for name in known if not (folder / name).exists()))
 
@@ -118,7 +118,7 @@ def _is_within(name: str, names: Iterable[str]) -> bool:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Return a file, or those below a folder, without the pages that are there to be edited."""
+    """Return a file, or the files below a folder, without Markdown pages, which may be edited."""
     if not path.is_dir():
         return [path] if path.exists() else []
     return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
@@ -131,12 +131,12 @@ def _write(folder: Path, entries: Mapping[str, FileEntry]) -> None:
 
 
 def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> str | None:
-    """Return in what a file is not what was recorded; None where it is the same.
+    """Return how a file differs from its record; None where it does not.
 
     Args:
-        file: that is looked at.
-        entry: what was recorded.
-        thorough: False takes a large file of the recorded size and time for the same.
+        file: the file to check.
+        entry: its record.
+        thorough: False trusts a large file of the recorded size and time.
     """
     try:
         require_file(file)
@@ -153,7 +153,7 @@ def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> s
 
 
 def find_misfit(file: Path, name: str) -> str | None:
-    """Return why a file's content cannot be used, whatever was recorded; None where it can."""
+    """Return why a file's structure is wrong, whatever its digest; None where it is right."""
     try:
         require_file(file)
         if name.endswith(".safetensors"):
@@ -182,14 +182,14 @@ def find_misfit(file: Path, name: str) -> str | None:
 
 def _find_config_misfit(settings: Mapping[str, Any]) -> str | None:
     absent = [name for name in SECTIONS if not isinstance(settings.get(name), dict)]
-    return f"{', '.join(absent)} is not in it" if absent else None
+    return f"it lacks {', '.join(absent)}" if absent else None
 
 
 def find_json_misfit(name: str, value: Mapping[str, Any]) -> str | None:
-    """Return in what a run's JSON file is of another shape than its readers rely on.
+    """Return how a run's JSON file lacks the structure that its readers rely on.
 
     Raises:
-        Damaged: it holds no scores, in place of them.
+        Damaged: a file of scores has none.
     """
     if name.startswith("evaluation/") and name.count("/") == 1:
         parse_scores(value)

@@ -1,7 +1,7 @@
-"""A run on disk: its identity, folder, status, lock and event log; what it computes lives above.
+"""A run's folder: its files, status, lock, event log and damage checks.
 
-Nothing here imports torch or MLflow, so that the sweep's own process and the commands beside it
-can read runs at once.
+Nothing here imports torch or MLflow, so that the sweep's process and the commands that only read
+runs start quickly.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger("finetune")
 
 @dataclass(frozen=True)
 class Status:
-    """What `status.json` says of a run; times are seconds since the epoch."""
+    """The content of `status.json`; times are seconds since the epoch."""
 
     state: State
     reason: str | None = None
@@ -56,7 +56,7 @@ class Status:
     last_lines: list[str] = field(default_factory=list)  # of the log, where a run failed
 
 
-REMEDY = "the command that made the run makes it anew"
+REMEDY = "the command that made the run recreates it"
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class RunFolder:
         return self.path / CLAIM_FILE
 
     def find_place_problem(self) -> str | None:
-        """Return that something else is where the run's folder belongs."""
+        """Return a problem if the run's path is something other than a folder."""
         if not is_obstructed(self.path):
             return None
-        return f"{os.path.relpath(self.path)} is no folder; move it away"
+        return f"{os.path.relpath(self.path)} is not a folder; move it away"
 
     def last_lines(self, count: int = 5) -> list[str]:
         """Return the end of the run's log."""
@@ -96,12 +96,12 @@ class RunFolder:
 
     @property
     def prompt_template(self) -> Path:
-        """The user's own template as it was; there is none for a known one."""
+        """A copy of the user's template file; missing for built-in templates."""
         return self.path / "prompt.jinja"
 
     @property
     def chat_template(self) -> Path:
-        """The file of `model.chat_template` as it was; there is none without that setting."""
+        """A copy of the file of `model.chat_template`; missing without that setting."""
         return self.path / "chat_template.jinja"
 
     @property
@@ -110,11 +110,11 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """The whole tuned model, where all its weights were trained."""
+        """The tuned model of `peft.method=full`."""
         return self.path / "model"
 
     def weights(self) -> list[Path]:
-        """Return the files of what was trained, adapter or model, in order."""
+        """Return the weight files of the adapter or model, sorted."""
         found = (p for f in (self.adapter, self.model) for p in f.glob("*.safetensors"))
         return sorted(path for path in found if path.is_file())
 
@@ -127,14 +127,14 @@ class RunFolder:
         return self.path / "evaluation"
 
     def read_settings(self) -> dict[str, Any]:
-        """Return `config.yaml` as composed, interpolations as they stand.
+        """Return `config.yaml` as composed, interpolations unresolved.
 
         Raises:
-            Refused: this is no run's folder, or the file is damaged.
+            Refused: this is not a run's folder, or the file is damaged.
         """
         path = self.path / "config.yaml"
         if not path.exists():
-            raise Refused([f"{self.path} is no run's folder: config.yaml is missing"])
+            raise Refused([f"{self.path} is not a run's folder: config.yaml is missing"])
         if problem := self.find_problem("config.yaml"):
             raise Refused([f"{path} is damaged: {problem}; {REMEDY}"])
         return read_yaml(path, dict) or {}
@@ -143,7 +143,7 @@ class RunFolder:
         """Return the settings that the run was composed of.
 
         Raises:
-            Refused: this is no run's folder, or its settings are not this version's.
+            Refused: this is not a run's folder, or its settings are not of this version.
         """
         try:
             return build_config(OmegaConf.create(self.read_settings()))
@@ -165,7 +165,7 @@ class RunFolder:
         try:
             status = Status(**stored)
         except TypeError:
-            raise Damaged("it holds other fields than a status") from None
+            raise Damaged("it lacks the fields of a status") from None
         times = (status.started, status.ended)
         if (
             status.state not in get_args(State)
@@ -225,7 +225,7 @@ class RunFolder:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a training came to its end here, and what it left is what it wrote."""
+        """True if training has finished, and its weights are undamaged."""
         if self.read_json("training.json") is None or not self.weights():
             return False
         return not self.find_weights_damage()
@@ -244,11 +244,11 @@ class RunFolder:
         thorough: bool = True,
         entries: Mapping[str, run_files.FileEntry] | None = None,
     ) -> str | None:
-        """Return what is wrong with one file; None where it is as written, or was never there.
+        """Return what is wrong with one file; None where it is undamaged, or was never written.
 
         Args:
             name: of the file, in the run's folder.
-            thorough: False takes a large file of the recorded size and time for the same.
+            thorough: False trusts a large file of the recorded size and time.
             entries: the recorded digests, where they are read already.
         """
         file = self.path / name
@@ -256,7 +256,7 @@ class RunFolder:
         if entry is not None:
             problem = run_files.find_difference(file, entry, thorough=thorough)
             if problem is not None or name.endswith(run_files.ITEMS):
-                return problem  # outcomes as they were written need not be read to be believed
+                return problem  # outcomes with the recorded digest need not be parsed
         return run_files.find_misfit(file, name) if os.path.lexists(file) else None
 
     def _entries(self) -> Mapping[str, run_files.FileEntry]:
@@ -265,13 +265,13 @@ class RunFolder:
         return {}
 
     def read_overrides(self) -> list[str]:
-        """Return what was typed for the run; nothing where that is lost."""
+        """Return the run's overrides; none where the file is damaged."""
         if self.find_problem("overrides.yaml"):
             return []
         return read_yaml(self.path / "overrides.yaml", list) or []
 
     def find_damage(self, *, of_weights: bool = True) -> dict[str, str]:
-        """Return what is wrong with the run's files, by name; its weights may be left out."""
+        """Return what is wrong with the run's files, by name, with or without its weights."""
         names = [name for name in self._names() if of_weights or not name.startswith(WEIGHTS)]
         entries = self._entries()
         problems = {
@@ -288,7 +288,7 @@ class RunFolder:
         problems |= run_files.find_unproven(self.path, self.weights()) if of_weights else {}
         folders = (*WEIGHTS, "checkpoints", "evaluation") if of_weights else ("evaluation",)
         obstructed = [name for name in folders if is_obstructed(self.path / name)]
-        problems |= dict.fromkeys(obstructed, "it is no folder")
+        problems |= dict.fromkeys(obstructed, "it is not a folder")
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
@@ -296,7 +296,7 @@ class RunFolder:
         return {name: problem for name, problem in problems.items() if problem}
 
     def find_lost_events(self) -> str | None:
-        """Return how many events cannot be read, or that the last ones are not there."""
+        """Return a problem if lines of the event log are damaged, or its end is missing."""
         if os.path.lexists(self.events) and not self.events.is_file():
             return "it is not a file"
         lines, status = read_lines(self.events), self.status()
@@ -309,7 +309,7 @@ class RunFolder:
         return None
 
     def _names(self) -> list[str]:
-        """Return the files that are recorded, or are there to be read."""
+        """Return the names of recorded and existing files."""
         patterns = ("*.json", "*.yaml", "adapter/*", "model/*", "evaluation/*.json*")
         there = (path for pattern in patterns for path in self.path.glob(pattern))
         names = {path.relative_to(self.path).as_posix() for path in there if path.is_file()}
@@ -318,10 +318,10 @@ class RunFolder:
         return sorted(names - {"status.json", run_files.DIGESTS})
 
     def set_damaged_aside(self) -> None:
-        """Rename what is damaged, so that it is made anew; its holder calls this.
+        """Rename damaged files, so that they are written again; needs the run's lock.
 
-        The weights go as one folder, with what their training came to. Of the events only the
-        damaged lines go.
+        Weights are renamed with their folder, and `training.json` is removed. Of the event log
+        only the damaged lines are moved.
         """
         for name, problem in self.find_damage().items():
             path = self.path / name
@@ -340,20 +340,20 @@ class RunFolder:
         (self.path / "training.json").unlink(missing_ok=True)
 
     def forget_missing(self) -> None:
-        """Record no longer what was set aside and is not asked for any more."""
+        """Remove files that were set aside, and not written again, from the record."""
         run_files.forget_missing(self.path)
 
     @contextmanager
     def claimed(self, *, wait: bool = True) -> Iterator[Claim]:
-        """Hold this run alone, after whoever works on it.
+        """Claim this run, after waiting for another process that holds it.
 
         Raises:
-            Timeout: another process works on it, and is not waited for.
+            Timeout: another process holds it, and `wait` is False.
         """
 
-        def tell() -> None:
+        def log_wait() -> None:
             holder = Watch(self.claim).holder() or "another process"
-            log.info("%s: %s works on it; waiting for it to end", self.name, holder)
+            log.info("%s: %s is running it; waiting for its end", self.name, holder)
 
-        with claimed(self.claim, wait=wait, waiting=tell) as claim:
+        with claimed(self.claim, wait=wait, waiting=log_wait) as claim:
             yield claim

@@ -1,6 +1,6 @@
-"""Read `evaluation/<task>.json`, a run's scores of one task, which scores.py writes.
+"""Read `evaluation/<task>.json`, a run's scores of one task; pipeline/scores.py writes it.
 
-A file of an older release has less in it: what it does not say is None, empty or guessed.
+A file of an older release lacks some fields, which are then None, empty or guessed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ModelScore:
     metrics: dict[str, MetricScore]  # by lm-eval's name
     num_questions: int | None
     seconds: float  # that scoring took
-    setup: dict[str, Any]  # what comparable scores share, as far as it is known
-    scoring: dict[str, Any]  # how the log-likelihoods were computed
+    setup: dict[str, Any]  # must be equal for scores to be comparable; older files lack some
+    scoring: dict[str, Any]  # the computation of the log-likelihoods
 
     def value(self, metric: str) -> float | None:
         found = self.metrics.get(metric)
@@ -40,10 +40,10 @@ class ModelScore:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a run and its base scored on one task."""
+    """The scores of a run and its base on one task."""
 
     tuned: ModelScore
-    base: ModelScore | None  # None where it was not asked
+    base: ModelScore | None  # None where it was not scored
 
     @property
     def sides(self) -> dict[str, ModelScore]:
@@ -56,7 +56,7 @@ class TaskScores:
         return {name: one.definition for name, one in self.tuned.metrics.items()}
 
 
-# Of a side, what belongs to the setup though it is written beside it.
+# Keys of a side that belong to its setup, though they are written beside it.
 BESIDE_SETUP = ("version", "num_fewshot", "num_questions")
 
 

@@ -1,7 +1,7 @@
-"""What a sweep leaves in MLflow besides its runs: the best adapter by name, and a saved view.
+"""Register a sweep's best adapter in MLflow as champion, and save a chart view of its runs.
 
-The view's format is the UI's own (seen in MLflow 3.17); a UI that does not know it shows the
-same runs by the plain filter.
+The view's format is internal to MLflow's UI (as of 3.17); another UI shows the same runs by the
+filter alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALIAS = "champion"
 
 
 def register_champion(client: MlflowClient, name: str, run_id: str, artifact: str) -> None:
-    """Register a run's adapter, or whole model, as the sweep's and call it champion, once."""
+    """Register a run's adapter or model under the sweep's name, once, with the alias champion."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -40,7 +40,7 @@ def save_view(client: MlflowClient, run_id: str, sweep: str, state: dict[str, An
 
     Args:
         client: the store.
-        run_id: the sweep's own run, the parent of the others.
+        run_id: the sweep's MLflow run, the parent of the others.
         sweep: the sweep's name.
         state: the view, of `build_view`.
 

@@ -1,7 +1,7 @@
-"""Check the MLflow store before anything is trained: its form, its file, its schema, its answer.
+"""Check the MLflow store before training: its URI, file, database schema, and response.
 
-A store that can never take the runs is refused with the right form. One that only does not answer
-just now is not: the runs go on, and what is missing is sent later. Nothing is written.
+A store that cannot work is refused with the remedy. One that is only unreachable is not: the runs
+continue, and missing events are sent later. Nothing is written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("finetune")
 
-CHECK_SECONDS = 15.0  # that a store has to answer once the jobs are planned
+CHECK_SECONDS = 15.0  # to wait for the store's answer after planning
 DATABASES = ("postgresql", "mysql", "mssql")
 DRIVERS = {
     "psycopg": "'psycopg[binary]'",
@@ -57,7 +57,7 @@ def store_checked(tracking: TrackingConfig) -> Iterator[None]:
     """Check the store while the jobs are planned, and refuse the problems of both at once.
 
     Raises:
-        Refused: the store can never take the runs, or planning refused them.
+        Refused: the store cannot work, or planning refused the jobs.
     """
     problems: list[str] = []
     check = threading.Thread(target=_collect, args=(tracking, problems), daemon=True)
@@ -80,12 +80,12 @@ def _collect(tracking: TrackingConfig, problems: list[str]) -> None:
     address = find_address(tracking)
     try:
         problems += find_store_problems(address)
-    except Exception as error:  # whatever a database's driver raises: it does not answer just now
+    except Exception as error:  # whatever a database's driver raises: it is unreachable
         log.debug("%s was not checked: %s", address.uri, without_secrets(first_line(error)))
 
 
 def find_store_problems(address: Address) -> list[str]:
-    """Return why a store can never take the runs, with the remedy; nothing if it is only away."""
+    """Return why a store cannot work, with the remedy; none if it is only unreachable."""
     said = f"{address.uri_key}={address.uri}"
     form = _find_form_problem(address.uri)
     if form is not None:
@@ -100,7 +100,7 @@ def find_store_problems(address: Address) -> list[str]:
 
 
 def _find_form_problem(uri: str) -> str | None:
-    """Return what is wrong with an address as it is written."""
+    """Return what is wrong with the form of an address."""
     scheme, mark, rest = uri.partition(":")
     name = re.split(r"[+:]", scheme)[0].lower()
     if re.match(r"(\[[\da-fA-F:]+\]|[\w.-]+):\d+(/|$)", uri):
@@ -126,7 +126,7 @@ def _folder_problem(uri: str) -> str:
     if path.endswith((".db", ".sqlite", ".sqlite3")):
         return f"is a path; write sqlite:///{path}"
     return (
-        "is a folder of files, which MLflow writes no more; use sqlite:///mlflow.db (mlflow "
+        "is a file store, which MLflow no longer writes; use sqlite:///mlflow.db (mlflow "
         "migrate-filestore brings its runs over), or http://HOST:PORT for a server"
     )
 
@@ -169,7 +169,7 @@ def _driver_problem(uri: str) -> str | None:
 
 
 def _find_server_problems(address: Address, said: str) -> list[str]:
-    """Ask a server for the experiment; whatever it does not answer at all is no problem."""
+    """Ask a server for the experiment; a server that does not answer is no problem."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -182,24 +182,24 @@ def _find_server_problems(address: Address, said: str) -> list[str]:
 
 
 def _server_answers(said: str, error: Exception) -> list[str]:
-    """Say what a server's refusal means."""
+    """Return the remedy for a server's error; none for one that may pass."""
     text = " ".join(without_secrets(str(error)).split())
     code = re.search(r"error code (\d{3}) ", text)
     status = int(code[1]) if code else int(getattr(error, "get_http_status_code", lambda: 500)())
     if status == 401:
         return [
-            f"{said}: the server asks who you are (401); set MLFLOW_TRACKING_USERNAME and "
+            f"{said}: the server requires a login (401); set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         ]
     if status == 403:
-        return [f"{said}: the server forbids it (403): {text[-200:]}"]
+        return [f"{said}: the server denies access (403): {text[-200:]}"]
     if status in (404, 405, 501) or "not in a valid JSON format" in text:
         return [f"{said} answers, but not as an MLflow server; check host, port and path"]
     return []
 
 
 def _find_database_problems(address: Address, said: str) -> list[str]:
-    """Read a database's schema and experiment; a SQLite file's folder and rights first."""
+    """Read a database's schema and experiment; first a SQLite file's permissions."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import DatabaseError, OperationalError
     from sqlalchemy.pool import NullPool
@@ -220,7 +220,7 @@ def _find_database_problems(address: Address, said: str) -> list[str]:
             return _find_schema_problems(connection, address, said)
     except OperationalError as error:
         if file is None or "locked" in str(error):
-            return []  # a database that is away or busy
+            return []  # a database that is unreachable or busy
         return [f"{said} cannot be opened: {first_line(error)}; set another file"]
     except DatabaseError as error:
         if file is None:
@@ -234,11 +234,11 @@ def _find_file_problem(file: Path) -> str | None:
         return f"is a folder; name a file, such as sqlite:///{file / 'mlflow.db'}"
     above = next(folder for folder in file.parents if folder.exists())
     if not above.is_dir():
-        return f"has {above} in its path, which is no folder; set another file"
+        return f"has {above} in its path, which is not a folder; set another file"
     if file.exists() and not os.access(file, os.R_OK | os.W_OK):
-        return f"cannot be written to; change its rights (chmod u+rw {shlex.quote(str(file))})"
+        return f"cannot be written to; change its permissions (chmod u+rw {shlex.quote(str(file))})"
     if not os.access(above, os.W_OK | os.X_OK):
-        return f"lies in {above}, which cannot be written to; set another file"
+        return f"is in {above}, which cannot be written to; set another file"
     return None
 
 

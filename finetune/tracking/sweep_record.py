@@ -1,4 +1,4 @@
-"""`sweep.yaml` in a sweep's folder: its command, swept keys, tasks and runs, to report it again."""
+"""`sweep.yaml` of a sweep: its command, swept keys, tasks and runs, to rewrite its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What `sweep.yaml` says: all that is needed to report a sweep again."""
+    """The content of `sweep.yaml`: all that is needed to rewrite a sweep's report."""
 
     name: str
     command: list[str]
@@ -38,25 +38,25 @@ class SweepRecord:
         """Read the record of a sweep's folder.
 
         Raises:
-            ValueError: there is none, or it is no record of a sweep.
+            ValueError: it is missing or damaged.
         """
         try:
             stored = read_yaml(folder / RECORD, dict)
             if stored is None:
-                raise ValueError(f"{folder} is no sweep's folder: it has no {RECORD}")
+                raise ValueError(f"{folder} is not a sweep's folder: {RECORD} is missing")
             runs = [RunRecord(**run) for run in stored.pop("runs")]
             record = cls(**stored, runs=runs)
             if not record.is_sound():
-                raise Damaged("it holds no record of a sweep")
+                raise Damaged("it is not a record of a sweep")
         except (Damaged, TypeError, KeyError) as error:
-            fault = error if isinstance(error, Damaged) else "it holds no record of a sweep"
+            fault = error if isinstance(error, Damaged) else "it is not a record of a sweep"
             raise ValueError(
-                f"{folder / RECORD} is damaged: {fault}; the sweep's command writes it anew"
+                f"{folder / RECORD} is damaged: {fault}; the sweep's command recreates it"
             ) from None
         return record
 
     def is_sound(self) -> bool:
-        """Return whether every field has its type; what was read may be anything."""
+        """Return whether every field has its type."""
         texts = [self.name, *(run.folder for run in self.runs)]
         lists = [self.command, self.swept, self.tasks]
         if not all(isinstance(one, list) for one in lists):

@@ -1,7 +1,7 @@
 """Mirror the runs' event logs to MLflow, from a thread of the sweep's process.
 
-The event logs are the truth. A store that is down or slow neither stops nor slows a run: what is
-missing is sent later, by the next sweep or by `python -m finetune.sync`. Sending twice adds
+The event logs are the source of truth. A store that is down or slow neither stops nor slows a run:
+missing events are sent later, by the next sweep or by `python -m finetune.sync`. Sending twice adds
 nothing, since MLflow keeps one row for equal key, value, time and step.
 """
 
@@ -38,17 +38,17 @@ log = logging.getLogger("finetune")
 
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
-CLOSE_SECONDS = 20.0  # that the end of a sweep waits for the store
+CLOSE_SECONDS = 20.0  # to wait for the store at the end of a sweep
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
 
 
 class Tracker(Protocol):
-    """Where a sweep's runs are compared."""
+    """The tracking of a sweep's runs."""
 
     how_to_look: str
 
     def follow(self, run: RunFolder) -> None:
-        """Mirror this run from now on, whole, also where an earlier sweep trained it."""
+        """Mirror all events of this run from now on, also those of an earlier sweep."""
 
     def run_id(self, run: RunFolder) -> str | None:
         """Return the MLflow run of a run of this sweep, once it has one."""
@@ -61,18 +61,18 @@ class Tracker(Protocol):
         metrics: Sequence[str] = (),
         lowest_first: bool = False,
     ) -> str | None:
-        """Send the rest and end the sweep's own run; return what is missing, with its remedy.
+        """Send missing events and end the sweep's MLflow run; return a remedy if some are unsent.
 
         Args:
             state: how the sweep ended.
             champion: its best run, whose adapter is registered.
-            metrics: what its saved view draws; it is sorted by the first.
-            lowest_first: whether the first of them is better where it is lower.
+            metrics: those of its saved view, which is sorted by the first.
+            lowest_first: whether lower is better in the first of them.
         """
 
 
 class NullTracker:
-    """Track nothing; the runs' own files are all there is."""
+    """Track nothing: `tracking.enabled=false`."""
 
     how_to_look = ""
 
@@ -96,7 +96,7 @@ class NullTracker:
 def build_tracker(
     tracking: TrackingConfig, sweep_dir: Path, *, sweep_name: str, swept: Sequence[str]
 ) -> Tracker:
-    """Return the sweep's tracker; one that was tracked before is continued.
+    """Return the tracker of a new or continued sweep.
 
     Args:
         tracking: store, experiment, and whether to track at all.
@@ -123,12 +123,12 @@ def _load_or_set_aside(path: Path) -> Mirror | None:
     try:
         return Mirror.load(path)
     except Damaged as damage:
-        set_aside(path, f"{damage}; its runs are sent to MLflow anew")
+        set_aside(path, f"{damage}; its runs are sent to MLflow again")
         return None
 
 
 class MlflowTracker:
-    """Follow the event logs of a sweep's runs from a thread that alone talks to MLflow."""
+    """Send the event logs of a sweep's runs, from one thread that makes all calls to MLflow."""
 
     def __init__(self, mirror: Mirror, path: Path) -> None:
         self._mirror = mirror
@@ -159,7 +159,7 @@ class MlflowTracker:
         self._mirror.metrics = list(metrics)
         self._mirror.lowest_first = lowest_first
         try:
-            self._mirror.save(self._path)  # what sync ends the sweep by, should MLflow be away
+            self._mirror.save(self._path)  # so that sync can end the sweep if MLflow is down
         except OSError as error:
             log.error("%s cannot be written: %s", self._path, error)
         self._closing.set()
@@ -170,8 +170,8 @@ class MlflowTracker:
                 self.how_to_look += f"{ui}/{self._mirror.view}"
             return None
         return (
-            f"MLflow at {self._mirror.uri} has not everything ({self._error or 'it is slow'}); "
-            f"send the rest with: {sync_command(self._path.parent, self._mirror.uri)}"
+            f"MLflow at {self._mirror.uri} is missing some data ({self._error or 'timed out'}); "
+            f"send it with: {sync_command(self._path.parent, self._mirror.uri)}"
         )
 
     def _keep_sending(self) -> None:
@@ -188,7 +188,7 @@ class MlflowTracker:
             send(self._mirror, self._path)
         except Exception as error:  # whatever a store may raise, the runs go on
             if self._error is None:
-                log.warning("MLflow at %s cannot be reached; going on without", self._mirror.uri)
+                log.warning("MLflow at %s cannot be reached; the runs continue", self._mirror.uri)
             self._error = without_secrets(f"{type(error).__name__}: {first_line(error)}")[:200]
             return False
         self._error = None
@@ -213,7 +213,7 @@ def send(mirror: Mirror, path: Path) -> int:
 
 
 def _find_parent(client: MlflowClient, mirror: Mirror, path: Path) -> None:
-    """Find the sweep's own run; made anew where the store, experiment or run was deleted."""
+    """Find the sweep's MLflow run; create it again if store, experiment or run was deleted."""
     info = run_info(client, mirror.run_id)
     if info is not None:
         mirror.experiment_id = str(info.experiment_id)
@@ -236,7 +236,7 @@ def _started(mirror: Mirror) -> int:
 
 
 def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> int:
-    """Send what is new of one run, all of it where MLflow no longer has the run."""
+    """Send the new events of one run, or all if MLflow no longer has the run."""
     child = mirror.children[name]
     if _is_begun_anew(child) or not _is_tracked(client, mirror, name):
         child.run_id, child.offset, child.ended, child.claims = None, 0, None, []
@@ -277,7 +277,7 @@ def _is_tracked(client: MlflowClient, mirror: Mirror, name: str) -> bool:
 
 
 def _describe_parent(client: MlflowClient, mirror: Mirror) -> None:
-    """Say of the sweep's own run how it stands; once it has ended, with its champion and view."""
+    """Update the state of the sweep's MLflow run, its champion and its view."""
     assert mirror.run_id is not None
     if mirror.state == "running":
         client.update_run(mirror.run_id, status="RUNNING")
@@ -313,12 +313,12 @@ def _is_begun_anew(child: Child) -> bool:
 
 
 def _new_events(child: Child) -> tuple[list[dict[str, Any]], int]:
-    """Return the whole lines that were not sent yet, and the offset behind them."""
+    """Return the complete lines that are not sent yet, and the offset after them."""
     try:
         with open_file(Path(child.path) / "events.jsonl") as file:
             file.seek(child.offset)
             new = file.read()
-    except OSError:  # a fault of the run's folder, which the run itself says, not of the store
+    except OSError:  # of the run's folder, which the run reports; not of the store
         return [], child.offset
-    whole = new[: new.rfind(b"\n") + 1]
-    return parse_events(whole), child.offset + len(whole)
+    complete = new[: new.rfind(b"\n") + 1]
+    return parse_events(complete), child.offset + len(complete)
