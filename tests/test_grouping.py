@@ -131,8 +131,8 @@ def test_a_sweep_trains_together_what_it_plans_so(tmp_path: Path, finetune: Comm
     """The plan names the group; results and adapters are those of runs one by one."""
     grid = ("--multirun", *TINY, "lora=default,dora", "lora.r=2,4")
     planned = finetune(*grid, "sweep.max_concurrent_adapters=8", "sweep.dry_run=true")
-    assert "in one step: lora=default lora.r=2; lora=default lora.r=4" in planned.stdout
-    alone_for = "alone: lora=dora lora.r=2; lora=dora lora.r=4, since lora.use_dora=true"
+    assert "trained together: lora=default lora.r=2; lora=default lora.r=4" in planned.stdout
+    alone_for = "trained separately: lora=dora lora.r=2; lora=dora lora.r=4 (lora.use_dora=true"
     assert alone_for in planned.stdout
     together = finetune(*grid, "sweep.max_concurrent_adapters=8")
     assert together.returncode == 0, together.stderr

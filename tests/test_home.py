@@ -24,7 +24,7 @@ from finetune.home import cache_dir
 from finetune.models import base_model
 from finetune.pipeline import identity
 from finetune.problems import Refused
-from finetune.sweeps.run_sweep import _conducted_alone, _folder_problems
+from finetune.sweeps.run_sweep import _claimed_folder, _folder_problems
 from finetune.tracking.run_folder import RunFolder
 
 
@@ -208,5 +208,5 @@ def test_commands_say_what_they_cannot_write(
     assert len(lines) == 2
     assert all(str(tmp_path) in line and "cannot be written to" in line for line in lines)
     monkeypatch.setattr(SoftFileLease, "acquire", no_right)
-    with pytest.raises(Refused, match="cannot be written to"), _conducted_alone(tmp_path):
+    with pytest.raises(Refused, match="cannot be written to"), _claimed_folder(tmp_path):
         pass

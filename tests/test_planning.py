@@ -134,8 +134,8 @@ def test_the_plan_says_in_words_what_becomes_of_each_run(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["lora.r", "run", "action"]
     assert [line.split(maxsplit=2)[2].rstrip() for line in lines[1:]] == [
-        "finished already", "failed, left as it is", "to be evaluated", "trained, to be evaluated",
-        "resumed at step 12", "new", "failed, tried again", "begun again",
+        "finished already", "failed, not retried", "to be evaluated", "trained, to be evaluated",
+        "resumed at step 12", "new", "failed, retried", "restarted",
     ]  # fmt: skip
     assert [point.is_waiting for point in points] == [False, False, *[True] * 6]
     assert [point.trains for point in points] == [*[False] * 4, *[True] * 4]

@@ -403,9 +403,9 @@ def test_every_kind_of_trouble_stays_with_its_run(
     monkeypatch.delenv("PYTHONPATH")
     done = finetune("sweep.retry_failed=false", "sweep.dry_run=true", *GRID)
     assert done.returncode == 0
-    assert done.stdout.count("failed, left as it is") == 4
+    assert done.stdout.count("failed, not retried") == 4
     assert done.stdout.count("finished already") == 3
-    assert "diverged, left as it is" in done.stdout
+    assert "diverged, not retried" in done.stdout
     done = finetune("sweep.fail_fast=true", *GRID)
     assert done.returncode == 1  # for the diverged one
     states = {row["lora.r"]: row["status"] for row in results(tmp_path)}
@@ -418,7 +418,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path, finetune: C
     done = finetune(*TINY, "lora.r=2,4,2", "sweep.dry_run=true", "--multirun")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" new") == 2
-    assert "stands in the grid twice" in done.stdout
+    assert "is in the grid twice" in done.stdout
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

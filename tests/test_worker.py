@@ -60,7 +60,7 @@ def test_a_worker_that_cannot_start_says_why(
     ("error", "reason"),
     [
         (MemoryError(), "cannot start: MemoryError; it needs more memory"),
-        (SystemExit("no\nlicence"), "cannot start: SystemExit: no licence; mend"),
+        (SystemExit("no\nlicence"), "cannot start: SystemExit: no licence; repair"),
         (ImportError("x" * 9999), f"ImportError: {'x' * 287}"),
     ],
 )

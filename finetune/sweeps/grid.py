@@ -1,4 +1,4 @@
-"""The jobs of a grid, each composed by Hydra; from the command line or from a call in Python."""
+"""Compose the jobs of a grid with Hydra, from the command line or the Python API."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps.planning import build_job, sweep_name
 
-# What Hydra keeps for the process, of the program that it runs.
+# Hydra's global state of a process.
 STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
-COMPOSING = threading.Lock()  # that state is one for all threads
+COMPOSING = threading.Lock()  # all threads share that state
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be run: the points, the overrides that make them, and the sweep's name."""
+    """The jobs of a grid, the overrides that make them, and the sweep's name."""
 
     jobs: list[Job]
     arguments: list[str]
@@ -65,7 +65,7 @@ def build_jobs(
         arguments: the overrides as typed.
 
     Returns:
-        The jobs, and the overrides with those of the grid in a config file.
+        The jobs, and the overrides, those of a grid in a config file included.
     """
     params: Any = OmegaConf.to_container(config.hydra.sweeper.params, resolve=False)
     arguments = with_grid(params, arguments, config_dir_of(config.hydra))
@@ -81,7 +81,7 @@ def build_jobs(
 
 
 def compose_grid(overrides: Sequence[str], config_dir: str | None, *, is_sweep: bool) -> Grid:
-    """Check and compose what a call in Python gives, as the command does what is typed.
+    """Check and compose the overrides of a Python call, as the command does typed ones.
 
     Args:
         overrides: such as `lora.r=4,16`.
@@ -105,11 +105,11 @@ def compose_grid(overrides: Sequence[str], config_dir: str | None, *, is_sweep: 
 
 @contextmanager
 def _hydra_set_aside() -> Iterator[None]:
-    """Compose as if Hydra were not in use; what a user's program has of it is put back."""
+    """Reset Hydra's global state for a block, and restore the caller's afterwards."""
     with COMPOSING:
         kept = {kind: Singleton._instances.pop(kind, None) for kind in STATE}
         store = ConfigStore.instance()
-        stored, store.repo = store.repo, dict(store.repo)  # the user's may have a schema too
+        stored, store.repo = store.repo, dict(store.repo)  # the caller's may have a schema too
         setbase("1.3")
         try:
             yield

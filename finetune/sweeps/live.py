@@ -1,6 +1,6 @@
-"""The table on a terminal or in a notebook while a sweep runs: state, step, loss, speed, time left.
+"""Live table of a running sweep: state, step, loss, speed, time left of each run.
 
-It is read from the runs' event logs, as everything is.
+It is shown on a terminal or in a notebook, and read from the runs' event logs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from finetune.reporting.tables import add_row, build_table
 from finetune.tracking.events import read_events, select_metric
 from finetune.tracking.run_folder import RunFolder
 
-SPEED_STEPS = 20  # the newest, over which speed is measured
-REFRESH_SECONDS = 1.0  # between two looks, in a notebook
+SPEED_STEPS = 20  # newest steps, over which speed is measured
+REFRESH_SECONDS = 1.0  # in a notebook
 
 
 def is_watched() -> bool:
-    """Return whether somebody watches: on a terminal, or in a notebook."""
+    """Return whether standard error is a terminal or a notebook."""
     console = Console(stderr=True)
     return console.is_terminal or console.is_jupyter
 
 
 def live_table(runs: Sequence[tuple[str, RunFolder]]) -> AbstractContextManager[Any]:
-    """Show the runs, by their labels, until the block ends; nothing where nobody watches."""
+    """Show the runs, by their labels, until the block ends; no table in a log file."""
     console = Console(stderr=True)
     if console.is_jupyter:
         return _notebook_table(runs)
@@ -68,7 +68,7 @@ def _notebook_table(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one run's training is."""
+    """The progress of one run's training."""
 
     step: int = 0
     max_steps: int | None = None
@@ -78,7 +78,7 @@ class Progress:
 
 
 def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
-    """Return the table as the runs stand now."""
+    """Return the table of the runs' current states."""
     numbers = ("step", "loss", "tokens/s", "left")
     table = build_table("run", "state", *numbers, right=numbers)
     for label, run in runs:
@@ -100,18 +100,18 @@ def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
 
 
 def read_progress(run: RunFolder) -> Progress:
-    """Read from a run's event log how far its training is, and how fast it goes."""
+    """Read a run's progress and speed from its event log."""
     events = list(read_events(run.events))
     losses = select_metric(events, "train/loss")
-    told = {event["key"]: event["value"] for event in events if event["event"] == "tag"}
-    max_steps = _count(told.get("train.max_steps"))
+    tags = {event["key"]: event["value"] for event in events if event["event"] == "tag"}
+    max_steps = _count(tags.get("train.max_steps"))
     if not losses or max_steps is None:
         return Progress(max_steps=max_steps)
     newest = losses[-SPEED_STEPS:]
     step, seconds = losses[-1].step, (newest[-1].time - newest[0].time) / 1000
     if len(newest) < 2 or seconds <= 0:
         return Progress(step, max_steps, losses[-1].value)
-    num_tokens = _count(told.get("train.num_tokens"))
+    num_tokens = _count(tags.get("train.num_tokens"))
     steps_per_second = (step - newest[0].step) / seconds
     return Progress(
         step,
@@ -122,6 +122,6 @@ def read_progress(run: RunFolder) -> Progress:
     )
 
 
-def _count(told: str | None) -> int | None:
-    """Return a number that the log tells; None where its line was damaged."""
-    return int(told) if told is not None and told.isdecimal() else None
+def _count(tag: str | None) -> int | None:
+    """Return a tag's number; None where its line was damaged."""
+    return int(tag) if tag is not None and tag.isdecimal() else None

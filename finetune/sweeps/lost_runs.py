@@ -1,4 +1,4 @@
-"""The end of a run whose process was lost, written down by the process that conducts the sweep."""
+"""Record the end of runs whose process died, from the sweep's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("finetune")
 
 
 def write_cut_off(run: RunFolder, reason: str) -> None:
-    """Record the end of a run whose process was ended at work; one of another sweep goes on."""
+    """Record that a run was interrupted by the end of its process, unless another one runs it."""
     status = run.status()
     if status is None or status.state != "running":
         return
@@ -32,12 +32,12 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
 
 
 def write_failure(run: RunFolder, reason: str, before: Status | None) -> State:
-    """Record the end of a run whose process could not do so itself; return how it ended.
+    """Record the failure of a run whose process died; return the run's state.
 
     Args:
-        run: of the process.
-        reason: the run's, as it is shown.
-        before: the run's status when it was begun; another process may have ended it since.
+        run: the run.
+        reason: its recorded reason.
+        before: its status at the start; another process may have finished it since.
     """
     try:
         with run.claimed() as claim:

@@ -1,4 +1,4 @@
-"""The plan of a sweep: its name, its points, what is to become of each, and which go together."""
+"""Plan a sweep: its name, the action for each run, and the groups that are trained together."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ from finetune.training.grouping import Group, Limit, find_groups
 
 log = logging.getLogger("finetune")
 
-# What a sweep does about a run: nothing, since it is finished or is not to be tried again; score
-# what is trained; train from its newest checkpoint, or from the first step.
+# skip: it is finished; leave: it failed or diverged, and is not retried; evaluate: it is trained;
+# resume: train from its newest checkpoint; train: from the first step.
 Action = Literal["skip", "leave", "evaluate", "resume", "train"]
-MOST_NAMED = 4  # runs in a line; more are counted
+MOST_NAMED = 4  # runs named in a line; more are counted
 
 
 @dataclass(frozen=True)
 class Point:
-    """One job of the grid, its run, and what is to be done about it."""
+    """One job of the grid, its run, and the action for it."""
 
     job: Job
     run: RunFolder
     action: Action
-    left: State | None = None  # the state in which the run is left alone; None runs it
-    earlier: State | None = None  # in which an earlier sweep ended
-    step: int | None = None  # from which it is resumed
+    left: State | None = None  # the state of a run that is not retried; None: it is run
+    earlier: State | None = None  # state that an earlier sweep left
+    step: int | None = None  # of the checkpoint to resume from
 
     @property
     def trains(self) -> bool:
-        """Whether it has steps to take."""
+        """True if it has optimizer steps to take."""
         return self.action in ("resume", "train")
 
     @property
     def is_waiting(self) -> bool:
-        """Whether this sweep has to train or score it."""
+        """True if this sweep has to train or score it."""
         return self.left is None and self.action != "skip"
 
     def describe_action(self) -> str:
-        """Return what is done about the run, in the words of the plan's table."""
+        """Return the action in the words of the plan's table."""
         match self.action:
             case "skip":
                 return "finished already"
             case "leave":
-                return f"{self.earlier}, left as it is"
+                return f"{self.earlier}, not retried"
             case "evaluate":
                 return "to be evaluated" if self.skips_training else "trained, to be evaluated"
             case "resume":
@@ -68,7 +68,7 @@ class Point:
             case "train" if self.earlier is None:
                 return "new"
             case "train":
-                return "failed, tried again" if self.earlier == "failed" else "begun again"
+                return "failed, retried" if self.earlier == "failed" else "restarted"
 
     @property
     def skips_training(self) -> bool:
@@ -84,11 +84,11 @@ class Sweep:
 
     name: str
     points: list[Point]
-    groups: list[Group]  # of points that run together, by their indices
+    groups: list[Group]  # indices of points that are trained together
 
     @property
     def config(self) -> Config:
-        """The settings that all jobs share: where to report, track and stop."""
+        """The settings that all jobs share: folders, tracking, `sweep`."""
         return self.points[0].job.config
 
     @property
@@ -104,7 +104,7 @@ class Sweep:
         return list(self.points[0].job.swept)
 
     def record(self, arguments: Sequence[str]) -> SweepRecord:
-        """Return what the report needs; paths hold wherever both folders are moved together."""
+        """Return what the report needs; its paths are relative, so both folders can be moved."""
         here = resolved(self.folder)
         runs = [
             RunRecord(os.path.relpath(resolved(p.run.path), here), p.job.swept) for p in self.points
@@ -113,13 +113,13 @@ class Sweep:
 
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
-    """Freeze what Hydra composed, while its own HydraConfig is the one in force."""
+    """Return a job from what Hydra composed, while its HydraConfig is set."""
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     hydra: Any = HydraConfig.instance().cfg
     assert hydra is not None, "a job is composed under its own HydraConfig"
     # Unresolved: reading them one by one would put the value of ${oc.env:...} into files.
-    told = OmegaConf.to_container(hydra.hydra.overrides.task, resolve=False)
-    overrides = [str(override) for override in cast(list[Any], told)]
+    typed = OmegaConf.to_container(hydra.hydra.overrides.task, resolve=False)
+    overrides = [str(override) for override in cast(list[Any], typed)]
     values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)  # not ~key
     return Job(
         config=build_config(ours),
@@ -130,7 +130,7 @@ def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
 
 
 def _shown(typed: str, composed: DictConfig, key: str) -> str:
-    """Return a swept value as typed, or the number that an interpolation comes to."""
+    """Return a swept value as typed, or the number that an interpolation resolves to."""
     if "${" not in typed:
         return typed
     value = OmegaConf.select(composed, key)
@@ -138,19 +138,19 @@ def _shown(typed: str, composed: DictConfig, key: str) -> str:
 
 
 def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
-    """Name a sweep by what it is about and a digest of its overrides, so that it can be continued.
+    """Name a sweep by model, data and a digest of its overrides: the same command continues it.
 
-    What only tracks or conducts the sweep is left out of the digest.
+    Overrides of tracking, sweep and Hydra are left out of the digest.
     """
     if jobs[0].config.sweep.name:
         return distinct_slug(jobs[0].config.sweep.name)
     neutral = ("tracking", "sweep.", "hydra")
-    told = sorted(a for a in arguments if not a.lstrip("+").startswith(neutral))
-    return f"{slug(_subject(jobs))[:71].rstrip('-.')}-{digest(told)[:8]}"
+    named = sorted(a for a in arguments if not a.lstrip("+").startswith(neutral))
+    return f"{slug(_subject(jobs))[:71].rstrip('-.')}-{digest(named)[:8]}"
 
 
 def _subject(jobs: Sequence[Job]) -> str:
-    """Return the experiment, or model and data; `model.path` names a model that no option does."""
+    """Return the experiment, or model and data, the model by `model.path` if it is typed."""
     choices = HydraConfig.get().runtime.choices
     typed = any(o.lstrip("+").startswith("model.path=") for job in jobs for o in job.overrides)
     paths = dict.fromkeys(Path(job.config.model.path).name or "model" for job in jobs)
@@ -168,26 +168,28 @@ def plan_sweep(
 
     Args:
         jobs: the points of the grid.
-        name: of the sweep.
-        worker: that checks them.
-        problems: found already.
+        name: the sweep's name.
+        worker: checks the jobs.
+        problems: those found before.
 
     Raises:
         Refused: there is a problem.
     """
-    told, plans = list(problems), []
+    all_problems, plans = list(problems), []
     for job in jobs:
         try:
             plans.append(worker.prepare(job))
-            told += plans[-1].problems
+            all_problems += plans[-1].problems
         except (OSError, ValueError) as error:
-            told.append(str(error))
+            all_problems.append(str(error))
         except WorkerDied as error:
-            told.append(f"checking the jobs failed: {error}")
+            all_problems.append(f"checking the jobs failed: {error}")
             break
     folders = [RunFolder(plan.inputs.folder) for plan in plans if plan.inputs is not None]
-    told += [problem for run in folders if (problem := run.find_place_problem()) is not None]
-    refuse(told)
+    all_problems += [
+        problem for run in folders if (problem := run.find_place_problem()) is not None
+    ]
+    refuse(all_problems)
     points: dict[Path, Point] = {}
     limits: dict[Path, Limit] = {}
     for job, plan in zip(jobs, plans, strict=True):
@@ -195,7 +197,7 @@ def plan_sweep(
         folder = plan.inputs.folder
         if folder in points:
             refuse(_find_evaluation_problems(points[folder].job, job))
-            log.info("%s stands in the grid twice; it is run once", folder.name)
+            log.info("%s is in the grid twice; it is run once", folder.name)
         else:
             planned = replace(job, inputs=plan.inputs)
             points[folder] = _point(planned, RunFolder(folder), finished=plan.finished)
@@ -207,7 +209,7 @@ def plan_sweep(
 
 
 def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
-    """Return what keeps two jobs on one run apart: its folder has room for one evaluation."""
+    """Return why two jobs cannot share a run: its folder holds one evaluation."""
     sections = [asdict(one.config.evaluation) for one in (job, other)]
     return [
         f"evaluation.{name} differs between jobs that train the same run, which has one "
@@ -218,7 +220,7 @@ def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
 
 
 def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
-    """Put the points that are still to be trained together where they can be."""
+    """Group the points that can be trained together."""
     training = [index for index, point in enumerate(points) if point.trains]
     found = find_groups(
         [points[index].job.config for index in training], [limits[index] for index in training]
@@ -229,11 +231,11 @@ def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
 
 
 def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
-    """Return a job with its run and what is to be done about it."""
+    """Return a job with its run and the action for it."""
     if finished:
         return Point(job, run, "skip")
     for name, problem in run.find_damage().items():
-        log.warning("%s: %s is damaged, and made anew: %s", run.name, name, problem)
+        log.warning("%s: %s is damaged, and is recreated: %s", run.name, name, problem)
     status = run.status()
     earlier = status.state if status else None
     action = decide(job, run, earlier)
@@ -246,7 +248,7 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
 
 
 def decide(job: Job, run: RunFolder, earlier: State | None) -> Action:
-    """Decide what becomes of a run that is not finished, from what an earlier sweep left of it."""
+    """Return the action for an unfinished run, from the state that an earlier sweep left."""
     if earlier == "diverged" or (earlier == "failed" and not job.config.sweep.retry_failed):
         return "leave"
     if job.config.training.is_skipped or run.is_trained:
@@ -255,7 +257,7 @@ def decide(job: Job, run: RunFolder, earlier: State | None) -> Action:
 
 
 def render_plan(sweep: Sweep) -> Table:
-    """Return the table of what a sweep is about to do: swept values, run, and action."""
+    """Return the table of the plan: swept values, run, and action."""
     table = build_table(*sweep.swept, "run", "action")
     for point in sweep.points:
         values = (point.job.swept[key] for key in sweep.swept)
@@ -264,18 +266,18 @@ def render_plan(sweep: Sweep) -> Table:
 
 
 def render_groups(sweep: Sweep) -> Iterator[str]:
-    """Say which of several runs are trained together, and why others are not."""
-    alone: dict[str, list[str]] = {}
+    """Yield lines on the runs that are trained together, and why others are not."""
+    separate: dict[str, list[str]] = {}
     for group in sweep.groups:
         names = [str(sweep.points[index]) for index in group.indices]
         if len(names) > 1:
-            yield f"in one step: {'; '.join(names)}"
+            yield f"trained together: {'; '.join(names)}"
         elif group.reason is not None:
-            alone.setdefault(group.reason, []).extend(names)
+            separate.setdefault(group.reason, []).extend(names)
     if sum(point.trains for point in sweep.points) > 1:
-        for reason, names in alone.items():
-            told = "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
-            yield f"alone: {told}, since {reason}"
+        for reason, names in separate.items():
+            runs = "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
+            yield f"trained separately: {runs} ({reason})"
 
 
 def refuse(problems: Sequence[str]) -> None:

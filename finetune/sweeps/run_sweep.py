@@ -1,7 +1,7 @@
-"""A sweep: check the whole grid, run each point in a worker, report; a single run is one too.
+"""Run a sweep: check the grid, run each job in a worker process, report. One run is a sweep of one.
 
-This process imports no torch. The worker is told what to do and leaves its results in the runs'
-folders; if it dies, a fresh one goes on with the rest.
+This process imports no torch. The worker writes its results into the runs' folders; if it dies, a
+new one continues with the remaining jobs.
 """
 
 from __future__ import annotations
@@ -56,21 +56,23 @@ from finetune.tracking.tracker import Tracker, build_tracker
 
 log = logging.getLogger("finetune")
 
-Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, given jobs' overrides
+Launch = Callable[
+    [Sequence[Sequence[str]]], object
+]  # of another launcher, called with the jobs' overrides
 
-INTERRUPT_SECONDS = 120.0  # that a worker has to end its step and write a checkpoint
+INTERRUPT_SECONDS = 120.0  # for a worker to end its step and write a checkpoint
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What a sweep came to, and how it ended."""
+    """The results of a sweep, and its end."""
 
     results: Results
-    is_written: bool  # whether results.csv has them
-    behind: str | None  # what MLflow is missing, and how to send it
-    look: str  # how to compare the runs in MLflow; empty without it
+    is_written: bool  # results.csv has them
+    behind: str | None  # a line if MLflow is missing data, with the remedy
+    look: str  # command that opens MLflow; empty without tracking
     exit_code: int
-    stopped: KeyboardInterrupt | None = None  # who asked it to stop
+    stopped: KeyboardInterrupt | None = None  # the request that stopped it
 
 
 def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
@@ -79,7 +81,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
     Args:
         jobs: the points of the grid, at least one.
         arguments: the overrides as typed, which name the sweep.
-        launch: runs jobs by their overrides, in processes of its own; None is our worker.
+        launch: another launcher, which runs jobs by their overrides; None: our worker.
 
     Raises:
         Refused: something in the grid cannot run; nothing was started.
@@ -101,7 +103,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | No
 def check_sweep(
     jobs: Sequence[Job], name: str, worker: AnyWorker, *, has_launcher: bool = False
 ) -> Sweep:
-    """Check the whole grid, and plan it.
+    """Check and plan the grid.
 
     Raises:
         Refused: something in the grid cannot run.
@@ -115,27 +117,27 @@ def check_sweep(
         if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
             raise Refused([problem])
         if is_obstructed(sweep.folder):
-            raise Refused([f"{sweep.folder} is no folder; move it away"])
+            raise Refused([f"{sweep.folder} is not a folder; move it away"])
     return sweep
 
 
 def conduct(
     sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None = None
 ) -> Ending:
-    """Run what is to be run, and report; a request to stop ends it with checkpoints written.
+    """Run the planned jobs, and report; at a request to stop checkpoints are written.
 
     Raises:
-        Refused: another process conducts it, or its folder cannot be written to.
+        Refused: the sweep runs in another process, or its folder cannot be written to.
         KeyboardInterrupt: a second request to stop.
     """
-    with _conducted_alone(sweep.folder):
+    with _claimed_folder(sweep.folder):
         return _conduct(sweep, arguments, worker, launch)
 
 
 def _conduct(
     sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None
 ) -> Ending:
-    """Run what is to be run, write the results after each, and report."""
+    """Run the planned jobs, write the results after each, and report."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     tracker = _begin(sweep, arguments)
     states: list[State] = []
@@ -146,11 +148,11 @@ def _conduct(
         try:
             with live_table([(str(point), point.run) for point in sweep.points]):
                 if launch is not None:
-                    worker.stop()  # its memory is the launched jobs' now
+                    worker.stop()  # frees its memory for the launched jobs
                     sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
                 for state in _run_all(sweep, tracker, worker):
                     states.append(state)
-                    report.cancel()  # one that has not begun; the next tells more
+                    report.cancel()  # one that has not begun; the next has more
                     report = reporter.submit(_write_report, sweep)
                 if states:
                     wait([report])
@@ -166,7 +168,7 @@ def _conduct(
 
 
 def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
-    """Write down what the sweep consists of, and what MLflow has of it.
+    """Write `sweep.yaml`, and start the tracker.
 
     Raises:
         Refused: the sweep's folder cannot be written to.
@@ -185,7 +187,7 @@ def _unwritable(folder: Path, error: OSError) -> Refused:
 
 
 def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
-    """Let the runs at work write a checkpoint; at a second request they are ended at once.
+    """Let running jobs write a checkpoint; a second request ends them at once.
 
     Raises:
         KeyboardInterrupt: the second request.
@@ -203,9 +205,9 @@ def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
 
 
 def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
-    """Run what is to be run, one after another, and say how each came out.
+    """Run the planned groups one after another, and yield the state of each run.
 
-    Ends early after a failure under `sweep.fail_fast`, and where other processes are lost.
+    Ends early after a failure under `sweep.fail_fast`, and where other ranks are blocked.
     """
     took: list[float] = []
     begun = 0
@@ -229,23 +231,23 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
 
 
 def _follow(tracker: Tracker, run: RunFolder) -> None:
-    """Mirror a run; bookkeeping that cannot be written costs no run its training."""
+    """Track a run; if that fails, it is still trained."""
     try:
         tracker.follow(run)
     except OSError as error:
-        log.error("%s: its place in MLflow cannot be written down: %s", run.name, error)
+        log.error("%s: mlflow.json cannot be written, the run is not tracked: %s", run.name, error)
 
 
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
-    """Let another launcher run what is to be run; return the points as it left them."""
+    """Let another launcher run the jobs; return the points with their final states."""
     waiting = [point for point in points if point.is_waiting]
     before = [point.run.status() for point in waiting]
     for point in waiting:
         _follow(tracker, point.run)
-    lost = "the launcher ended without it"
+    lost = "the launcher ended without running it"
     try:
         launch([point.job.overrides for point in waiting])
-    except Exception as error:  # whatever a launcher may raise, its jobs are accounted for
+    except Exception as error:  # whatever a launcher may raise
         lost = f"the launcher failed: {type(error).__name__}: {first_line(error)}"
         log.error(lost)
     states: dict[Path, State] = {}
@@ -259,7 +261,7 @@ def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch)
 
 
 def run_alone(composed: DictConfig) -> State:
-    """Run one job in the process that another launcher gave it."""
+    """Run one job in a process of another launcher."""
     os.environ.update(devices.see_one_gpu(os.environ))
     from finetune.pipeline import run_jobs
 
@@ -269,7 +271,7 @@ def run_alone(composed: DictConfig) -> State:
 
 
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
-    """Estimate the rest from the runs so far."""
+    """Estimate the remaining time from the runs so far."""
     if not took:
         return ""
     waiting = sum(point.is_waiting for point in points)
@@ -277,8 +279,8 @@ def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
 
 
 @contextmanager
-def _conducted_alone(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder alone."""
+def _claimed_folder(folder: Path) -> Iterator[None]:
+    """Claim a sweep's folder, so that no other process runs the sweep."""
     with ExitStack() as stack:
         try:
             stack.enter_context(claimed(folder / CLAIM_FILE, wait=False))
@@ -296,7 +298,7 @@ def _conducted_alone(folder: Path) -> Iterator[None]:
 
 
 def _folder_problems(config: Config) -> list[str]:
-    """Return the folders that cannot be written to."""
+    """Return a problem for each folder that cannot be written to."""
     folders = {"output_dir": config.output_dir, "report_dir": config.report_dir}
     problems = [
         find_folder_problem(f"{key}={folder}", Path(folder), "set another")
@@ -306,14 +308,14 @@ def _folder_problems(config: Config) -> list[str]:
 
 
 def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
-    """Run jobs together; a worker's death or refusal is one run's failure and nobody else's."""
+    """Run jobs together; if the worker dies or refuses, each is run separately."""
     before, timeout = points[0].run.status(), points[0].job.config.sweep.job_timeout
     try:
         jobs = [point.job for point in points]
         return worker.run(jobs, None if timeout is None else timeout * len(points))
     except (WorkerDied, ValueError, OSError) as error:
         if len(points) > 1:
-            log.warning("%s; its %d runs go on one by one", error, len(points))
+            log.warning("%s; its %d runs are run separately", error, len(points))
             return [state for point in points for state in _run_group([point], worker)]
         log.error("%s failed: %s", points[0].run.name, error)
         return [write_failure(points[0].run, str(error), before)]
@@ -322,7 +324,7 @@ def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
 def _write_report(sweep: Sweep) -> tuple[Results, bool]:
     """Write the report; return the results, and whether `results.csv` has them.
 
-    Pictures and pages that fail are said, and cost no run its result.
+    Failing figures and pages are logged; the results are written anyway.
     """
     try:
         return write_report(sweep.folder), True
@@ -339,7 +341,7 @@ def _write_report(sweep: Sweep) -> tuple[Results, bool]:
 
 
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
-    """Write the results for the last time, and end what MLflow has of the sweep."""
+    """Write the final results, and end the sweep in MLflow."""
     interrupted = "interrupted" in states
     so_far = read_results(sweep.folder)
     unfinished = any(row["status"] != "finished" for row in so_far.rows)
@@ -353,14 +355,14 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
     )
     results, is_written = _write_report(sweep)
     code = int(failed or not is_written)
-    if interrupted:  # where nobody stopped the sweep, a scheduler stopped its launched jobs
+    if interrupted:  # without a stop of the sweep: a scheduler stopped its launched jobs
         code = signals.STOPPED_BY_MACHINE
     look = tracker.how_to_look if sweep.config.tracking.enabled else ""
     return Ending(results, is_written, behind, look, code)
 
 
 def _print_ending(config: Config, ending: Ending) -> None:
-    """Print the results, and say where to look next."""
+    """Print the results, and where to find report, runs and MLflow."""
     results = ending.results
     print_table(render_table(results))
     for row in results.rows:
@@ -373,7 +375,9 @@ def _print_ending(config: Config, ending: Ending) -> None:
         print(f"\nreport: {results.folder / 'report.html'}    runs: {config.output_dir}/")
     else:
         again = f"python -m finetune.report {results.folder}"
-        print(f"the runs are kept; once there is room, write the report: {again}", file=sys.stderr)
+        print(
+            f"the runs are kept; free disk space, then write the report: {again}", file=sys.stderr
+        )
     if ending.behind:
         print(ending.behind, file=sys.stderr)
     elif ending.look:

@@ -1,4 +1,4 @@
-"""The process that runs jobs one after another, so that torch lives outside the sweep."""
+"""Worker process that checks and runs jobs, so that the sweep's process imports no torch."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from finetune.tracking.events import State
 if TYPE_CHECKING:
     from finetune.pipeline.session import Session
 
-STOP_SECONDS = 5.0  # that an idle worker has to end by itself
-ALIVE_SECONDS = 5.0  # between two looks whether a silent worker still lives
+STOP_SECONDS = 5.0  # for an idle worker to end by itself
+ALIVE_SECONDS = 5.0  # between checks that a silent worker is alive
 LONGEST_FAULT = 300  # characters of a library's error
 
 
 class WorkerDied(RuntimeError):
-    """The worker ended without an answer; the message says how."""
+    """The worker ended without an answer; the message has its exit code or signal."""
 
 
 class Worker:
-    """A worker process that is started when first needed, and again when it died.
+    """A worker process, started when first needed, and again after it died.
 
-    Jobs that recorded runs answer do not need it.
+    Jobs whose runs are recorded as finished do not need it.
     """
 
     def __init__(self, *, is_quiet: bool = False) -> None:
         self._finished_runs = FinishedRuns()
-        self._is_quiet = is_quiet  # since a table on the same terminal shows what it does
+        self._is_quiet = is_quiet  # since the live table is on the same terminal
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
-        self._stops: Connection | None = None  # signals that the worker is to heed
+        self._stops: Connection | None = None  # announces stop signals to the worker
 
     def __enter__(self) -> Worker:
         return self
@@ -62,7 +62,7 @@ class Worker:
         self.stop(0 if isinstance(error, KeyboardInterrupt) else STOP_SECONDS)
 
     def prepare(self, job: Job) -> CheckedJob:
-        """Check a job and name its run."""
+        """Check a job and resolve its inputs."""
         inputs = self._finished_runs.find(job.config)
         if inputs is not None:
             return CheckedJob(inputs, [], finished=True, forecasts=[])
@@ -75,10 +75,10 @@ class Worker:
         return cast(list[State], self._ask("run", list(jobs), timeout_seconds))
 
     def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
-        """Let the job at hand write a checkpoint and end, for the reason that the sweep stops.
+        """Let the running job write a checkpoint and end.
 
         Returns:
-            whether it has ended in time.
+            Whether it has ended in time.
         """
         if self._process is None or self._pipe is None or self._stops is None:
             return True
@@ -105,13 +105,13 @@ class Worker:
             process.join()
             self._process = self._pipe = self._stops = None
 
-    def _ask(self, verb: str, given: Any, timeout_seconds: float | None = None) -> Any:
+    def _ask(self, verb: str, payload: Any, timeout_seconds: float | None = None) -> Any:
         if self._process is None:
             self._start()
         assert self._process is not None
         assert self._pipe is not None
         try:
-            self._pipe.send((verb, given))
+            self._pipe.send((verb, payload))
             if not self._answers_within(timeout_seconds):
                 self._process.kill()
                 self._how_it_ended()
@@ -124,10 +124,10 @@ class Worker:
         return answer
 
     def _start(self) -> None:
-        """Start the process; until it listens to the sweep, stop signals wait there."""
+        """Start the process; stop signals are blocked in it until its handlers are set."""
         context = multiprocessing.get_context("spawn")
         try:
-            resource_tracker.ensure_running()  # which would let go of the signals held back
+            resource_tracker.ensure_running()  # started later, it would unblock the signals
             pipe, theirs = context.Pipe()
             heard, stops = context.Pipe(duplex=False)
             process = context.Process(
@@ -172,7 +172,7 @@ class Worker:
 
 
 class LaunchedWorker:
-    """The worker's twin under a launcher: jobs run in this process, and train in all of them."""
+    """The worker under accelerate or torchrun: rank 0 runs jobs itself, all ranks train."""
 
     def __init__(self, *, is_quiet: bool = False) -> None:
         self._is_quiet = is_quiet
@@ -192,7 +192,7 @@ class LaunchedWorker:
         pass
 
     def prepare(self, job: Job) -> CheckedJob:
-        """Check a job and name its run."""
+        """Check a job and resolve its inputs."""
         from finetune.pipeline import preflight
 
         return preflight.prepare(job.config, self._session)
@@ -223,7 +223,7 @@ AnyWorker = Worker | LaunchedWorker
 
 @contextmanager
 def _main_left_out() -> Iterator[None]:
-    """Keep a spawned process from running the main module again, of which it needs nothing.
+    """Keep a spawned process from importing the main module again, which it does not need.
 
     It may be a user's script that calls a sweep without `if __name__ == "__main__"`.
     """
@@ -240,11 +240,11 @@ def build_worker(*, is_quiet: bool) -> AnyWorker:
 
 
 def follow() -> int:
-    """Take part in the trainings of the first process until it ends; return its exit code."""
+    """Take part in the trainings of rank 0 until it ends; return its exit code."""
     quieten_libraries(is_quiet=True)
     distributed.join()
     for number in signals.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the first process decides, and tells
+        signal.signal(number, signal.SIG_IGN)  # rank 0 decides, and broadcasts
     from finetune.pipeline import run_jobs
     from finetune.pipeline.session import Session
 
@@ -252,7 +252,7 @@ def follow() -> int:
     while True:
         try:
             verb, payload = distributed.receive()
-        except RuntimeError:  # it is gone; the launcher tells how
+        except RuntimeError:  # rank 0 died; the launcher reports it
             return 1
         if verb == "end":
             return cast(int, payload)
@@ -262,13 +262,13 @@ def follow() -> int:
 
 
 def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
-    """Answer requests until the sweep is gone, and stop when the sweep says so."""
+    """Answer requests until the sweep's process ends, and stop when it says so."""
     keep_streams()
     if os.name == "posix":
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
-        # A scheduler signals every process; what counts is what the sweep makes of it.
+        # A scheduler signals every process; only the sweep's process decides on it.
         signals.listen_to(lambda number: stops.recv() if stops.poll() else None)
         try:
             verbs = _load_verbs(is_quiet=is_quiet)
@@ -277,9 +277,9 @@ def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
             pipe.send(WorkerDied(_why_not_started(error)))
             return
         while True:
-            verb, given = pipe.recv()
+            verb, payload = pipe.recv()
             try:
-                answer: Any = verbs[verb](given)
+                answer: Any = verbs[verb](payload)
             except (ValueError, OSError) as error:
                 answer = error
             pipe.send(answer)
@@ -288,7 +288,7 @@ def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
 
 
 def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
-    """Import torch and the rest, on one GPU; return what a worker can be asked to do."""
+    """Import torch, with one visible GPU; return the requests that a worker answers."""
     os.environ.update(devices.see_one_gpu(os.environ))
     quieten_libraries(is_quiet=is_quiet)
     from finetune.pipeline import preflight, run_jobs
@@ -308,13 +308,13 @@ def _why_not_started(error: BaseException) -> str:
             f"the worker process cannot start: {fault}; it needs more memory, some 1 GiB at least"
         )
     return (
-        f"the worker process cannot start: {fault}; mend the installation, "
+        f"the worker process cannot start: {fault}; repair the installation, "
         "python -c 'import finetune.pipeline.run_jobs' shows where it fails"
     )
 
 
 def _end_with_the_sweep() -> None:
-    """End this process when the sweep's is killed, also in the middle of a job."""
+    """Exit when the sweep's process is killed, also in the middle of a job."""
     sweep = multiprocessing.parent_process()
     assert sweep is not None
     sweep.join()
