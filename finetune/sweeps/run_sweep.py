@@ -56,9 +56,7 @@ from finetune.tracking.tracker import Tracker, build_tracker
 
 log = logging.getLogger("finetune")
 
-Launch = Callable[
-    [Sequence[Sequence[str]]], object
-]  # of another launcher, called with the jobs' overrides
+Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, of jobs' overrides
 
 INTERRUPT_SECONDS = 120.0  # for a worker to end its step and write a checkpoint
 
