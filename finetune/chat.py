@@ -38,7 +38,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, outputs/NAME")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="longest answer (default: 256)"
+        "--max-new-tokens", type=int, default=256, help="longest answer, tokens (256)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0: greedy decoding (default: 0)"
@@ -49,13 +49,13 @@ def main() -> None:
         action="store_true",
         help="allow the Python code of a base model trained with model.trust_remote_code=true",
     )
-    given = parser.parse_args()
-    if given.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is {given.max_new_tokens}; it must be at least 1")
-    if not 0 <= given.temperature < float("inf"):
-        parser.error(f"--temperature is {given.temperature}; it must be at least 0")
-    if not 0 <= given.seed <= LARGEST_SEED:
-        parser.error(f"--seed is {given.seed}; it must be from 0 to {LARGEST_SEED}")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature is {args.temperature}; it must be at least 0")
+    if not 0 <= args.seed <= LARGEST_SEED:
+        parser.error(f"--seed is {args.seed}; it must be from 0 to {LARGEST_SEED}")
     # Only now, so that help and mistakes come at once.
     from finetune.logs import quieten_libraries
 
@@ -66,12 +66,12 @@ def main() -> None:
 
     try:
         runs = [
-            trained.find_trained(path, trusts_remote_code=given.trust_remote_code)
-            for path in dict.fromkeys(given.runs)
+            trained.find_trained(path, trusts_remote_code=args.trust_remote_code)
+            for path in dict.fromkeys(args.runs)
         ]
         loaded = conversation.load(runs)
-        set_seed(given.seed)
-        sampling = conversation.Sampling(given.max_new_tokens, given.temperature)
+        set_seed(args.seed)
+        sampling = conversation.Sampling(args.max_new_tokens, args.temperature)
         talk(loaded, sampling, read_lines())
     except Refused as refused:
         notify(str(refused))

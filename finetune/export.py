@@ -50,16 +50,16 @@ def main() -> None:
         "--trust-remote-code", action="store_true",
         help="allow the Python code of a base model trained with model.trust_remote_code=true",
     )  # fmt: skip
-    given = parser.parse_args()
-    if given.private and not given.push:
+    args = parser.parse_args()
+    if args.private and not args.push:
         parser.error("--private needs --push OWNER/NAME")
-    into = given.into or Path("exports") / resolved(given.run).name
+    into = args.into or Path("exports") / resolved(args.run).name
     try:
-        trusts = given.trust_remote_code
-        export(given.run, into, is_merged=given.merge, repo=given.push, trusts_remote_code=trusts)
+        trusts = args.trust_remote_code
+        export(args.run, into, is_merged=args.merge, repo=args.push, trusts_remote_code=trusts)
         print(f"written: {into}")
-        if given.push:
-            print(f"pushed: {push(into, given.push, is_private=given.private)}")
+        if args.push:
+            print(f"pushed: {push(into, args.push, is_private=args.private)}")
     except Refused as refused:
         print(refused, file=sys.stderr)
         sys.exit(2)

@@ -94,7 +94,7 @@ def is_obstructed(folder: Path) -> bool:
 
 
 def resolved(path: Path) -> Path:
-    """Return a path without its links; pathlib's own way raises where they are a loop."""
+    """Return a path without its links; pathlib's `resolve` raises on a loop of links."""
     return Path(os.path.realpath(path))
 
 
@@ -125,7 +125,7 @@ def read_text(path: Path) -> str | None:
 
 
 def describe_fault(error: OSError) -> str:
-    """Say why a file cannot be read."""
+    """Return why a file cannot be read."""
     is_other = error.errno == errno.EINVAL or isinstance(error, IsADirectoryError)
     return "it is not a file" if is_other else f"it cannot be read: {error.strerror}"
 

@@ -32,10 +32,10 @@ def main() -> None:
         "--gib", type=float, help="memory to fit into, the GPU's with training.device=cuda "
         "(default: the free memory, or 16 where there is no GPU)",
     )  # fmt: skip
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        config = compose_job(given.overrides)
-        shape, device = find_shape(config.model), DeviceMemory.find(config, given.gib)
+        config = compose_job(args.overrides)
+        shape, device = find_shape(config.model), DeviceMemory.find(config, args.gib)
         config = replace(config, model=as_loaded(config.model, load_config(config.model)))
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)

@@ -31,9 +31,9 @@ def main() -> None:
         "--json", action="store_true", help="print JSON lines: row (its number in the data, from "
         "1), text, input_ids, labels (-100: masked) and tokens; the counts go to standard error",
     )  # fmt: skip
-    given = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
     try:
-        _show(given)
+        _show(args)
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
         sys.exit(2)
@@ -45,7 +45,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _show(given: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> None:
     from finetune.logs import quieten_libraries
 
     quieten_libraries()
@@ -56,16 +56,16 @@ def _show(given: argparse.Namespace) -> None:
     from finetune.problems import first_line
 
     try:
-        preview = load_preview(given.overrides)
+        preview = load_preview(args.overrides)
     except (OSError, ValueError, HydraException) as error:
         raise error if isinstance(error, Refused) else Refused([first_line(error)]) from None
-    if given.json:
-        write_json(preview, given.rows)
+    if args.json:
+        write_json(preview, args.rows)
         return
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH_OF_A_FILE)
-    print_preview(preview, given.rows or NUM_ROWS, console)
+    print_preview(preview, args.rows or NUM_ROWS, console)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ SWEEP = "rerun"
 
 
 def main() -> None:
-    """Rerun and compare; exit code 0 identical or within tolerance, 1 different, 2 refused."""
+    """Rerun and compare.
+
+    Exit codes: 0 identical or within tolerance, 1 different, 2 refused, 75 or 130 stopped.
+    """
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
@@ -41,12 +44,12 @@ def main() -> None:
         "model.trust_remote_code=true",
     )  # fmt: skip
     parser.add_argument("--into", type=Path, help="output folder (default: a new one in reruns/)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    before = RunFolder(given.run)
+    before = RunFolder(args.run)
     try:
-        refuse_foreign(before, given.overrides)
-        job = build_job(before, given.into)
+        refuse_foreign(before, args.overrides)
+        job = build_job(before, args.into)
         with signals.stops_raised():
             code = run_sweep([job], job.overrides)
     except Refused as refused:

@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument(
         "--outputs", type=Path, default=Path(Config.output_dir), help="folder of the runs"
     )
-    given = parser.parse_args()
-    if given.compare:
-        if len(given.compare) != 2:
+    args = parser.parse_args()
+    if args.compare:
+        if len(args.compare) != 2:
             parser.error("name two runs to compare, or none to list all")
-        runs = [RunFolder(path) for path in given.compare]
+        runs = [RunFolder(path) for path in args.compare]
         missing = [str(run.path) for run in runs if not is_run(run)]
         if missing:
             print(f"no run in {', '.join(missing)}: config.yaml is missing", file=sys.stderr)
@@ -50,11 +50,11 @@ def main() -> None:
             sys.exit(1)
         print_table(table)
         return
-    places = [RunFolder(path) for path in sorted(given.outputs.glob("*-????????????"))]
+    places = [RunFolder(path) for path in sorted(args.outputs.glob("*-????????????"))]
     print_damage([run for run in places if run.find_place_problem()])
-    found = [run for path in sorted(given.outputs.glob("*")) if is_run(run := RunFolder(path))]
+    found = [run for path in sorted(args.outputs.glob("*")) if is_run(run := RunFolder(path))]
     if not found:
-        print(f"no runs in {given.outputs}/", file=sys.stderr)
+        print(f"no runs in {args.outputs}/", file=sys.stderr)
         sys.exit(2)
     print_damage(found)
     print_table(render_list(found))

@@ -32,10 +32,10 @@ def main() -> None:
         help=f"MLflow server of the sweeps, unless it is local, a SQLite file or set by "
         f"{URI_VARIABLE}",
     )
-    given = parser.parse_args()
-    if given.uri:
-        os.environ[URI_VARIABLE] = given.uri
-    folders = given.sweeps or sorted(Path(Config.report_dir).glob("*"))
+    args = parser.parse_args()
+    if args.uri:
+        os.environ[URI_VARIABLE] = args.uri
+    folders = args.sweeps or sorted(Path(Config.report_dir).glob("*"))
     tracked = [folder for folder in folders if (folder / "mlflow.json").is_file()]
     untracked = [folder for folder in folders if folder not in tracked and folder.is_dir()]
     missing = [folder for folder in folders if not folder.is_dir()]

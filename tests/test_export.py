@@ -263,7 +263,10 @@ def test_what_does_not_pass_its_check_is_not_exported(
 
 @pytest.mark.parametrize(
     ("method", "told"),
-    [("prompt_tuning", "changes no weights of the base model"), ("full", "needs none")],
+    [
+        ("prompt_tuning", "changes no weights of the base model"),
+        ("full", "has no adapter to merge"),
+    ],
 )
 def test_a_method_that_cannot_be_merged_is_told(
     tmp_path: Path, run: Path, method: str, told: str,

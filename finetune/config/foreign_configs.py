@@ -75,7 +75,7 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
             real = path.resolve()
             if path.name.casefold().endswith(".yaml"):
                 yield path
-            elif path.is_dir() and real not in above:  # else a link to a folder it lies in
+            elif path.is_dir() and real not in above:  # else a link to a folder above it
                 waiting.append((path, above | {real}))
 
 

@@ -73,7 +73,7 @@ def find_link_problems(run: Path) -> Iterator[str]:
 
     A copy would publish their targets.
     """
-    root = os.path.realpath(run)  # pathlib's own raises where links are a loop
+    root = os.path.realpath(run)  # Path.resolve raises on a loop of links
     places = [run / name for name in ("prompt.jinja", "chat_template.jinja", "adapter", "model")]
     for path in (file for place in places for file in (place, *sorted(place.rglob("*")))):
         real = os.path.realpath(path)

@@ -78,7 +78,7 @@ def build_settings(peft: PeftConfig, lora: LoraConfig, num_steps: int) -> PeftSe
     Args:
         peft: the method.
         lora: the settings of methods with a rank or target modules.
-        num_steps: of the whole training, over which AdaLoRA shifts its ranks.
+        num_steps: optimizer steps of the training, over which AdaLoRA shifts its ranks.
     """
     build = METHODS[peft.method].build
     assert build is not None, f"{peft.method} puts no adapter onto the base"
@@ -195,7 +195,7 @@ def _count_all(_: PeftConfig, __: LoraConfig, sizes: Sizes) -> int:
     return sizes.num_linear + sizes.num_other
 
 
-_NOT_IN_WEIGHTS = "changes no weights of the base model; export it without"
+_NOT_IN_WEIGHTS = "changes no weights of the base model; leave out --merge"
 
 METHODS = {
     row.name: row
@@ -230,7 +230,9 @@ METHODS = {
             takes_virtual_tokens=True,
             merge_problem=_NOT_IN_WEIGHTS,
         ),
-        Method("full", count=_count_all, merge_problem="needs none; its export is the whole model"),
+        Method(
+            "full", count=_count_all, merge_problem="has no adapter to merge; leave out --merge"
+        ),
     )
 }
 

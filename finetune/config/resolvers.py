@@ -31,7 +31,7 @@ def _on_numbers(name: str, function: Callable[[Number, Number], Number]) -> Call
             kinds = ", ".join(type(value).__name__ for value in values)  # a value may be secret
             raise ValueError(f"{name} takes two or more numbers, not {kinds}")
         result = reduce(function, numbers)
-        # A whole result is an int: settings such as lora.alpha take no other.
+        # An integral result is an int, which settings such as lora.alpha need.
         return int(result) if result == result // 1 else result
 
     return compute

@@ -68,7 +68,7 @@ class ModelConfig:
     double_quant: bool = True  # quantise the constants too; only nf4 and fp4 that are made here
     dtype: str = setting("auto", NEUTRAL)  # weights, compute: bf16 or fp16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
-    chat_template: str | None = setting(None, NEUTRAL)  # a .jinja file; null: the tokenizer's own
+    chat_template: str | None = setting(None, NEUTRAL)  # a .jinja file; null: the tokenizer's
     trust_remote_code: bool = False  # run Python code that comes with a hub model
     adapter: str | None = setting(None, NEUTRAL)  # folder of a saved one; only with training=none
     dimensions: dict[str, Any] = field(  # of its config, for finetune.memory
@@ -262,7 +262,7 @@ class TrackingConfig:
     uri: str | None = None  # MLflow store or server; null: MLFLOW_TRACKING_URI, else
     # sqlite:///mlflow.db
     experiment: str | None = None  # null: MLFLOW_EXPERIMENT_NAME, else finetune
-    enabled: bool = True  # false: the run's own files only
+    enabled: bool = True  # false: only the runs' files
 
 
 @dataclass

@@ -41,7 +41,7 @@ def find_answers(table: OutcomeTable, metric: str) -> Answers:
 
 
 def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
-    """Return a run's outcomes on each question, the base's and its own; None without both."""
+    """Return a run's outcomes per question, of base and tuned model; None without both."""
     answers = read_answers(run, task, metric)
     return (answers.base, answers.tuned) if answers.base and answers.tuned else None
 

@@ -278,7 +278,7 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
     if comparison is None:
         results.remarks.append(
             f"{column} is shown, but not compared: an older version stored its outcomes in another "
-            "form; run the same command again to score it anew"
+            "form; run the same command again to score it"
         )
         return
     results.comparisons[column] = comparison

@@ -84,7 +84,7 @@ def compare(
     """Compare every run with its base, question by question.
 
     Args:
-        pairs: by run, the outcomes of its base and its own; at least one run.
+        pairs: by run, the outcomes of its base and of the tuned model; at least one run.
         metric: what the outcomes are aggregated to; the mean where none is named.
         members: the task of each question, where several tasks are a group.
         resamples: sign flips of the adjusted p of a mean.

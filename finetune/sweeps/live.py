@@ -46,7 +46,7 @@ def live_table(runs: Sequence[tuple[str, RunFolder]]) -> AbstractContextManager[
 
 @contextmanager
 def _notebook_table(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[None]:
-    """Show the runs in a cell's output, each second anew; rich's own needs ipywidgets for it."""
+    """Show the runs in a cell's output; rich's live table would need ipywidgets."""
     from IPython.display import display
 
     shown = display(render_runs(runs), display_id=True)

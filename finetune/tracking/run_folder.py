@@ -333,7 +333,7 @@ class RunFolder:
                 set_aside(path, problem)
 
     def set_weights_aside(self, name: str, problem: str) -> None:
-        """Rename the folder of a damaged file of the weights, so that they are trained anew."""
+        """Rename the folder of a damaged file of the weights, so that they are trained again."""
         folder = self.path / name.partition("/")[0]
         if os.path.lexists(folder):
             set_aside(folder, f"{name}: {problem}")
