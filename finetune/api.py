@@ -301,8 +301,8 @@ def _conduct(grid: Grid) -> Ending:
         raise Refused(["sweep.dry_run=true is for the command; call finetune.check(...)"])
     with _stops_raised(), build_worker(is_quiet=is_watched()) as worker:
         ending = conduct(check_sweep(grid.jobs, grid.name, worker), grid.arguments, worker)
-        if ending.behind:
-            log.warning("%s", ending.behind)
+        if ending.unsent:
+            log.warning("%s", ending.unsent)
         if ending.stopped is not None:
             raise ending.stopped
         return ending

@@ -317,7 +317,7 @@ def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_sweep_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After runs were ended as by the command, the interrupt is the caller's."""
     stop = KeyboardInterrupt("interrupted by the user")
-    ending = cast(Any, type("Ending", (), {"behind": None, "stopped": stop}))
+    ending = cast(Any, type("Ending", (), {"unsent": None, "stopped": stop}))
     monkeypatch.setattr(api, "check_sweep", lambda *_: None)
     monkeypatch.setattr(api, "conduct", lambda *_: ending)
     monkeypatch.chdir(tmp_path)

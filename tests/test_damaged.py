@@ -162,7 +162,7 @@ def test_pages_and_tables_are_made_of_what_is_left(
     is_told = name != "finetune.log" and not name.startswith("adapter")
     assert (f"{name} is damaged" in (folder / "report.md").read_text()) == is_told
     runs.render_pair(run, run)
-    runs.tell_damage([run])
+    runs.print_damage([run])
     assert (f"{name} is damaged" in capsys.readouterr().err) == is_told
 
 
@@ -351,7 +351,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(
     IN_PLACE[what](run.path / name)
     read_everything(folder, run)
     run.last_lines()
-    runs.tell_damage([run])
+    runs.print_damage([run])
     if is_recorded and name != "finetune.log":
         assert name in run.find_damage()
     run.set_damaged_aside()

@@ -266,7 +266,7 @@ def test_a_secret_of_the_environment_stands_in_no_file(
     (tmp_path / "sweep").mkdir()
     tracked = build_tracker(TrackingConfig(), tmp_path / "sweep", sweep_name="s", swept=[])
     tracked.follow(recorded_run(tmp_path / "run", num_steps=3))
-    said = str(tracked.close(state="finished")) + tracked.how_to_look + caplog.text
+    said = str(tracked.close(state="finished")) + tracked.open_command + caplog.text
     files = [path.read_text() for path in (tmp_path / "sweep").iterdir()]
     assert "127.0.0.1" in said
     for secret in ("s3cr3t", "t0k3n"):

@@ -67,8 +67,8 @@ class Ending:
 
     results: Results
     is_written: bool  # results.csv has them
-    behind: str | None  # a line if MLflow is missing data, with the remedy
-    look: str  # command that opens MLflow; empty without tracking
+    unsent: str | None  # a line if MLflow is missing data, with the remedy
+    open_command: str  # command that opens MLflow; empty without tracking
     exit_code: int
     stopped: KeyboardInterrupt | None = None  # the request that stopped it
 
@@ -345,7 +345,7 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
     unfinished = any(row["status"] != "finished" for row in so_far.rows)
     failed = unfinished or any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
-    behind = tracker.close(
+    unsent = tracker.close(
         state=state,
         champion=so_far.best_run(),
         metrics=so_far.drawn_metrics(),
@@ -355,8 +355,8 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
     code = int(failed or not is_written)
     if interrupted:  # without a stop of the sweep: a scheduler stopped its launched jobs
         code = signals.STOPPED_BY_MACHINE
-    look = tracker.how_to_look if sweep.config.tracking.enabled else ""
-    return Ending(results, is_written, behind, look, code)
+    command = tracker.open_command if sweep.config.tracking.enabled else ""
+    return Ending(results, is_written, unsent, command, code)
 
 
 def _print_ending(config: Config, ending: Ending) -> None:
@@ -376,7 +376,7 @@ def _print_ending(config: Config, ending: Ending) -> None:
         print(
             f"the runs are kept; free disk space, then write the report: {again}", file=sys.stderr
         )
-    if ending.behind:
-        print(ending.behind, file=sys.stderr)
-    elif ending.look:
-        print(f"compare: {ending.look}")
+    if ending.unsent:
+        print(ending.unsent, file=sys.stderr)
+    elif ending.open_command:
+        print(f"compare: {ending.open_command}")

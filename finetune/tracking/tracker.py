@@ -45,7 +45,7 @@ LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
 class Tracker(Protocol):
     """The tracking of a sweep's runs."""
 
-    how_to_look: str
+    open_command: str
 
     def follow(self, run: RunFolder) -> None:
         """Mirror all events of this run from now on, also those of an earlier sweep."""
@@ -74,7 +74,7 @@ class Tracker(Protocol):
 class NullTracker:
     """Track nothing: `tracking.enabled=false`."""
 
-    how_to_look = ""
+    open_command = ""
 
     def follow(self, run: RunFolder) -> None:
         pass
@@ -137,7 +137,7 @@ class MlflowTracker:
         self._error: str | None = None
         self._thread = threading.Thread(target=self._keep_sending, daemon=True)
         self._thread.start()
-        self.how_to_look = ui_command(mirror.uri)
+        self.open_command = ui_command(mirror.uri)
 
     def follow(self, run: RunFolder) -> None:
         self._mirror.add(run, self._path)
@@ -167,7 +167,7 @@ class MlflowTracker:
         if not self._thread.is_alive() and self._error is None:
             if self._mirror.view:
                 ui = "" if is_server(self._mirror.uri) else f"\nthen open {LOCAL_UI}"
-                self.how_to_look += f"{ui}/{self._mirror.view}"
+                self.open_command += f"{ui}/{self._mirror.view}"
             return None
         return (
             f"MLflow at {self._mirror.uri} is missing some data ({self._error or 'timed out'}); "
