@@ -97,7 +97,7 @@ def run(*overrides: str, config_dir: str | Path | None = None) -> Run:
         config_dir: a folder of your own config groups (the command's `--config-dir`).
 
     Returns:
-        The run. Its `status` is `failed` or `diverged` where training failed, for `reason`.
+        The run; if it failed or diverged, `status` and `reason` say so.
 
     Raises:
         Refused: the run cannot start; `problems` lists why.
@@ -122,7 +122,7 @@ def sweep(
         config_dir: a folder of your own config groups (the command's `--config-dir`).
 
     Returns:
-        The results; the columns `status` and `reason` have the runs that failed or diverged.
+        The results; of runs that failed or diverged the columns `status` and `reason` say so.
 
     Raises:
         Refused: a job of the grid cannot run; `problems` lists why. Nothing was started.

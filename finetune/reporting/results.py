@@ -42,7 +42,7 @@ class Results:
     metrics: dict[str, Metric] = field(default_factory=dict)  # by task/metric, acc first
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
     remarks: list[str] = field(default_factory=list)  # on what was not compared, and why
-    refused: set[str] = field(default_factory=set)  # metrics with different questions
+    refused: set[str] = field(default_factory=set)  # metrics of unequal questions
 
     @cached_property
     def main_metric(self) -> str | None:

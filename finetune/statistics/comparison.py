@@ -33,7 +33,7 @@ class Difference:
     questions: int
     base: float
     tuned: float
-    low: float | None  # of tuned - base, 95 %, paired; None where no outcome changed
+    low: float | None  # of tuned - base, 95 %, paired; None where all changes are equal
     high: float | None
     gained: int | None  # questions answered better; None where single questions have no score
     lost: int | None  # questions answered worse

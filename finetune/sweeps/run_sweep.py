@@ -229,11 +229,11 @@ def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[Stat
 
 
 def _follow(tracker: Tracker, run: RunFolder) -> None:
-    """Track a run; if that fails, it is still trained."""
+    """Track a run; it is trained even if `mlflow.json` cannot be written."""
     try:
         tracker.follow(run)
     except OSError as error:
-        log.error("%s: mlflow.json cannot be written, the run is not tracked: %s", run.name, error)
+        log.error("%s: mlflow.json of its sweep cannot be written: %s", run.name, error)
 
 
 def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
