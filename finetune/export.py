@@ -67,7 +67,7 @@ def main() -> None:
         print(fault, file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"{into} cannot be written: {error}; name another with --into", file=sys.stderr)
+        print(f"{into} cannot be written: {error}; set another with --into", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -41,7 +41,8 @@ def main() -> None:
         runs = [RunFolder(path) for path in args.compare]
         missing = [str(run.path) for run in runs if not is_run(run)]
         if missing:
-            print(f"no run in {', '.join(missing)}: config.yaml is missing", file=sys.stderr)
+            names = ", ".join(missing)
+            print(f"no run in {names}: config.yaml is missing; name outputs/RUN", file=sys.stderr)
             sys.exit(2)
         print_damage(runs)
         table = render_pair(runs[0], runs[1])
@@ -54,7 +55,7 @@ def main() -> None:
     print_damage([run for run in places if run.find_place_problem()])
     found = [run for path in sorted(args.outputs.glob("*")) if is_run(run := RunFolder(path))]
     if not found:
-        print(f"no runs in {args.outputs}/", file=sys.stderr)
+        print(f"no runs in {args.outputs}/; set --outputs FOLDER", file=sys.stderr)
         sys.exit(2)
     print_damage(found)
     print_table(render_list(found))

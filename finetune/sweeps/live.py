@@ -79,7 +79,7 @@ class Progress:
 
 def render_runs(runs: Sequence[tuple[str, RunFolder]]) -> Table:
     """Return the table of the runs' current states."""
-    numbers = ("step", "loss", "tokens/s", "left")
+    numbers = ("step", "loss", "tokens/s", "time left")
     table = build_table("run", "state", *numbers, right=numbers)
     for label, run in runs:
         status = run.status()

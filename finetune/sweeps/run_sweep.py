@@ -191,7 +191,7 @@ def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
         KeyboardInterrupt: the second request.
     """
     reason = signals.describe(stop)
-    log.info("%s: waiting for a checkpoint; a second signal ends at once", reason)
+    log.info("%s: waiting for a checkpoint; a second signal stops without one", reason)
     is_ended = False
     try:
         is_ended = worker.interrupt(stop, INTERRUPT_SECONDS)

@@ -56,7 +56,7 @@ class Status:
     last_lines: list[str] = field(default_factory=list)  # of the log, where a run failed
 
 
-REMEDY = "the command that made the run recreates it"
+REMEDY = "repeat the command that made the run to recreate it"
 
 
 @dataclass(frozen=True)
