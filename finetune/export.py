@@ -176,11 +176,11 @@ def refuse_push(repo: str) -> None:
     except HFValidationError as error:
         raise Refused([f"--push {repo}: {error}"]) from None
     if "/" not in repo:
-        raise Refused([f"--push {repo} has no owner; write OWNER/NAME"])
+        raise Refused([f"--push {repo}: it has no owner; write OWNER/NAME"])
     if constants.is_offline_mode():
         raise Refused([f"--push {repo}: HF_HUB_OFFLINE forbids uploads; unset it"])
     if get_token() is None:
-        raise Refused([f"--push {repo} needs a token; set HF_TOKEN to one with write access"])
+        raise Refused([f"--push {repo}: no token; set HF_TOKEN to one with write access"])
 
 
 def push(folder: Path, repo: str, *, is_private: bool) -> str:

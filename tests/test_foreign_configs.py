@@ -252,7 +252,7 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
         write(tmp_path, f"lora/{number}.yaml", "_target_: x\n")
     found = find_foreign_problems(tmp_path)
     assert len(found) == 21
-    assert found[-1].endswith("10 problems more")
+    assert found[-1].endswith("10 more problems")
 
 
 # Keys as they could be written, and values that YAML can hold.
