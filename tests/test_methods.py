@@ -225,7 +225,7 @@ def test_trained_parameters_are_counted_before_the_start(method: str) -> None:
     [
         (
             {"peft": PeftConfig("ia3"), "lora": LoraConfig(r=8)},
-            "lora.r is 8, which peft.method=ia3",
+            "lora.r is 8, which has no effect with peft.method=ia3",
         ),
         (
             {"peft": PeftConfig("adalora"), "lora": LoraConfig(use_dora=True)},

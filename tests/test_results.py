@@ -341,7 +341,7 @@ def test_scores_of_an_older_version_are_shown_without_a_claim(
         run.write_text("evaluation/task.items.jsonl", "")
     results = write_report(folder)
     assert results.comparisons == {}
-    assert "run the same command again to score it anew" in page(results)
+    assert "run the same command again to score it" in page(results)
     assert results.metrics["task/perplexity"].higher_is_better is False
     assert results.best_run() == "run-0"
 

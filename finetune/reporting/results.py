@@ -277,8 +277,8 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
         return
     if comparison is None:
         results.remarks.append(
-            f"{column} is shown, but not compared: an older version stored its outcomes in another "
-            "form; run the same command again to score it"
+            f"{column} is shown, but not compared: its outcomes are missing, or stored by an older "
+            "version; run the same command again to score it"
         )
         return
     results.comparisons[column] = comparison
