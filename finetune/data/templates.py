@@ -142,16 +142,22 @@ def render_text(fields: Fields) -> list[Turn]:
 def _texts(
     fields: Fields, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    for name in (*required, *optional):
+    texts = {}
+    for name in required:
         value = fields.get(name)
         if value is None:
-            if name in required:
-                raise Unusable(f"{name} is null")
-        elif not isinstance(value, str):
+            raise Unusable(f"{name} is null")
+        if not isinstance(value, str):
             raise Unusable(f"{name} is not text")
-        elif name in required and not value.strip():
+        if not value or value.isspace():
             raise Unusable(f"{name} is empty")
-    return {name: fields.get(name) or "" for name in (*required, *optional)}
+        texts[name] = value
+    for name in optional:
+        value = fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise Unusable(f"{name} is not text")
+        texts[name] = value or ""
+    return texts
 
 
 def _pair(turns: Sequence[Turn]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -61,7 +61,8 @@ def encode_texts(
             return [found.ids for found in batch]
         numbers: dict[str, int] = {}
         cut = [[numbers.setdefault(s, len(numbers)) for s in split(text)] for text in texts]
-        encoded = backend.encode_batch(list(numbers), add_special_tokens=False)
+        # "fast" leaves out the tokens' places in the text.
+        encoded = backend.encode_batch_fast(list(numbers), add_special_tokens=False)
     ids = [found.ids for found in encoded]
     before, after = special if add_special_tokens else ([], [])
     return [[*before, *chain.from_iterable([ids[n] for n in one]), *after] for one in cut]
@@ -138,8 +139,13 @@ def find_special(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
 
 def split(text: str) -> list[str]:
     """Return the sections of a text; joined they are the text."""
-    ends = [0, *(found.end() for found in BORDER.finditer(text)), len(text)]
-    return [text[start:end] for start, end in pairwise(ends)]
+    sections, start = [], 0
+    for found in BORDER.finditer(text):
+        end = found.end()
+        sections.append(text[start:end])
+        start = end
+    sections.append(text[start:])
+    return sections
 
 
 def count_common(first: list[int], second: list[int]) -> int:
