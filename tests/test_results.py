@@ -100,6 +100,21 @@ LEAST = [value - 3 - 0.1 * (n % 3) for n, value in enumerate(BASE)]
 MORE = [value + 1 + 0.1 * (n % 3) for n, value in enumerate(BASE)]
 
 
+def test_a_runs_scores_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task's file is hashed and parsed once, for the row, the checks and the comparison."""
+    folder = write_sweep(tmp_path, [{"arc": {"acc": (ACC, [0, 1], [1, 1])}}] * 2)
+    read: list[tuple[str, str]] = []
+    read_scores = RunFolder.read_scores
+
+    def count(run: RunFolder, task: str) -> Any:
+        read.append((run.name, task))
+        return read_scores(run, task)
+
+    monkeypatch.setattr(RunFolder, "read_scores", count)
+    read_results(folder)
+    assert len(read) == len(set(read))
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_where_lower_is_better_the_lowest_is_best(tmp_path: Path) -> None:
     """The best run, the claim, the table's order and the view all have the metric's direction."""

@@ -28,7 +28,7 @@ def draw_figures(results: Results) -> dict[str, Path]:
     drawn: dict[str, Path] = {}
     metric = results.main_metric
     scored = results.compared_rows()
-    if metric in results.comparisons and _changes(results, metric):
+    if metric in results.comparisons and results.comparisons[metric].has_changes:
         _save(
             drawn, folder / "differences.png", f"Difference to the base in {metric}, 95 % interval",
             _height(scored), lambda axes: _differences(axes, results, metric),
@@ -57,11 +57,6 @@ def _save(
     draw(axes)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     drawn[caption] = path
-
-
-def _changes(results: Results, metric: str) -> bool:
-    """Return whether any outcome differs from the base's."""
-    return any(found.changed for found in results.comparisons[metric].differences.values())
 
 
 def _height(rows: Sequence[Row]) -> float:

@@ -138,9 +138,10 @@ def read_results(folder: Path) -> Results:
     record = SweepRecord.load(folder)
     runs = [RunFolder(folder / run.folder) for run in record.runs]
     tracked = _tracked(folder)
+    scores = [{task: run.read_scores(task) for task in record.tasks} for run in runs]
     rows = [
-        _row(run, place.swept, record.tasks, tracked.get(run.name))
-        for run, place in zip(runs, record.runs, strict=True)
+        _row(run, place.swept, found, tracked.get(run.name))
+        for run, place, found in zip(runs, record.runs, scores, strict=True)
     ]
     results = Results(folder, record, runs, rows)
     for run, row in zip(runs, rows, strict=True):
@@ -151,11 +152,13 @@ def read_results(folder: Path) -> Results:
             row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
     labels = [results.label(row) for row in rows]
     for task in record.tasks:
-        scores = {label: run.read_scores(task) for label, run in zip(labels, runs, strict=True)}
-        known = {label: one for label, one in scores.items() if one is not None}
+        pairs = zip(labels, scores, strict=True)
+        known = {label: one for label, found in pairs if (one := found[task]) is not None}
         mixtures = find_mixtures(task, known)
         results.remarks += mixtures.remarks
-        scored = ScoredRuns.read(runs, task)
+        scored = ScoredRuns.read(
+            [run for run, found in zip(runs, scores, strict=True) if found[task]], task
+        )
         for name, metric in _gathered(known.values()).items():
             column = MetricName(task, name)
             results.metrics[str(column)] = metric
@@ -196,7 +199,9 @@ def find_damage(run: RunFolder) -> list[str]:
     ]
 
 
-def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked: Any) -> Row:
+def _row(
+    run: RunFolder, swept: Mapping[str, str], scored: Mapping[str, TaskScores | None], tracked: Any
+) -> Row:
     """Return one row of `results.csv`, with the columns that the run has so far."""
     status = run.status()
     row: Row = {
@@ -207,10 +212,10 @@ def _row(run: RunFolder, swept: Mapping[str, str], tasks: Sequence[str], tracked
     }
     trained = run.read_json("training.json") or {}
     seconds = 0.0
-    for task in tasks:
-        scores, chosen = run.read_scores(task), run.read_scores(f"{task}.select")
+    for task, scores in scored.items():
         if scores is None:
             continue
+        chosen = run.read_scores(f"{task}.select")
         row.update(_task_columns(task, scores))
         seconds += scores.tuned.seconds
         if chosen is not None:

@@ -25,9 +25,8 @@ class ScoredRuns:
 
     @classmethod
     def read(cls, runs: Sequence[RunFolder], task: str) -> ScoredRuns:
-        """Read each run's outcomes once, for all metrics; of runs without scores there are none."""
-        scored = [run for run in runs if run.read_scores(task) is not None]
-        return cls(scored, read_tables(scored, task))
+        """Read the outcomes of runs that have scores once, for all metrics."""
+        return cls(runs, read_tables(runs, task))
 
 
 def compare_runs(

@@ -20,7 +20,7 @@ def verdict(results: Results) -> str:
     comparison = results.comparisons.get(main)
     if comparison is None:
         sentences = [_verdict_without_base(results, main)]
-    elif not _changes(results, main):
+    elif not comparison.has_changes:
         sentences = [_no_change(main, len(comparison.differences))]
     else:
         sentences = [_tie(results, main), _verdict_on_main(results, main, comparison)]
@@ -186,7 +186,7 @@ def _why_unranked(results: Results) -> str:
 def _other_tasks(results: Results, main: str) -> Sequence[str]:
     """Return the first metric of each other task; of the main one too, if only that changed."""
     tasks = {MetricName.parse(main).task}
-    if main in results.comparisons and not _changes(results, main):
+    if main in results.comparisons and not results.comparisons[main].has_changes:
         tasks.clear()  # another metric of the task may have changed
     names = []
     for name in results.metrics:
@@ -197,14 +197,9 @@ def _other_tasks(results: Results, main: str) -> Sequence[str]:
     return names
 
 
-def _changes(results: Results, metric: str) -> bool:
-    """Return whether any answer of any run differs from the base's in a metric."""
-    return any(found.changed for found in results.comparisons[metric].differences.values())
-
-
 def _says_more(results: Results, metric: str, main: str) -> bool:
     if MetricName.parse(metric).task == MetricName.parse(main).task:
-        return metric in results.comparisons and _changes(results, metric)
+        return metric in results.comparisons and results.comparisons[metric].has_changes
     return bool(results.scored_rows(metric))
 
 
@@ -218,7 +213,7 @@ def _verdict_on_other(results: Results, metric: str) -> str:
             "" if score is None else f"In {metric} {results.label(row)} scores {show_score(score)}."
         )
     found, name = comparison.differences[best], show_direction(metric, results)
-    if not _changes(results, metric):
+    if not comparison.has_changes:
         return _no_change(metric, len(comparison.differences))
     label = results.label(row)
     if not found.changed:

@@ -61,6 +61,11 @@ class Comparison:
     detectable: float | None
     is_share: bool  # the metric is a share of questions: differences are in points
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether any answer of any run differs from the base's."""
+        return any(found.changed for found in self.differences.values())
+
     def is_improvement(self, run: str) -> bool:
         """Return whether a run is significantly better than its base, after adjustment."""
         found = self.differences[run]
