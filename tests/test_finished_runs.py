@@ -89,6 +89,27 @@ def test_what_is_recorded_is_what_the_worker_plans(config: Config, session: Sess
         assert worker._process is None
 
 
+def test_what_jobs_share_is_looked_at_once_in_a_plan(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and rows of a grid, however many files they are; another pass looks anew."""
+    looked: list[tuple[str, str]] = []
+    look = finished_runs._look
+
+    def count(kind: str, path: str) -> finished_runs.State:
+        looked.append((kind, path))
+        return look(kind, path)
+
+    monkeypatch.setattr(finished_runs, "_look", count)
+    job = Job(config, "", [], {})
+    with Worker() as worker:
+        assert worker.prepare(job) == worker.prepare(job)
+        once = len(looked)
+        assert once == len(set(looked))
+        assert worker.run([job]) == ["finished"]
+    assert len(looked) == 2 * once
+
+
 def _alter(path: Path) -> None:
     """Change a file's last byte but one, and neither its size nor the time of its last change."""
     before, content = path.stat(), bytearray(path.read_bytes())

@@ -41,6 +41,7 @@ MOST_FILES = 10_000  # in a folder of rows; of a larger one nothing is recorded
 GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
 State = list[int] | str | None  # of a file, or of all files of a folder; None: unknown
+Looked = dict[tuple[str, str], State]  # by kind and path
 
 
 class FinishedRuns:
@@ -54,8 +55,14 @@ class FinishedRuns:
         # Elsewhere a GPU cannot be detected without torch.
         return sys.platform in ("linux", "darwin") and not distributed.is_launched()
 
-    def find(self, config: Config) -> Inputs | None:
-        """Return the inputs of the finished run that answers a job; None if uncertain."""
+    def find(self, config: Config, looked: Looked | None = None) -> Inputs | None:
+        """Return the inputs of the finished run that answers a job; None if uncertain.
+
+        Args:
+            config: the job's.
+            looked: states of files seen earlier in this pass over a grid, to which this call adds;
+                None checks every file.
+        """
         if not self._is_kept or rules.find_problems(config):
             return None
         try:
@@ -63,8 +70,12 @@ class FinishedRuns:
             if stored is None or stored.get("sha256") != digest(stored.get("record")):
                 return None
             record = stored["record"]
-            if any(_look(kind, path) != state for kind, path, state in record["seen"]):
-                return None
+            looked = {} if looked is None else looked
+            for kind, path, state in record["seen"]:
+                if (kind, path) not in looked:
+                    looked[kind, path] = _look(kind, path)
+                if looked[kind, path] != state:
+                    return None
             inputs = _read_inputs(record["inputs"])
         except (Damaged, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None

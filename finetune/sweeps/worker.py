@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from finetune import distributed, signals
 from finetune.logs import quieten_libraries
 from finetune.models import devices
-from finetune.pipeline.finished_runs import FinishedRuns
+from finetune.pipeline.finished_runs import FinishedRuns, Looked
 from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.streams import keep_streams
 from finetune.tracking.events import State
@@ -45,6 +45,7 @@ class Worker:
 
     def __init__(self, *, is_quiet: bool = False) -> None:
         self._finished_runs = FinishedRuns()
+        self._looked: Looked = {}  # states of the files that jobs share, kept while planning
         self._is_quiet = is_quiet  # since the live table is on the same terminal
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
@@ -63,7 +64,7 @@ class Worker:
 
     def prepare(self, job: Job) -> CheckedJob:
         """Check a job and resolve its inputs."""
-        inputs = self._finished_runs.find(job.config)
+        inputs = self._finished_runs.find(job.config, self._looked)
         if inputs is not None:
             return CheckedJob(inputs, [], finished=True, forecasts=[])
         return cast(CheckedJob, self._ask("prepare", job))
