@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
+from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import finetune
+from finetune.config.resolvers import OPERATORS, resolvers_put_back
 from finetune.config.schema import Config, build_config, register
 
 
@@ -46,3 +51,29 @@ def test_what_is_no_number_is_refused(alpha: str) -> None:
     """Words, truth values, division by zero, a fraction for a whole number."""
     with pytest.raises(OmegaConfBaseException):
         build_config(composed(alpha))
+
+
+def test_a_programs_own_resolvers_are_put_back() -> None:
+    """While settings are composed or read, the operators are ours; afterwards the program's."""
+    with resolvers_put_back([*OPERATORS, "now"]):
+        for name in ("mul", "now"):
+            OmegaConf.register_new_resolver(name, lambda one: f"theirs {one}", replace=True)
+        OmegaConf.clear_resolver("add")
+        overrides = (
+            "model=tiny",
+            "lora.r=4",
+            "lora.alpha=${mul:2,${lora.r}}",
+            "data.path=${now:%Y}",
+        )
+        config = finetune.compose(*overrides)
+        assert (config.lora.alpha, config.data.path) == (8, str(datetime.now().year))
+        assert build_config(composed("${mul:2,${lora.r}}")).lora.alpha == 16
+        with pytest.raises(OmegaConfBaseException):
+            build_config(composed("${mul:x}"))
+        assert OmegaConf.create({"a": "${mul:1}", "b": "${now:2}"}) == {
+            "a": "theirs 1",
+            "b": "theirs 2",
+        }
+        assert not OmegaConf.has_resolver("add")
+        OmegaConf.register_new_resolver("add", lambda one: one)
+    setup_globals()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 
 Number = int | float
 
@@ -17,11 +20,36 @@ OPERATORS: dict[str, Callable[[Number, Number], Number]] = {
     "div": operator.truediv,
 }
 
+RESOLVING = threading.RLock()  # OmegaConf's resolvers are the same for all threads
+
 
 def register_resolvers() -> None:
-    """Register the operators with OmegaConf."""
+    """Register the operators with OmegaConf until this process ends."""
     for name, function in OPERATORS.items():
         OmegaConf.register_new_resolver(name, _on_numbers(name, function), replace=True)
+
+
+@contextmanager
+def arithmetic() -> Iterator[None]:
+    """Register the operators with OmegaConf, then restore the caller's of the same names."""
+    with resolvers_put_back(list(OPERATORS)):
+        register_resolvers()
+        yield
+
+
+@contextmanager
+def resolvers_put_back(names: Sequence[str]) -> Iterator[None]:
+    """Restore OmegaConf's resolvers of these names, and remove those that did not exist."""
+    with RESOLVING:
+        kept = {name: BaseContainer._resolvers.get(name) for name in names}
+        try:
+            yield
+        finally:
+            for name, resolver in kept.items():
+                if resolver is None:
+                    BaseContainer._resolvers.pop(name, None)
+                else:
+                    BaseContainer._resolvers[name] = resolver
 
 
 def _on_numbers(name: str, function: Callable[[Number, Number], Number]) -> Callable[..., Number]:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from finetune.config.resolvers import register_resolvers
+from finetune.config.resolvers import arithmetic, register_resolvers
 from finetune.problems import Refused
 
 TEMPLATE_FILE = ".jinja"
@@ -337,15 +337,15 @@ def build_config(composed: DictConfig) -> Config:
         Refused: a value that must be set is not.
     """
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    missing = sorted(OmegaConf.missing_keys(ours))
-    if missing:
-        raise Refused([f"{key} has no value; set {key}=VALUE" for key in missing])
-    register_resolvers()  # also for settings that are read from a run's folder
-    merged = OmegaConf.merge(OmegaConf.structured(Config), ours)
-    columns = OmegaConf.select(ours, "data.columns")
-    if columns is not None:  # a merge would put back what ~data.columns.NAME took away
-        OmegaConf.update(merged, "data.columns", columns, merge=False)
-    config = OmegaConf.to_object(merged)
+    with arithmetic():  # also for settings that are read from a run's folder
+        missing = sorted(OmegaConf.missing_keys(ours))
+        if missing:
+            raise Refused([f"{key} has no value; set {key}=VALUE" for key in missing])
+        merged = OmegaConf.merge(OmegaConf.structured(Config), ours)
+        columns = OmegaConf.select(ours, "data.columns")
+        if columns is not None:  # a merge would put back what ~data.columns.NAME took away
+            OmegaConf.update(merged, "data.columns", columns, merge=False)
+        config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     limit = config.evaluation.limit
     if limit is not None and limit == limit // 1:

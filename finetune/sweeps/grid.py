@@ -35,6 +35,7 @@ from finetune.config.composition import (
 )
 from finetune.config.grammar import rewrite, without_null
 from finetune.config.overrides import find_override_problems, with_grid
+from finetune.config.resolvers import OPERATORS, resolvers_put_back
 from finetune.config.schema import conf_dir, register
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
@@ -42,6 +43,7 @@ from finetune.sweeps.planning import build_job, sweep_name
 
 # Hydra's global state of a process.
 STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
+HYDRA_RESOLVERS = ("now", "hydra", "python_version")
 COMPOSING = threading.Lock()  # all threads share that state
 
 
@@ -112,7 +114,8 @@ def _hydra_set_aside() -> Iterator[None]:
         stored, store.repo = store.repo, dict(store.repo)  # the caller's may have a schema too
         setbase("1.3")
         try:
-            yield
+            with resolvers_put_back([*OPERATORS, *HYDRA_RESOLVERS]):
+                yield
         finally:
             store.repo = stored
             for kind, instance in kept.items():
