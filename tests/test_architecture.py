@@ -157,6 +157,7 @@ PROCESS_CACHES = {
     "identity._installed_version": "the installation",
     "identity._lock_digest": "the installation",
     "distributed.join": "a process joins once",
+    "schema._pickled_defaults": "the schema",
     "tasks.find_task_file": "the installation",
     "tasks.stock_index": "the installation",
 }

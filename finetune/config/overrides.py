@@ -36,7 +36,14 @@ from finetune.config.hydra_overrides import (
     searched_folders,
 )
 from finetune.config.rules import find_problems
-from finetune.config.schema import Config, SourceConfig, build_config, conf_dir, register
+from finetune.config.schema import (
+    Config,
+    SourceConfig,
+    build_config,
+    conf_dir,
+    default_settings,
+    register,
+)
 from finetune.config.yaml_files import describe_kind
 from finetune.problems import Refused, first_line, nearest
 
@@ -164,7 +171,7 @@ def _key_problems(override: Override, groups: list[str]) -> Iterator[str]:
         return
     for value in _values(override):
         try:
-            OmegaConf.update(OmegaConf.structured(Config), key, value)
+            OmegaConf.update(default_settings(), key, value)
         except OmegaConfBaseException as error:
             takes = describe_kind(_kinds(Config)[key])
             yield f"{key}={value}: {first_line(error)}; it takes {takes}"
@@ -179,7 +186,7 @@ def _mix_problems(override: Override) -> Iterator[str]:
         return
     for value in _values(override):
         try:
-            OmegaConf.update(OmegaConf.structured(SourceConfig), name, value)
+            OmegaConf.update(default_settings(SourceConfig), name, value)
         except OmegaConfBaseException as error:
             yield f"{key}={value}: {first_line(error)}"
 

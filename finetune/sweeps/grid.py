@@ -40,6 +40,7 @@ from finetune.config.schema import conf_dir, register
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps.planning import build_job, sweep_name
+from finetune.sweeps.points import PointComposer
 
 # Hydra's global state of a process.
 STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
@@ -74,9 +75,9 @@ def build_jobs(
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     last = {override.key_or_group: override for override in overrides}  # of a key typed twice
     swept = [key for key, override in last.items() if override.is_sweep_override()]
-    jobs = []
+    composer, jobs = PointComposer(loader, config), []
     for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
-        composed = loader.load_sweep_config(config, without_null(point))
+        composed = composer.compose(without_null(point))
         HydraConfig.instance().set_config(composed)
         jobs.append(build_job(composed, swept=swept))
     return jobs, arguments

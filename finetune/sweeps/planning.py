@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from finetune.config.schema import Config, build_config
+from finetune.config.schema import Config, freeze, without_hydra
 from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
@@ -114,7 +114,7 @@ class Sweep:
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
     """Return a job from what Hydra composed, while its HydraConfig is set."""
-    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    ours = without_hydra(composed)
     hydra: Any = HydraConfig.instance().cfg
     assert hydra is not None, "a job is composed under its own HydraConfig"
     # Unresolved: reading them one by one would put the value of ${oc.env:...} into files.
@@ -122,7 +122,7 @@ def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
     overrides = [str(override) for override in cast(list[Any], typed)]
     values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)  # not ~key
     return Job(
-        config=build_config(ours),
+        config=freeze(ours),
         yaml=OmegaConf.to_yaml(ours),
         overrides=overrides,
         swept={key: _shown(values.get(key, "null"), ours, key) for key in swept},
