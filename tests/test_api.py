@@ -411,19 +411,19 @@ def test_a_model_is_loaded_ready_to_generate(run: Path, merged: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(("init", "quantization"), [("pissa", "none"), ("olora", "nf4")])
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_adapter_that_changed_its_base_is_loaded(
-    quantization: str, merged: bool, tmp_path: Path
+    init: str, quantization: str, merged: bool, tmp_path: Path
 ) -> None:
-    """PiSSA's, as the run was scored; on a quantised base too."""
+    """PiSSA's, and OLoRA's on a quantised base, as the run was scored."""
     from finetune.config.schema import ModelConfig
     from finetune.inference.merging import load_as_scored
     from finetune.inference.trained import find_trained
 
     path = train_tiny(
         tmp_path,
-        lora=LoraConfig(r=2, init="pissa"),
+        lora=LoraConfig(r=2, init=init),
         model=ModelConfig(path="random://tiny", quantization=quantization),
     )
     model, tokenizer = finetune.load(path, merged)
