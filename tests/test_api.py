@@ -231,9 +231,12 @@ def test_secrets_stay_interpolations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.overrides[-1] == override
 
 
-def test_a_program_that_uses_hydra_keeps_it(tmp_path: Path) -> None:
+def test_a_program_that_uses_hydra_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own search path, config and schema are what they were, also after a refusal."""
     (tmp_path / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
+    monkeypatch.setattr(ConfigStore.instance(), "repo", dict(ConfigStore.instance().repo))
     ConfigStore.instance().store(name="schema", node={"theirs": 1})
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         before = GlobalHydra.instance().hydra

@@ -123,7 +123,17 @@ def jobs_of(overrides: Sequence[str], folder: Path | None = None) -> list[Job] |
         return refused.problems
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+# Among the quick tests those of each way of being composed; the rest takes half a minute.
+QUICK = (
+    "numbers", "mappings", "new keys", "arithmetic", "interpolations", "an absent variable",
+    "options", "an experiment and none", "settings of Hydra",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in GRIDS],
+)
 def test_each_point_is_composed_as_by_hydra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Config, YAML, overrides, swept values, Hydra's own node, and what is refused."""
     monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
@@ -131,6 +141,7 @@ def test_each_point_is_composed_as_by_hydra(kind: str, monkeypatch: pytest.Monke
     assert jobs_of(GRIDS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mixture_of_overrides_is_composed_as_by_hydra(
     seed: int, monkeypatch: pytest.MonkeyPatch
