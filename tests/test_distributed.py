@@ -134,7 +134,7 @@ def test_two_processes_leave_what_one_leaves(launched: tuple[Path, str, str]) ->
     assert len(runs) == 2
     for run in runs:
         assert sorted(path.name for path in run.iterdir()) == [
-            "adapter", "config.yaml", "data.json", "digests.json", "environment.json",
+            ".outcomes", "adapter", "config.yaml", "data.json", "digests.json", "environment.json",
             "evaluation", "events.jsonl", "finetune.log", "overrides.yaml", "samples.json",
             "status.json",
             "training.json",
