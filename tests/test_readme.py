@@ -18,7 +18,7 @@ register()
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (python -m finetune(?:\.\w+)?(?: .*)?)$", README, re.MULTILINE)
-TARGETS = re.findall(r"(?:^    |[`;:] ?)make ([a-z-]+)", README, re.MULTILINE)
+TARGETS = re.findall(r"(?:^    |[`;:] ?|and )make ([a-z-]+)", README, re.MULTILINE)
 
 
 def test_there_are_commands_to_check() -> None:
