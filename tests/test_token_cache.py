@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig, TrainingConfig
-from finetune.data import dataset, row_encoding, templates, token_cache
+from finetune.data import dataset, row_encoding, templates, text_sections, token_cache
 from finetune.data.dataset import (
     Examples,
     build_examples,
@@ -180,7 +180,7 @@ def test_long_rows_are_tokenised_a_few_at_a_time(
 ) -> None:
     """Bounded by their characters, since a part is held in memory with its tokens."""
     rows = [{"instruction": "Say.", "input": "", "output": "word " * 100} for _ in range(10)]
-    monkeypatch.setattr(token_cache, "TOGETHER_CHARACTERS", 1200)
+    monkeypatch.setattr(text_sections, "TOGETHER_CHARACTERS", 1200)
     built = build(write_rows(tmp_path / "rows.jsonl", [*rows]), tokenizer)
     assert encoded == [2, 2, 2, 2, 2]
     assert built == in_memory(tokenizer, [*rows])

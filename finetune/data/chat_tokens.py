@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.config.schema import TEMPLATE_FILE
 from finetune.data import chat_messages
 from finetune.data.chat_messages import REASONING, SPEECH, Messages
-from finetune.data.text_sections import count_common, encode_texts
+from finetune.data.text_sections import count_common, encode_texts, sized_parts
 from finetune.data.turns import SURROGATE, Encoded, Prompt, Turn, Unusable, holds_surrogate
 from finetune.models.chat_templates import TEMPLATE_ERRORS, ChatTemplate, ChatTemplates
 
@@ -32,7 +32,6 @@ NOT_MARKED = "the chat template marks no response"
 JOINED = "the chat template has no system role, and the system turn was joined to the user's"
 THOUGHTS = re.compile(r"^(.*?)</think>", re.DOTALL)
 EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
-TOGETHER_CHARACTERS = 2**22  # of texts that are held in memory with their tokens
 PROBE = {"role": "user", "content": "-"}
 
 Message = dict[str, Any]
@@ -117,20 +116,21 @@ def encode_chats(
     rows: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Encoded | Unusable]:
     """Encode many conversations at a time, or return the fault of each that has one."""
-    found: list[Encoded | Unusable] = []
-    waiting: list[_Rendered | Unusable] = []
-    num_characters, templates = 0, ChatTemplates(tokenizer)
-    for place, turns in enumerate(rows, start=1):
-        try:
-            one = _render(turns, templates)
-            waiting.append(one)
-            num_characters += sum(map(len, one.texts))
-        except Unusable as fault:
-            waiting.append(fault)
-        if num_characters >= TOGETHER_CHARACTERS or place == len(rows):
-            found += _encode(waiting, tokenizer)
-            waiting, num_characters = [], 0
-    return found
+    templates = ChatTemplates(tokenizer)
+    rendered = (_render_or_fault(turns, templates) for turns in rows)
+    parts = sized_parts(rendered, _num_characters)
+    return [one for part in parts for one in _encode(part, tokenizer)]
+
+
+def _render_or_fault(turns: Sequence[Turn], templates: ChatTemplates) -> _Rendered | Unusable:
+    try:
+        return _render(turns, templates)
+    except Unusable as fault:
+        return fault
+
+
+def _num_characters(row: _Rendered | Unusable) -> int:
+    return 0 if isinstance(row, Unusable) else sum(map(len, row.texts))
 
 
 def _encode(

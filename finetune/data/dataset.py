@@ -38,8 +38,6 @@ from finetune.data.token_rows import (
 from finetune.data.turns import Turn, Unusable
 
 SourceRows = tuple[DataSource, Sequence[Row]]
-# Of a mix, these counts are the sums of its sources'.
-SUMMED = ("read", "drawn", "truncated", "tokens", "lost_tokens", "split", "pieces", "missing")
 MOST_COLUMNS = 1000  # that are looked at to name those that are not used
 
 
@@ -231,7 +229,10 @@ def build_examples(
         start = sum(map(len, tables))
         tables.append(source.tokens(numbers))
         spans.append(start + _count_tokenised(tables[-1], numbers, own))
-    total = counts[0] if len(read) == 1 else _total(read, counts)
+    total = counts[0]
+    if len(read) > 1:
+        named = zip((str(source) for source, _ in read), counts, strict=True)
+        total = RowCounts.total(dict(named))
     rows = np.concatenate(spans[:trains])
     if trains < len(read):
         held_out_rows = spans[-1]
@@ -336,20 +337,6 @@ def longest_batch(
     for one in read:
         lengths += _token_source(*one, data, training, tokenizer).longest(count)
     return sum(sorted(lengths)[-training.batch_size :])
-
-
-def _total(read: Sequence[SourceRows], counts: Sequence[RowCounts]) -> RowCounts:
-    total = RowCounts(
-        sources={str(source): own for (source, _), own in zip(read, counts, strict=True)}
-    )
-    for own in counts:
-        for name in SUMMED:
-            setattr(total, name, getattr(total, name) + getattr(own, name))
-        for reason, count in own.dropped.items():
-            total.dropped[reason] = total.dropped.get(reason, 0) + count
-        for note, count in own.notes.items():
-            total.note(note, count)
-    return total
 
 
 def sound_rows(

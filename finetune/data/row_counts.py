@@ -8,6 +8,9 @@ import numpy as np
 
 from finetune.data.token_rows import Integers
 
+# Of a mix, these counts are the sums of its sources'.
+SUMMED = ("read", "drawn", "truncated", "tokens", "lost_tokens", "split", "pieces", "missing")
+
 
 @dataclass
 class RowCounts:
@@ -34,6 +37,19 @@ class RowCounts:
     shape: str = ""  # of the rows, where they do not have the template's own columns
     unused: list[str] = field(default_factory=list)  # columns that no field takes
     absent: list[str] = field(default_factory=list)  # columns of optional fields, in no row
+
+    @classmethod
+    def total(cls, sources: dict[str, RowCounts]) -> RowCounts:
+        """Return the counts of a mix: the sums of its sources'."""
+        total = cls(sources=sources)
+        for own in sources.values():
+            for name in SUMMED:
+                setattr(total, name, getattr(total, name) + getattr(own, name))
+            for reason, count in own.dropped.items():
+                total.dropped[reason] = total.dropped.get(reason, 0) + count
+            for note, count in own.notes.items():
+                total.note(note, count)
+        return total
 
     def note(self, note: str, count: int) -> None:
         self.notes[note] = self.notes.get(note, 0) + count

@@ -8,17 +8,20 @@ and a prompt has those of the text that it begins.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 from trl.data_utils import common_prefix_length
+
+Item = TypeVar("Item")
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # After a newline that follows no other space, before a letter, a digit or a sign other than a
@@ -40,6 +43,29 @@ ALTERNATIVES = {
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
     r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
 }  # fmt: skip
+TOGETHER_CHARACTERS = 2**22  # of texts that are held in memory with their tokens
+
+
+def sized_parts(
+    items: Iterable[Item], size: Callable[[Item], int], most: float = math.inf
+) -> Iterator[list[Item]]:
+    """Yield parts of the items, small enough for one to be held in memory with its tokens.
+
+    Args:
+        items: rows or conversations.
+        size: returns the characters of an item.
+        most: items of a part.
+    """
+    part: list[Item] = []
+    characters = 0
+    for item in items:
+        part.append(item)
+        characters += size(item)
+        if len(part) >= most or characters >= TOGETHER_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def encode_texts(

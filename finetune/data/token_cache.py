@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.config.inputs import DataSource
 from finetune.config.schema import DataConfig
 from finetune.data.arrow_cache import ArrowCache, Batches
+from finetune.data.text_sections import sized_parts
 from finetune.data.token_rows import BATCH_ROWS, IGNORED, Example, Integers
 from finetune.files import digest
 from finetune.home import cache_dir
@@ -35,8 +36,7 @@ TABLES = 2  # raised when the tables' columns, or what rows they have, change
 VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
 # Settings that choose among rows, and leave each row as it is.
 CHOOSING = {"path", "mix", "revision", "num_examples", "validation_fraction", "validation_path"}
-TOGETHER = 1024  # rows that are tokenised together, or fewer of so many characters:
-TOGETHER_CHARACTERS = 2**22  # a part is held in memory with its tokens
+TOGETHER = 1024  # rows that are tokenised together, or fewer long ones
 FEW = 0.5  # a smaller share of the usable rows is tokenised without the others
 
 CHECKED = pyarrow.schema(
@@ -246,7 +246,7 @@ class TokenSource:
         checks.write()
 
     def _token_batches(self, rows: Iterable[tuple[int, Any]]) -> Batches:
-        for part in _sized_parts(rows):
+        for part in sized_parts(rows, lambda row: _size(row[1]), TOGETHER):
             yield _as_batch(self._encoded(part))
 
     def _encoded(self, rows: Sequence[tuple[int, Any]]) -> list[tuple[int, RowTokens]]:
@@ -291,20 +291,6 @@ def _as_batch(rows: Sequence[tuple[int, RowTokens]]) -> pyarrow.RecordBatch:
 
 def _joined(lists: Sequence[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.fromiter(chain.from_iterable(lists), np.int32, count=sum(map(len, lists)))
-
-
-def _sized_parts(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Yield parts of the rows, of so many rows or characters that one is held with its tokens."""
-    part: list[tuple[int, Any]] = []
-    size = 0
-    for row in rows:
-        part.append(row)
-        size += _size(row[1])
-        if len(part) == TOGETHER or size >= TOGETHER_CHARACTERS:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _without_collection(batches: Batches) -> Batches:

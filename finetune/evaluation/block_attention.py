@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.evaluation.prefix_tree import Tree, build_blocks
 from finetune.models.adapters import base_of
+from finetune.models.attention import attention_replaced, refuse_arguments
 
 BLOCK_TOKENS = {"cpu": 64, "cuda": 512}  # smaller ones waste less, larger ones launch less
 NAME = "finetune_blocks"
@@ -35,14 +35,10 @@ class BlockAttention:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the model's attention while the context lasts."""
-        before = self._base.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
-        self._base.set_attn_implementation(NAME)
         try:
-            yield
+            with attention_replaced(self._base, NAME, self._attend):
+                yield
         finally:
-            self._base.set_attn_implementation(before)
-            del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
             self._blocks = []
 
     def lay_out(self, tree: Tree) -> None:
@@ -69,9 +65,7 @@ class BlockAttention:
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend [1, head, token, feature] block by block; return [1, token, head, feature]."""
-        unknown = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
-        if unknown:
-            raise ValueError(f"its attention uses {unknown[0]}")
+        refuse_arguments(more, ("s_aux", "position_bias"))
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

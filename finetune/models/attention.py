@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models.adapters import base_of
 from finetune.models.kernels import FLASH, FLASH_DTYPES
+
+Attend = Callable[..., tuple[torch.Tensor, None]]  # as transformers calls it
 
 ATTENTIONS = ("sdpa", "eager", *FLASH)  # that can be replaced during a forward pass
 
@@ -59,6 +63,26 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int) -> str | Non
     if attention in ATTENTIONS:
         return None
     return f"model.attn_implementation is {attention}, which cannot be replaced"
+
+
+@contextmanager
+def attention_replaced(base: PreTrainedModel, name: str, attend: Attend) -> Iterator[None]:
+    """Let a model attend by a function, registered with transformers under a name meanwhile."""
+    before = base.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    base.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS[name]  # it would keep the base in memory
+
+
+def refuse_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError where a model's attention uses an argument that a replacement has not."""
+    for name in names:
+        if arguments.get(name) is not None:
+            raise ValueError(f"its attention uses {name}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from filelock import Timeout
 
+from finetune.tracking.claims import Claim
 from finetune.tracking.events import EventLog, State
 from finetune.tracking.run_folder import RunFolder, Status
 
@@ -21,10 +22,8 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
         return
     try:
         with run.claimed(wait=False) as claim:
-            run.write_status(replace(status, state="interrupted", reason=reason, ended=time.time()))
-            events = EventLog(run.events, claim)
-            events.status("interrupted", reason)
-            events.close()
+            ended = replace(status, state="interrupted", reason=reason, ended=time.time())
+            _write_end(run, ended, claim)
     except Timeout:  # another process works on it
         return
     except OSError as error:
@@ -45,10 +44,15 @@ def write_failure(run: RunFolder, reason: str, before: Status | None) -> State:
             if now is not None and now.state != "running" and now != before:
                 return now.state
             started = now.started if now is not None and now.state == "running" else None
-            run.write_status(Status("failed", reason, started, time.time(), run.last_lines()))
-            events = EventLog(run.events, claim)
-            events.status("failed", reason)
-            events.close()
+            ended = Status("failed", reason, started, time.time(), run.last_lines())
+            _write_end(run, ended, claim)
     except OSError as error:  # such as a full disk; the other runs go on
         log.error("%s: its end cannot be recorded: %s", run.name, error)
     return "failed"
+
+
+def _write_end(run: RunFolder, ended: Status, claim: Claim) -> None:
+    run.write_status(ended)
+    events = EventLog(run.events, claim)
+    events.status(ended.state, ended.reason)
+    events.close()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -343,8 +343,7 @@ class RunFolder:
         """Remove files that were set aside, and not written again, from the record."""
         run_files.forget_missing(self.path)
 
-    @contextmanager
-    def claimed(self, *, wait: bool = True) -> Iterator[Claim]:
+    def claimed(self, *, wait: bool = True) -> AbstractContextManager[Claim]:
         """Claim this run, after waiting for another process that holds it.
 
         Raises:
@@ -355,5 +354,4 @@ class RunFolder:
             holder = Watch(self.claim).holder() or "another process"
             log.info("%s: %s is running it; waiting for its end", self.name, holder)
 
-        with claimed(self.claim, wait=wait, waiting=log_wait) as claim:
-            yield claim
+        return claimed(self.claim, wait=wait, waiting=log_wait)

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models.adapters import base_of
-from finetune.models.attention import find_obstacle
+from finetune.models.attention import attention_replaced, find_obstacle, refuse_arguments
 from finetune.models.compatibility import attend_by_varlen
 from finetune.models.kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
 
@@ -44,18 +43,14 @@ class SequenceAttention:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the model's attention while the context lasts."""
-        before = self._base.config._attn_implementation
-        if before in FLASH:  # transformers finds the sequences by their positions
-            yield
+        if self._base.config._attn_implementation in FLASH:
+            yield  # transformers finds the sequences by their positions
             return
-        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
-        self._base.set_attn_implementation(NAME)
         try:
-            yield
+            with attention_replaced(self._base, NAME, self._attend):
+                yield
         finally:
             torch.use_deterministic_algorithms(False)  # where a backward pass broke off
-            self._base.set_attn_implementation(before)
-            del ALL_ATTENTION_FUNCTIONS[NAME]  # it would keep the base in memory
 
     def lay_out(self, bounds: Sequence[int]) -> None:
         """Set the sequences of the next batch by their cumulative lengths, from 0 on."""
@@ -80,9 +75,7 @@ class SequenceAttention:
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend [1, head, token, feature] in each sequence; return [1, token, head, feature]."""
-        unknown = [n for n in ("s_aux", "position_bias", "softcap") if more.get(n) is not None]
-        if unknown:
-            raise ValueError(f"its attention uses {unknown[0]}")
+        refuse_arguments(more, ("s_aux", "position_bias", "softcap"))
         attend = partial(self._each, scaling=scaling, dropout=dropout)
         if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
             attend = partial(self._at_once, scaling=scaling)
