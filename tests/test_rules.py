@@ -15,7 +15,13 @@ from omegaconf.errors import ValidationError
 from finetune import chat
 from finetune.config import rules
 from finetune.config.overrides import find_override_problems
-from finetune.config.rules import LARGEST_INT, LARGEST_SEED, MOST_ADAPTERS, find_problems
+from finetune.config.rules import (
+    LARGEST_INT,
+    LARGEST_SEED,
+    MOST_ADAPTERS,
+    MOST_WORKERS,
+    find_problems,
+)
 from finetune.config.schema import (
     AUTO_FORMAT,
     Config,
@@ -107,6 +113,8 @@ def test_the_largest_number_is_within_the_range(key: str) -> None:
     largest = LARGEST_SEED if key in SEEDS else LARGEST_INT
     if key == "sweep.max_concurrent_adapters":  # each number is tried against the memory
         largest = MOST_ADAPTERS
+    if key.startswith("workers."):
+        largest = MOST_WORKERS
     assert problems_with(key, largest) == []
     assert problems_with(key, largest + 1)
 

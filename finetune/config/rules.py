@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from finetune.config.durations import LONGEST, read_duration
 from finetune.config.methods import INITIALISATIONS, METHODS, Method
 from finetune.config.schema import (
     ALL_LINEAR,
@@ -21,6 +22,7 @@ from finetune.config.schema import (
     SweepConfig,
     TrackingConfig,
     TrainingConfig,
+    WorkersConfig,
 )
 from finetune.config.store_address import has_secret
 from finetune.problems import nearest
@@ -38,12 +40,13 @@ SCHEDULERS = (
 )  # fmt: skip
 TEMPLATES = ("alpaca", "chat", "text")
 LONG_TEXT = ("split", "cut")
+LAUNCHES = ("local", "slurm", "ray")
+MOST_WORKERS = 1024
 LARGEST_INT = 2**31 - 1  # of the 32-bit integers in libraries and file formats
 LARGEST_SEED = 2**32 - 1  # numpy's; transformers seeds it beside torch and Python
 LARGEST_FLOAT = 3.4e38  # that fp32 holds
 MOST_EPOCHS = 1_000_000
 MOST_ADAPTERS = 1024  # trained together; far more than is faster
-LONGEST_TIMEOUT = 2_000_000  # seconds; a pipe is waited for in milliseconds of 31 bits
 
 
 def find_problems(config: Config) -> list[str]:
@@ -61,6 +64,7 @@ def find_problems(config: Config) -> list[str]:
         *_evaluation_problems(config.evaluation),
         *_sweep_problems(config.sweep),
         *_tracking_problems(config.tracking),
+        *_workers_problems(config),
     ]
 
 
@@ -213,7 +217,7 @@ def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:
     most = MOST_ADAPTERS
     yield from _from_to("sweep.max_concurrent_adapters", sweep.max_concurrent_adapters, 1, most)
     if sweep.job_timeout is not None:
-        yield from _above_0("sweep.job_timeout", sweep.job_timeout, LONGEST_TIMEOUT)
+        yield from _above_0("sweep.job_timeout", sweep.job_timeout, LONGEST)
 
 
 def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
@@ -227,6 +231,40 @@ def _tracking_problems(tracking: TrackingConfig) -> Iterator[str]:
     for key in ("uri", "experiment"):
         if getattr(tracking, key) is not None and not getattr(tracking, key).strip():
             yield f"tracking.{key} is empty; leave it out, or set tracking.{key}=null"
+
+
+def _workers_problems(config: Config) -> Iterator[str]:
+    workers = config.workers
+    yield from _one_of("workers.launch", workers.launch, LAUNCHES)
+    for name in ("num", "threads", "gpus_per_worker"):
+        yield from _from_to(f"workers.{name}", getattr(workers, name), 1, MOST_WORKERS)
+    if workers.stop_after is not None and read_duration(workers.stop_after) is None:
+        yield (
+            f"workers.stop_after is {workers.stop_after!r}; it is a time above 0, such as 90m, 3h "
+            "or 2:30:00"
+        )
+    if workers.join and workers.launch != "local":
+        yield (
+            f"workers.join is true, but workers.launch is {workers.launch}; a command that joins a "
+            "sweep starts its workers on its own machine: set workers=local"
+        )
+    yield from _unused_by_launch(workers)
+
+
+def _unused_by_launch(workers: WorkersConfig) -> Iterator[str]:
+    """Yield the settings that this way to start workers does not have."""
+    if workers.launch not in LAUNCHES:
+        return
+    for launch, names in {
+        "slurm": ("partition", "account", "time", "gres", "extra"),
+        "ray": ("address",),
+    }.items():
+        for name in names:
+            if getattr(workers, name) and workers.launch != launch:
+                yield (
+                    f"workers.{name} has no effect with workers.launch={workers.launch}; leave it "
+                    f"out, or set workers={launch}"
+                )
 
 
 def _at_least(key: str, value: int | None, lowest: int) -> Iterator[str]:

@@ -280,6 +280,25 @@ class SweepConfig:
 
 
 @dataclass
+class WorkersConfig:
+    """The processes that run a sweep, each on its own GPUs; no setting here changes a result."""
+
+    launch: str = "local"  # local (processes here), slurm (an array of jobs), ray (tasks)
+    num: int | None = None  # null: one a visible GPU, one on a CPU; slurm: one a run, at most 8
+    threads: int | None = None  # CPU threads of each; null: its share of the cores
+    gpus_per_worker: int = 1  # above 1 a run is trained by that many processes (DDP)
+    stop_after: str | None = None  # time until checkpoints are written and the command ends with
+    # exit code 75, such as 90m or 3h; null: no limit
+    join: bool = False  # take runs of this command's sweep that runs elsewhere
+    partition: str | None = None  # of Slurm; null: the cluster's default
+    account: str | None = None  # of Slurm; null: the user's default
+    time: str | None = None  # wall clock of a Slurm job, such as 4:00:00; it is requeued after it
+    gres: str | None = None  # of Slurm; null: gpu:N by gpus_per_worker, none on a CPU
+    extra: list[str] = field(default_factory=list)  # more options of sbatch: [--mem=32G]
+    address: str | None = None  # of a Ray cluster; null: RAY_ADDRESS, else a new one here
+
+
+@dataclass
 class Config:
     """Everything that can be set."""
 
@@ -292,6 +311,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={CONDUCT: True})
     sweep: SweepConfig = field(default_factory=SweepConfig, metadata={CONDUCT: True})
+    workers: WorkersConfig = field(default_factory=WorkersConfig, metadata={CONDUCT: True})
     output_dir: str = setting("outputs", CONDUCT)  # one folder a run
     report_dir: str = setting("multirun_reports", CONDUCT)  # one folder a sweep
 

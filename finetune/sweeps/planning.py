@@ -140,11 +140,11 @@ def _shown(typed: str, composed: DictConfig, key: str) -> str:
 def sweep_name(jobs: Sequence[Job], arguments: Sequence[str]) -> str:
     """Name a sweep by model, data and a digest of its overrides: the same command continues it.
 
-    Overrides of tracking, sweep and Hydra are left out of the digest.
+    Overrides of tracking, sweep, workers and Hydra are left out of the digest.
     """
     if jobs[0].config.sweep.name:
         return distinct_slug(jobs[0].config.sweep.name)
-    neutral = ("tracking", "sweep.", "hydra")
+    neutral = ("tracking", "sweep.", "workers", "hydra")
     named = sorted(a for a in arguments if not a.lstrip("+").startswith(neutral))
     return f"{slug(_subject(jobs))[:71].rstrip('-.')}-{digest(named)[:8]}"
 
