@@ -5,12 +5,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -46,16 +43,10 @@ class FinetuneSweeper(Sweeper):
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
         from finetune.sweeps.grid import build_jobs
-        from finetune.sweeps.run_sweep import run_alone, run_sweep
+        from finetune.sweeps.run_sweep import run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
         jobs, arguments = build_jobs(loader, self.config, arguments)
-        launch = None
-        if self.config.hydra.launcher._target_ != BasicLauncherConf._target_:
-            launcher = Plugins.instance().instantiate_launcher(
-                hydra_context=self.hydra_context, task_function=run_alone, config=self.config
-            )
-            launch = partial(launcher.launch, initial_job_idx=0)
-        raise SystemExit(run_sweep(jobs, arguments, launch))
+        raise SystemExit(run_sweep(jobs, arguments))

@@ -132,7 +132,7 @@ def test_settings_are_composed_and_checked(tmp_path: Path) -> None:
         (["--multirun"], "--multirun is a flag of the command; leave it out"),
         ([["lora.r=2"]], "is no override; give each as text, 'KEY=VALUE'"),
         (["lora.r=2", "lora.r=4"], "lora.r is set more than once"),
-        (["hydra/launcher=joblib"], "hydra/launcher=joblib is for the command"),
+        (["hydra/launcher=joblib"], "hydra/launcher=joblib: Hydra's launchers are not used"),
         (["lora"], "lora"),
         (["model=nope"], "model=nope: there is no such option"),
         (["lora.r=${oc.env:FINETUNE_NOT_SET}"], "FINETUNE_NOT_SET"),
@@ -189,7 +189,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Grid:
 
     seen: list[Grid] = []
 
-    def run_sweep(jobs: Any, arguments: Any, launch: object = None) -> int:
+    def run_sweep(jobs: Any, arguments: Any) -> int:
         seen.append(Grid(list(jobs), list(arguments), planning.sweep_name(jobs, arguments)))
         return 0
 

@@ -19,11 +19,6 @@ register()
         "hydra.mode=MULTIRUN",
         "hydra.verbose=true",
         "hydra.verbose=[finetune,hydra]",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-        "+hydra.launcher.ray.init.object_store_memory=null",
-        "+hydra.launcher.additional_parameters={gres: 'gpu:1'}",
-        "hydra.launcher.setup=[module load cuda]",
         "hydra/job_logging=disabled",
         "hydra/sweeper=finetune",
         "+hydra.sweeper.params.lora.r='4,8'",
@@ -32,7 +27,7 @@ register()
     ],
 )
 def test_what_runs_no_code_may_be_typed(typed: str) -> None:
-    """Launchers with their parameters, where Hydra writes, what it prints, a grid."""
+    """Where Hydra writes, what it prints, a grid."""
     assert find_override_problems([typed], multirun=False) == []
 
 

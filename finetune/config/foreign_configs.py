@@ -23,6 +23,7 @@ from finetune.config.foreign_values import (
     is_option,
     shortened,
 )
+from finetune.config.hydra_launchers import find_launcher_problem
 from finetune.config.schema import conf_dir
 from finetune.config.yaml_files import find_text_fault
 from finetune.problems import nearest
@@ -192,6 +193,10 @@ def _problems_of_defaults(entries: Any) -> Iterator[str]:
 def _problems_of_default(key: str, options: Any) -> Iterator[str]:
     words, known = key.split(" "), groups()
     group = words[-1].removeprefix("/")
+    problem = find_launcher_problem(group, options)
+    if problem is not None:
+        yield f"defaults: {shortened(key)}: {shortened(options)}: {problem}"
+        return
     if set(words[:-1]) - {"optional", "override"} or group not in known:
         yield f"defaults: {shortened(key)} is not a group; {nearest(group, known)}"
         return
@@ -210,6 +215,8 @@ def _problems_of_hydra(node: Any, name: str) -> Iterator[str]:
             # A key with a dot in it only looks like the path of another.
             below = f"{name}.{key}" if isinstance(key, str) and "." not in key else f"{name}[{key}]"
             yield from _problems_of_hydra(value, below)
+    elif (problem := find_launcher_problem(name, node)) is not None:
+        yield f"{shortened(name)}: {problem}"
     elif name == GRID:
         yield f"{GRID} is {shortened(node)}; it takes a mapping of settings to values: lora.r: 4,8"
     else:

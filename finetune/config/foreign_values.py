@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import (
 )
 
 from finetune.config.grammar import parse, quote_nested
+from finetune.config.hydra_launchers import find_launcher_problem
 from finetune.config.schema import Config, conf_dir
 from finetune.problems import nearest
 
@@ -97,6 +98,10 @@ def find_grid_problems(key: Any, values: Any) -> Iterator[str]:
     if isinstance(values, Mapping):  # nests what a dotted key says in one line
         for below, value in values.items():
             yield from find_grid_problems(f"{key}.{below}", value)
+        return
+    problem = find_launcher_problem(str(key), values)
+    if problem is not None:
+        yield f"{shortened(key)}: {problem}"
         return
     named = GRID_KEY.fullmatch(str(key))
     if named is None:

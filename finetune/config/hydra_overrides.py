@@ -7,14 +7,13 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString
 
 from finetune.config.foreign_values import find_grid_problems, is_option
 from finetune.config.grammar import find_override
+from finetune.config.hydra_launchers import find_launcher_problem
 
-# A launcher's own files go into the sweep's folder.
 KEYS = (
     "hydra.mode", "hydra.verbose", "hydra.searchpath", "hydra.sweep.dir", "hydra.sweep.subdir",
     "hydra.job.name",
@@ -27,16 +26,14 @@ FOLDERS = {
 }
 LOGGING = ("default", "disabled", "none", "stdout")  # what Hydra brings along
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "hydra/launcher": ("basic", "joblib", "ray", "submitit_local", "submitit_slurm"),
     "hydra/sweeper": ("finetune",),
     "hydra/job_logging": LOGGING,
     "hydra/hydra_logging": LOGGING,
 }
-LAUNCHER = "hydra.launcher."  # its parameters
 GRID = "hydra.sweeper.params"
 MODES = ("RUN", "MULTIRUN")
 SEARCHPATH = "hydra.searchpath"
-KNOWN = f"{', '.join([*KEYS, *GROUPS])}, {LAUNCHER}PARAMETER and {GRID}"
+KNOWN = f"{', '.join([*KEYS, *GROUPS])} and {GRID}"
 
 
 def is_hydra(override: Override) -> bool:
@@ -53,15 +50,14 @@ def find_hydra_problems(override: Override) -> Iterator[str]:
         return
     elif override.is_delete():
         yield f"{typed}: deletes a part of Hydra's config; leave it out"
+    elif (problem := find_launcher_problem(key, override._value)) is not None:
+        yield f"{typed}: {problem}"
     elif key in GROUPS:
         yield from _problems_of_group(override)
     elif key == SEARCHPATH:
         yield from _problems_of_searchpath(override)
     elif key == GRID or key.startswith(f"{GRID}."):
         yield from _problems_of_grid(override)
-    elif key.startswith(LAUNCHER):
-        if any(name.startswith("_") for name in _names(key, override._value)):
-            yield f"{typed}: names code to run; a launcher's parameters do not start with _"
     elif key in FOLDERS:
         yield f"{typed}: a run's folder is named by its identity; {FOLDERS[key]}"
     elif key not in KEYS:
@@ -91,17 +87,6 @@ def _problems_of_grid(override: Override) -> Iterator[str]:
     for key, values in lines.items():
         plain = values.text if isinstance(values, QuotedString) else values
         yield from (f"{GRID}: {problem}" for problem in find_grid_problems(key, plain))
-
-
-def _names(key: str, value: Any) -> Iterator[str]:
-    """Yield every part of a key and every key inside its value."""
-    yield from key.split(".")
-    if isinstance(value, Mapping):
-        for below, item in value.items():
-            yield from _names(str(below), item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _names("", item)
 
 
 def _problems_of_searchpath(override: Override) -> Iterator[str]:

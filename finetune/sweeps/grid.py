@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -34,6 +33,7 @@ from finetune.config.composition import (
     find_grid_problems,
 )
 from finetune.config.grammar import rewrite, without_null
+from finetune.config.hydra_launchers import find_composed_problem
 from finetune.config.overrides import find_override_problems, with_grid
 from finetune.config.resolvers import OPERATORS, resolvers_put_back
 from finetune.config.schema import conf_dir, register
@@ -69,7 +69,13 @@ def build_jobs(
 
     Returns:
         The jobs, and the overrides, those of a grid in a config file included.
+
+    Raises:
+        Refused: an installed package's config chooses one of Hydra's launchers.
     """
+    problem = find_composed_problem(config.hydra)
+    if problem is not None:
+        raise Refused([problem])
     params: Any = OmegaConf.to_container(config.hydra.sweeper.params, resolve=False)
     arguments = with_grid(params, arguments, config_dir_of(config.hydra))
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
@@ -157,9 +163,6 @@ def _compose(arguments: list[str], config_dir: str | None, *, is_sweep: bool) ->
     Hydra("finetune", loader)  # its resolvers
     mode = RunMode.MULTIRUN if is_sweep else RunMode.RUN
     config = loader.load_configuration("config", arguments, run_mode=mode)
-    if config.hydra.launcher._target_ != BasicLauncherConf._target_:
-        choice = config.hydra.runtime.choices["hydra/launcher"]
-        raise Refused([f"hydra/launcher={choice} is for the command; leave it out"])
     if is_sweep:
         typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         jobs, arguments = build_jobs(loader, config, typed)

@@ -22,13 +22,8 @@ ASKED = {
 }
 
 
-def find_problems(config: Config, *, has_launcher: bool = False) -> list[str]:
-    """Return why a job cannot run under this launcher, with the remedy.
-
-    Args:
-        config: of any job of the sweep.
-        has_launcher: whether `hydra/launcher` is set to run the jobs.
-    """
+def find_problems(config: Config) -> list[str]:
+    """Return why a job cannot run under this launcher, with the remedy."""
     problems = [
         f"the launcher sets {name}={value}, which is not supported; {remedy}"
         for name, (nothing, remedy) in ASKED.items()
@@ -41,8 +36,6 @@ def find_problems(config: Config, *, has_launcher: bool = False) -> list[str]:
             f"sweep.job_timeout is {config.sweep.job_timeout}, but a run of several processes "
             "cannot be stopped by a timeout; leave it unset under a launcher"
         )
-    if distributed.is_launched() and has_launcher:
-        problems.append("hydra/launcher cannot be used under accelerate or torchrun; remove it")
     return problems
 
 

@@ -7,10 +7,9 @@ new one continues with the remaining jobs.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,30 +17,25 @@ from pathlib import Path
 from statistics import fmean
 
 from filelock import Timeout
-from omegaconf import DictConfig
 
 from finetune import distributed, signals
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
-from finetune.logs import quieten_libraries
-from finetune.models import devices
 from finetune.pipeline.jobs import Job
-from finetune.problems import Refused, first_line
+from finetune.problems import Refused
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results, write_csv
 from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import print_table
 from finetune.reporting.verdict import verdict
-from finetune.streams import keep_streams
 from finetune.sweeps import launchers
 from finetune.sweeps.live import is_watched, live_table
 from finetune.sweeps.lost_runs import write_cut_off, write_failure
 from finetune.sweeps.planning import (
     Point,
     Sweep,
-    build_job,
     plan_sweep,
     render_groups,
     render_plan,
@@ -55,8 +49,6 @@ from finetune.tracking.store_check import store_checked
 from finetune.tracking.tracker import Tracker, build_tracker
 
 log = logging.getLogger("finetune")
-
-Launch = Callable[[Sequence[Sequence[str]]], object]  # another launcher, of jobs' overrides
 
 INTERRUPT_SECONDS = 120.0  # for a worker to end its step and write a checkpoint
 
@@ -73,40 +65,37 @@ class Ending:
     stopped: KeyboardInterrupt | None = None  # the request that stopped it
 
 
-def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], launch: Launch | None = None) -> int:
+def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
     """Run every job, print plan and results, and return the exit code.
 
     Args:
         jobs: the points of the grid, at least one.
         arguments: the overrides as typed, which name the sweep.
-        launch: another launcher, which runs jobs by their overrides; None: our worker.
 
     Raises:
         Refused: something in the grid cannot run; nothing was started.
     """
     with build_worker(is_quiet=is_watched()) as worker:
         name = sweep_name(jobs, arguments)
-        sweep = check_sweep(jobs, name, worker, has_launcher=launch is not None)
+        sweep = check_sweep(jobs, name, worker)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan(sweep))
             for line in render_groups(sweep):
                 print(for_terminal(line))
         if sweep.config.sweep.dry_run:
             return 0
-        ending = conduct(sweep, arguments, worker, launch)
+        ending = conduct(sweep, arguments, worker)
         _print_ending(sweep.config, ending)
         return ending.exit_code
 
 
-def check_sweep(
-    jobs: Sequence[Job], name: str, worker: AnyWorker, *, has_launcher: bool = False
-) -> Sweep:
+def check_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
     """Check and plan the grid.
 
     Raises:
         Refused: something in the grid cannot run.
     """
-    found = [p for j in jobs for p in launchers.find_problems(j.config, has_launcher=has_launcher)]
+    found = [p for j in jobs for p in launchers.find_problems(j.config)]
     found += _folder_problems(jobs[0].config)
     if (problem := find_cache_problem()) is not None:  # planning itself needs it
         raise Refused([*found, problem])
@@ -119,9 +108,7 @@ def check_sweep(
     return sweep
 
 
-def conduct(
-    sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None = None
-) -> Ending:
+def conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Ending:
     """Run the planned jobs, and report; at a request to stop checkpoints are written.
 
     Raises:
@@ -129,12 +116,10 @@ def conduct(
         KeyboardInterrupt: a second request to stop.
     """
     with _claimed_folder(sweep.folder):
-        return _conduct(sweep, arguments, worker, launch)
+        return _conduct(sweep, arguments, worker)
 
 
-def _conduct(
-    sweep: Sweep, arguments: Sequence[str], worker: AnyWorker, launch: Launch | None
-) -> Ending:
+def _conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Ending:
     """Run the planned jobs, write the results after each, and report."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     tracker = _begin(sweep, arguments)
@@ -145,9 +130,6 @@ def _conduct(
     with ThreadPoolExecutor(max_workers=1) as reporter:
         try:
             with live_table([(str(point), point.run) for point in sweep.points]):
-                if launch is not None:
-                    worker.stop()  # frees its memory for the launched jobs
-                    sweep = replace(sweep, points=_launch_elsewhere(sweep.points, tracker, launch))
                 for state in _run_all(sweep, tracker, worker):
                     states.append(state)
                     report.cancel()  # one that has not begun; the next has more
@@ -236,38 +218,6 @@ def _follow(tracker: Tracker, run: RunFolder) -> None:
         log.error("%s: mlflow.json of its sweep cannot be written: %s", run.name, error)
 
 
-def _launch_elsewhere(points: Sequence[Point], tracker: Tracker, launch: Launch) -> list[Point]:
-    """Let another launcher run the jobs; return the points with their final states."""
-    waiting = [point for point in points if point.is_waiting]
-    before = [point.run.status() for point in waiting]
-    for point in waiting:
-        _follow(tracker, point.run)
-    lost = "the launcher ended without running it"
-    try:
-        launch([point.job.overrides for point in waiting])
-    except Exception as error:  # whatever a launcher may raise
-        lost = f"the launcher failed: {type(error).__name__}: {first_line(error)}"
-        log.error(lost)
-    states: dict[Path, State] = {}
-    for point, old in zip(waiting, before, strict=True):
-        status = point.run.status()
-        if status is None or status == old or status.state == "running":
-            states[point.run.path] = write_failure(point.run, lost, old)
-        else:
-            states[point.run.path] = status.state
-    return [replace(point, left=states.get(point.run.path, point.left)) for point in points]
-
-
-def run_alone(composed: DictConfig) -> State:
-    """Run one job in a process of another launcher."""
-    os.environ.update(devices.see_one_gpu(os.environ))
-    from finetune.pipeline import run_jobs
-
-    keep_streams()
-    quieten_libraries()
-    return run_jobs.run([build_job(composed, swept=[])])[0]
-
-
 def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
     """Estimate the remaining time from the runs so far."""
     if not took:
@@ -353,8 +303,6 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
     )
     results, is_written = _write_report(sweep)
     code = int(failed or not is_written)
-    if interrupted:  # without a stop of the sweep: a scheduler stopped its launched jobs
-        code = signals.STOPPED_BY_MACHINE
     command = tracker.open_command if sweep.config.tracking.enabled else ""
     return Ending(results, is_written, unsent, command, code)
 
