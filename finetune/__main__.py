@@ -30,8 +30,8 @@ def main() -> None:
     """Run `finetune` or `python -m finetune`; under a launcher the other ranks follow rank 0.
 
     Exit codes: 0 all runs finished, 1 a run failed or diverged or the results could not be
-    written, 2 refused before the start, 75 stopped by SIGTERM or SIGHUP (the same command
-    resumes), 130 interrupted by a person (Ctrl-C).
+    written, 2 refused before the start, 75 stopped by the machine (SIGTERM, SIGUSR1, SIGUSR2,
+    workers.stop_after; the same command resumes), 130 interrupted by a person (Ctrl-C).
     """
     keep_streams()
     complete_environment()
@@ -43,7 +43,8 @@ def main() -> None:
         from finetune.sweeps.worker import follow
 
         distributed.exit_now(follow())
-    with signals.stops_raised(), distributed.leading():
+    # A closed terminal (SIGHUP) stops nothing; a launcher sends it to ranks that it will kill.
+    with signals.stops_raised(at_hangup=distributed.is_launched()), distributed.leading():
         try:
             command()
         except KeyboardInterrupt:

@@ -1,7 +1,8 @@
-"""Stop signals (SIGINT, SIGTERM, SIGHUP): the sender, repeated signals, and the exit code.
+"""Stop signals (SIGINT, SIGTERM, SIGUSR1, SIGUSR2): the sender, repeats, and the exit code.
 
-Ctrl-C comes from a person. SIGTERM and SIGHUP come from the machine (a scheduler, a container, a
-closed terminal): the same command is to be run again.
+Ctrl-C comes from a person. The others come from the machine (a scheduler, a container, its wall
+clock), as does the end of `workers.stop_after`: the same command is to be run again. SIGHUP goes
+on: a closed terminal ends no sweep, but torchrun sends SIGHUP to ranks that it is about to kill.
 """
 
 from __future__ import annotations
@@ -14,45 +15,63 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+)  # fmt: skip
 STOPPED_BY_PERSON, STOPPED_BY_MACHINE = 130, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h
 # A scheduler that signals the process group as well as its leader (timeout, torchrun) sends twice.
 REPEAT_SECONDS = 0.3
 
 
 class Stopped(KeyboardInterrupt):
-    """A request to stop; its text names the sender, and is the run's recorded reason."""
+    """A request to stop by a signal; its text names the sender, and is the run's recorded reason.
+
+    It can be pickled, so that one process can pass it on to another.
+    """
 
     def __init__(self, number: int) -> None:
-        name = signal.Signals(number).name
-        by_person = number == signal.SIGINT
-        super().__init__("interrupted by the user" if by_person else f"stopped by {name}")
+        super().__init__(int(number))
         self.number = int(number)
+        by_person = number == signal.SIGINT
         self.exit_code = STOPPED_BY_PERSON if by_person else STOPPED_BY_MACHINE
+
+    def __str__(self) -> str:
+        if self.number == signal.SIGINT:
+            return "interrupted by the user"
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The end of the time that the command may take (`workers.stop_after`)."""
+
+    exit_code = STOPPED_BY_MACHINE
+
+    def __init__(self, stop_after: str) -> None:
+        super().__init__(stop_after)
+
+    def __str__(self) -> str:
+        return f"stopped after workers.stop_after={self.args[0]}"
 
 
 class StopHandler:
-    """Raise `Stopped` at a stop signal, unless it repeats the request before it.
+    """Raise a request to stop at a signal, unless it repeats the request before it.
 
     Args:
-        translate: maps a received signal to the one to act on, or to None to ignore it.
+        translate: maps a received signal to the request to raise, or to None to ignore it.
     """
 
-    def __init__(self, translate: Callable[[int], int | None] = lambda number: number) -> None:
-        self.first: Stopped | None = None
+    def __init__(self, translate: Callable[[int], KeyboardInterrupt | None] = Stopped) -> None:
+        self.first: KeyboardInterrupt | None = None
         self._translate = translate
         self._last = 0.0
 
     def __call__(self, number: int, frame: object) -> None:
-        asked, before = self._translate(number), self._last
-        if asked is None:
+        stop, before = self._translate(number), self._last
+        if stop is None:
             return
         self._last = time.monotonic()
-        # A terminal that closes sends SIGHUP from the kernel and from the shell.
-        is_repeated = asked == signal.SIGHUP or self._last - before < REPEAT_SECONDS
-        if self.first is not None and is_repeated:
+        if self.first is not None and self._last - before < REPEAT_SECONDS:
             return
-        stop = Stopped(asked)
         self.first = self.first or stop
         raise stop
 
@@ -88,9 +107,14 @@ class StopSignals:
 
 
 @contextmanager
-def stops_raised() -> Iterator[None]:
-    """Raise `Stopped` at every stop signal; one that is ignored (nohup) stays ignored."""
-    with _handled_by(StopHandler()):
+def stops_raised(*, at_hangup: bool = False) -> Iterator[None]:
+    """Raise `Stopped` at every stop signal; one that is ignored (nohup) stays ignored.
+
+    Args:
+        at_hangup: whether SIGHUP stops too. Otherwise it is ignored, here and in the processes
+            that are started meanwhile.
+    """
+    with _handled_by(StopHandler(), at_hangup=at_hangup):
         yield
 
 
@@ -110,7 +134,7 @@ def end_stopped(stop: KeyboardInterrupt) -> int:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    return stop.exit_code if isinstance(stop, Stopped) else STOPPED_BY_PERSON
+    return stop.exit_code if isinstance(stop, Stopped | OutOfTime) else STOPPED_BY_PERSON
 
 
 def describe(stop: KeyboardInterrupt) -> str:
@@ -133,7 +157,9 @@ def held_back() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled_by(
+    handler: Callable[[int, FrameType | None], None], *, at_hangup: bool = True
+) -> Iterator[None]:
     """Handle the stop signals that this process does not ignore."""
     if threading.current_thread() is not threading.main_thread():
         yield  # where no handler can be set
@@ -141,7 +167,8 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     taken = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]
     for number in taken:
-        signal.signal(number, handler)
+        is_stop = at_hangup or number != signal.SIGHUP
+        signal.signal(number, handler if is_stop else signal.SIG_IGN)
     try:
         yield
     finally:
@@ -149,7 +176,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
             signal.signal(number, before[number])
 
 
-def listen_to(translate: Callable[[int], int | None]) -> None:
+def listen_to(translate: Callable[[int], KeyboardInterrupt | None]) -> None:
     """Ignore stop signals but a SIGINT that `translate` maps to one: another process decides."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

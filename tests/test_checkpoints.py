@@ -178,7 +178,12 @@ def interrupted_at(folder: Path, step: int, number: int, *more: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 75),
+        (signal.SIGUSR1, 75),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, finetune: Command, number: int, code: int

@@ -16,7 +16,7 @@ import pytest
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.signals import Stopped, StopSignals
+from finetune.signals import OutOfTime, Stopped, StopSignals
 from finetune.sweeps.lost_runs import write_cut_off
 from finetune.sweeps.worker import Worker
 from finetune.tracking.events import read_events
@@ -26,7 +26,8 @@ from finetune.training.steps import Diverged
 ENDS = {
     signal.SIGINT: (130, "interrupted by the user"),
     signal.SIGTERM: (75, "stopped by SIGTERM"),
-    signal.SIGHUP: (75, "stopped by SIGHUP"),
+    signal.SIGUSR1: (75, "stopped by SIGUSR1"),
+    signal.SIGUSR2: (75, "stopped by SIGUSR2"),
 }
 
 
@@ -54,6 +55,42 @@ def test_a_stop_has_its_code_and_its_reason(number: signal.Signals) -> None:
     assert (signals.exit_code(stop.value), signals.describe(stop.value)) == (code, reason)
 
 
+def test_a_closed_terminal_stops_nothing() -> None:
+    """SIGHUP is ignored during a sweep, by the processes that it starts too, and not after it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with signals.stops_raised():
+        send(signal.SIGHUP)
+        with StopSignals().watched(), signals.held_back():
+            send(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # which a child inherits
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_launcher_stops_its_ranks_by_a_hangup() -> None:
+    """A torchrun sends SIGHUP on when its terminal is closed, and kills the ranks 30 s later."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with signals.stops_raised(at_hangup=True), pytest.raises(Stopped, match="stopped by SIGHUP"):
+        send(signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason", "code"),
+    [
+        *((Stopped(number), reason, code) for number, (code, reason) in ENDS.items()),
+        (OutOfTime("3h"), "stopped after workers.stop_after=3h", 75),
+        (KeyboardInterrupt(), "interrupted by the user", 130),
+    ],
+)
+def test_a_stop_can_be_passed_on(stop: KeyboardInterrupt, reason: str, code: int) -> None:
+    """Its reason and exit code are the same in the process that gets it by a pipe."""
+    received, sent = multiprocessing.Pipe(duplex=False)
+    sent.send(stop)
+    passed_on = received.recv()
+    assert type(passed_on) is type(stop)
+    assert (signals.describe(passed_on), signals.exit_code(passed_on)) == (reason, code)
+    assert getattr(passed_on, "number", None) == getattr(stop, "number", None)
+
+
 @pytest.mark.parametrize("number", ENDS)
 def test_what_is_ignored_stays_ignored(number: signal.Signals) -> None:
     """nohup, and a shell's background job."""
@@ -69,7 +106,7 @@ def test_what_is_ignored_stays_ignored(number: signal.Signals) -> None:
         (signal.SIGTERM, 0.0, False),  # to the process and to its group
         (signal.SIGTERM, 0.35, True),
         (signal.SIGINT, 0.35, True),
-        (signal.SIGHUP, 0.35, False),  # of a terminal, which sends it twice
+        (signal.SIGUSR1, 0.35, True),
     ],
 )
 @pytest.mark.parametrize("is_training", [False, True])
@@ -101,7 +138,7 @@ def test_a_worker_leaves_signals_to_the_sweep() -> None:
     signals.listen_to(lambda number: heard.recv() if heard.poll() else None)
     for number in signals.STOP_SIGNALS:
         send(number)
-    stops.send(signal.SIGTERM)
+    stops.send(Stopped(signal.SIGTERM))
     training = StopSignals()
     with training.watched():
         send(signal.SIGINT)  # a scheduler's, or the sweep's

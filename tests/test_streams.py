@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
@@ -18,6 +21,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from finetune.streams import LastingOutput, is_gone
+from tests.conftest import TINY, last_of_each
 
 COMMANDS = ("__main__", "chat", "export", "memory", "preview", "report", "rerun", "runs", "sync")
 Opened = tuple[int, Callable[[], None]]  # a descriptor to write to, and what takes its reader away
@@ -154,3 +158,46 @@ def test_a_list_of_runs_may_be_cut_short(tmp_path: Path) -> None:
         ["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Makes its input the controlling terminal of a session of its own, and runs a command there.
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shell", [(), ("bash", "-c", '"$@"; true', "bash")], ids=["", "of-a-shell"]
+)
+def test_a_sweep_goes_on_when_its_terminal_is_closed(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    """Its runs, table and report are finished, with exit code 0."""
+    master, terminal = pty.openpty()
+    sweep = (
+        sys.executable, "-m", "finetune", *last_of_each((*TINY, "data.num_examples=32")),
+        "evaluation=none", "training.epochs=6",
+        "lora.r=2,4", "optimizer.lr=1e-3", "--multirun",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, *shell, *sweep], cwd=tmp_path,
+        stdin=terminal, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    logs = tmp_path / "outputs"
+    while not any("train/loss" in log.read_text() for log in logs.glob("*/events.jsonl")):
+        assert process.poll() is None
+        os.read(master, 4096)  # a terminal that is full would halt it
+    os.close(master)
+    code = process.wait(timeout=120)
+    assert code == (-signal.SIGHUP if shell else 0)  # of the shell, or of the sweep
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("multirun_reports/*/report.html")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    states = [json.loads(path.read_text())["state"] for path in logs.glob("*/status.json")]
+    assert states == ["finished"] * 2

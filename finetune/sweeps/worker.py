@@ -84,7 +84,7 @@ class Worker:
         if self._process is None or self._pipe is None or self._stops is None:
             return True
         try:
-            self._stops.send(stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT)
+            self._stops.send(stop)
             os.kill(self._process.pid or 0, signal.SIGINT)
             if not self._answers_within(timeout_seconds):
                 return False
