@@ -201,6 +201,10 @@ def find_reason_to_type(name: str, value: Any) -> str | None:
         return "runs Python code that comes with a model"
     if name == "tracking.uri" and not (value is None or LOCAL_STORE.fullmatch(text)):
         return "sends runs and credentials to a server, or writes elsewhere"
+    if name == "workers.extra":
+        return "sets options of sbatch, which can run programs and write files"
+    if name == "workers.address" and value is not None:
+        return "runs the sweep on the machines of a Ray cluster"
     if name == "evaluation.tasks" and not TASK.fullmatch(text):
         return "is not the name of an lm-eval task, and a task file can run code"
     return _find_package_problem(text) if PATHS.fullmatch(name) else None
