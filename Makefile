@@ -10,7 +10,7 @@ MODELS ?= $(CASES)/data/models
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
-.PHONY: help install demo test test-slow test-gpu cases lint format ui clean
+.PHONY: help install demo test test-slow test-gpu test-cluster cases lint format ui clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-slow: $(INSTALLED)  ## the tests on the real model
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-cluster: $(INSTALLED)  ## the longer tests on a Slurm node that they start: as root, with apt
+	$(BIN)/python -m pytest -m cluster
 
 cases: $(INSTALLED)  ## run what once failed from the folder CASES: scripts, and data on the models in MODELS
 	$(BIN)/python -m tests.run_cases $(CASES) --models $(MODELS)

@@ -74,6 +74,7 @@ REMEDIES = {
     "option": "see workers.extra",
     "controller": "run the command where `sinfo` works",
     "configuration source": "run the command where `sinfo` works",
+    "configuration file": "run the command where `sinfo` works",
 }
 
 
