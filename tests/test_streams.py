@@ -195,9 +195,13 @@ def test_a_sweep_goes_on_when_its_terminal_is_closed(
     os.close(master)
     code = process.wait(timeout=120)
     assert code == (-signal.SIGHUP if shell else 0)  # of the shell, or of the sweep
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("multirun_reports/*/report.html")):
+    end = time.monotonic() + 120  # the sweep, which is not waited for where a shell started it
+    while states(tmp_path) != ["finished"] * 2 or not any(tmp_path.rglob("report.html")):
         assert time.monotonic() < end
         time.sleep(0.1)
-    states = [json.loads(path.read_text())["state"] for path in logs.glob("*/status.json")]
-    assert states == ["finished"] * 2
+
+
+def states(folder: Path) -> list[str]:
+    """Return the recorded states of all runs."""
+    files = folder.glob("outputs/*/status.json")
+    return [json.loads(path.read_text())["state"] for path in files]
