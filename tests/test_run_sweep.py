@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -18,14 +19,14 @@ from typing import Any, NoReturn, cast
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.config.schema import Config, DataConfig, ModelConfig
+from finetune.config.schema import Config, DataConfig, ModelConfig, WorkersConfig
 from finetune.models.base_model import load_base
 from finetune.pipeline import preflight, run_jobs
 from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
-from finetune.sweeps import run_sweep
+from finetune.sweeps import launchers, run_sweep
 from finetune.sweeps.lost_runs import write_failure
 from finetune.sweeps.worker import Worker, WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
@@ -477,3 +478,13 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
+
+
+def test_settings_of_workers_are_refused_until_something_acts_on_them() -> None:
+    """No setting is ignored; one worker is what there is."""
+    asked = replace(Config(), workers=WorkersConfig(num=2, stop_after="3h"))
+    assert launchers.find_problems(asked) == [
+        "workers.num is 2, which this version does not act on yet; leave it out",
+        "workers.stop_after is 3h, which this version does not act on yet; leave it out",
+    ]
+    assert launchers.find_problems(replace(Config(), workers=WorkersConfig(num=1))) == []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 from finetune import distributed
 from finetune.config.methods import METHODS
 from finetune.config.optimizers import OPTIMIZERS
-from finetune.config.schema import Config
+from finetune.config.schema import Config, WorkersConfig
 
 # Variable of a launcher's option -> its neutral value, and the remedy for any other. Accelerate
 # would apply the option, and a run's identity would not show it.
@@ -36,7 +37,18 @@ def find_problems(config: Config) -> list[str]:
             f"sweep.job_timeout is {config.sweep.job_timeout}, but a run of several processes "
             "cannot be stopped by a timeout; leave it unset under a launcher"
         )
-    return problems
+    return problems + _find_missing_problems(config.workers)
+
+
+def _find_missing_problems(workers: WorkersConfig) -> list[str]:
+    """Return the settings of workers that nothing acts on yet, so that none is ignored."""
+    default = WorkersConfig()
+    return [
+        f"workers.{one.name} is {value}, which this version does not act on yet; leave it out"
+        for one in fields(workers)
+        if (value := getattr(workers, one.name)) != getattr(default, one.name)
+        and (one.name, value) != ("num", 1)
+    ]
 
 
 def _find_fsdp_problems(config: Config) -> list[str]:
