@@ -64,6 +64,19 @@ def test_an_environment_is_described_without_git(
     assert described["versions"]["torch"]
 
 
+@pytest.mark.parametrize("worker", ["GPU 0", None])
+def test_an_environment_names_host_and_worker(
+    monkeypatch: pytest.MonkeyPatch, worker: str | None
+) -> None:
+    """The worker is named by the sweep; a process of another kind has none."""
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    monkeypatch.delenv("FINETUNE_WORKER", raising=False)
+    if worker is not None:
+        monkeypatch.setenv("FINETUNE_WORKER", worker)
+    described = identity.describe_environment("cpu")
+    assert (described["host"], described["worker"]) == ("node7", worker)
+
+
 def test_a_user_without_name_or_home_gets_both(
     nameless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,24 @@ def test_another_number_of_threads_promises_the_tolerance_only(
     out = capsys.readouterr().out
     assert "threads was 2, is 1: sums are in another order, so results agree within" in out
     assert "\nwithin tolerance\n" in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"host": "a", "worker": "GPU 0"}, {"host": "b", "worker": None}, []),
+        ({"dtype": "bf16"}, {"dtype": "fp16"}, ["dtype was bf16, is fp16"]),
+        ({}, {"dtype": "fp16", "host": "b"}, []),  # of an older release
+    ],
+)
+def test_a_rerun_may_run_elsewhere_but_not_in_another_dtype(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], named: list[str]
+) -> None:
+    """Host and worker change no number."""
+    runs = [write_weights(RunFolder(tmp_path / name), 0.0) for name in ("before", "after")]
+    for run, environment in zip(runs, (before, after), strict=True):
+        run.write_json("environment.json", {"versions": {}, "threads": 1, **environment})
+    assert list(find_other_conditions(*runs)) == named
 
 
 def test_what_the_run_itself_has_lost_is_named(

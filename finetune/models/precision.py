@@ -65,6 +65,12 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(device) else torch.float16
 
 
+def name_dtype(model: ModelConfig, device: str) -> str:
+    """Return the compute dtype by its name in the settings: fp32, bf16 or fp16."""
+    dtype = compute_dtype(model, torch.device(device))
+    return next(name for name, one in TORCH_DTYPES.items() if one == dtype)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Return whether the device computes in bf16 itself (a P100 or T4 only emulates it)."""
     return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)

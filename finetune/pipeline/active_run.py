@@ -16,6 +16,7 @@ from finetune.config.schema import Config, flatten
 from finetune.data import dataset, templates
 from finetune.files import keep_regular, slug
 from finetune.models.chat_templates import read_chat_template
+from finetune.models.precision import name_dtype
 from finetune.pipeline.identity import describe_environment, find_changes, find_inputs
 from finetune.pipeline.jobs import Job
 from finetune.tracking.claims import Claim, ClaimLost
@@ -92,8 +93,11 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     """Record settings, overrides, environment and data, before anything runs."""
     folder.write_text("config.yaml", job.yaml)
     folder.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
-    environment = describe_environment(inputs.device)
-    folder.write_json("environment.json", environment | {"base": inputs.model.quantization})
+    environment = describe_environment(inputs.device) | {
+        "base": inputs.model.quantization,
+        "dtype": name_dtype(inputs.model, inputs.device),
+    }
+    folder.write_json("environment.json", environment)
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")

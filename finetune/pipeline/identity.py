@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -226,7 +228,7 @@ def _describe(config: Config) -> str:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return versions, hardware and code commit, which a rerun compares."""
+    """Return versions, hardware and code commit, which a rerun compares, and who runs it where."""
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     packages = (*TRAINING_VERSIONS, "lm_eval", "bitsandbytes", "datasets", "mlflow", "finetune")
     return {
@@ -238,6 +240,8 @@ def describe_environment(device: str) -> dict[str, Any]:
         "gpu": gpu,
         "git_commit": _find_commit(),
         "lock_digest": _lock_digest(),
+        "host": socket.gethostname(),
+        "worker": os.environ.get("FINETUNE_WORKER"),  # its name in the sweep
     }
 
 

@@ -209,6 +209,9 @@ def _other_environment(one: dict[str, object], other: dict[str, object]) -> Iter
     for key in ("python", "platform", "processes", "gpu", "git_commit", "lock_digest"):
         if one.get(key) != other.get(key):
             yield f"{key} was {one.get(key)}, is {other.get(key)}"
+    dtypes = [side.get("dtype") for side in (one, other)]
+    if None not in dtypes and dtypes[0] != dtypes[1]:  # older runs have none
+        yield f"dtype was {dtypes[0]}, is {dtypes[1]}"
 
 
 def _other_settings(before: RunFolder, after: RunFolder) -> Iterator[str]:
