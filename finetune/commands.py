@@ -13,7 +13,7 @@ COMMANDS = {
     "memory": "estimate a run's memory without loading weights",
     "preview": "show tokenised rows and their loss mask, without loading weights",
     "report": "rewrite a sweep's report from the files of its runs",
-    "runs": "list runs, or compare two of them",
+    "runs": "list runs, compare two of them, or watch a sweep",
     "rerun": "repeat a run from its folder, and compare the results",
     "chat": "chat with trained models",
     "export": "write a trained model to a folder or to the hub",

@@ -20,10 +20,10 @@ from finetune.problems import Refused
 from finetune.reporting import reproduction
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import read_results, write_csv
-from finetune.sweeps.live import read_progress
 from finetune.tracking import run_files
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.mirror import Mirror
+from finetune.tracking.progress import read_progress
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.tracker import MlflowTracker, build_tracker
 from tests.test_report import EQUAL, TASK, sweep

@@ -9,18 +9,23 @@ its claim's token, readers keep to the newest claim, and a holder that lost its 
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import OwnerRecord, SoftFileLease, Timeout
 
 CLAIM_FILE = ".claim"  # the name, or the end of it, beside what it stands for
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 POLL_SECONDS = 0.5  # between two looks at a claim of somebody else's
+LOST_SECONDS = 90.0  # without a renewal; network file systems show one up to a minute later
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # its inode, fixed by the kernel; others are marked in the host
 
 
 class ClaimLost(RuntimeError):
@@ -91,11 +96,42 @@ def claimed(
         lease.release()
 
 
+@dataclass(frozen=True)
+class Sighting:
+    """A claim as one look at it found it."""
+
+    holder: OwnerRecord | None  # None: nobody holds it, or its file cannot be read
+    unrenewed_seconds: float  # by the clock of who looks; infinite once its holder is dead
+
+    @property
+    def is_lost(self) -> bool:
+        """True if nobody works under it any longer."""
+        return self.unrenewed_seconds >= LOST_SECONDS
+
+
 class Watch:
     """Looks at a claim again and again, and so sees when its holder renews it no longer."""
 
     def __init__(self, path: Path) -> None:
         self._lease = build_lease(path)
+        self._holder: OwnerRecord | None = None
+        self._renewal: tuple[int, int] | None = None  # inode and time of the file, when last seen
+        self._changed = time.monotonic()
+
+    def look(self) -> Sighting:
+        """Read the claim, without taking it for a moment as `is_free` does."""
+        renewal = None
+        with suppress(OSError):
+            file = os.lstat(self._lease.lock_file)
+            renewal = (file.st_ino, file.st_mtime_ns)
+        if renewal != self._renewal:
+            self._holder = None
+            with suppress(OSError):
+                self._holder = None if renewal is None else self._lease.owner
+            self._renewal, self._changed = renewal, time.monotonic()
+        if self._holder is not None and _is_dead(self._holder):
+            return Sighting(self._holder, math.inf)
+        return Sighting(self._holder, time.monotonic() - self._changed)
 
     def is_free(self) -> bool:
         """Return whether nobody holds the claim now."""
@@ -112,6 +148,28 @@ class Watch:
         """Return where the holder runs, e.g. `node3, process 4711`; None for nobody."""
         with suppress(OSError):
             if (owner := self._lease.owner) is not None:
-                here = "this machine" if owner.hostname == socket.gethostname() else owner.hostname
+                here = "this machine" if _is_here(owner) else owner.hostname
                 return f"{here}, process {owner.pid}"
         return None
+
+
+def _is_here(owner: OwnerRecord) -> bool:
+    """Return whether a holder's process number is one of this machine and container."""
+    here = socket.gethostname()
+    with suppress(OSError):  # filelock marks the names of hosts within containers
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        here += "" if namespace == FIRST_PID_NAMESPACE else f"?pidns-{namespace:x}"
+    return owner.hostname == here
+
+
+def _is_dead(owner: OwnerRecord) -> bool:
+    """Return whether a holder on this machine has ended; False where that cannot be known."""
+    if not _is_here(owner):
+        return False
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return False
