@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 
 from finetune import distributed
 from finetune.config.methods import METHODS
 from finetune.config.optimizers import OPTIMIZERS
-from finetune.config.schema import Config, WorkersConfig
+from finetune.config.schema import Config, WorkersConfig, changed_settings
 
 # Variable of a launcher's option -> its neutral value, and the remedy for any other. Accelerate
 # would apply the option, and a run's identity would not show it.
@@ -42,12 +41,10 @@ def find_problems(config: Config) -> list[str]:
 
 def _find_missing_problems(workers: WorkersConfig) -> list[str]:
     """Return the settings of workers that nothing acts on yet, so that none is ignored."""
-    default = WorkersConfig()
     return [
-        f"workers.{one.name} is {value}, which this version does not act on yet; leave it out"
-        for one in fields(workers)
-        if (value := getattr(workers, one.name)) != getattr(default, one.name)
-        and (one.name, value) != ("num", 1)
+        f"workers.{name} is {value}, which this version does not act on yet; leave it out"
+        for name, value in changed_settings(workers).items()
+        if (name, value) != ("num", 1)
     ]
 
 

@@ -21,7 +21,7 @@ from finetune.reporting.tables import add_row, build_table
 from finetune.sweeps.worker import AnyWorker, WorkerDied
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
-from finetune.tracking.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.sweep_record import RunRecord, SweepRecord, render_swept
 from finetune.training.checkpoints import newest_step
 from finetune.training.grouping import Group, Limit, find_groups
 
@@ -75,7 +75,7 @@ class Point:
         return self.job.config.training.is_skipped
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.job.swept.items()) or self.run.name
+        return render_swept(self.job.swept) or self.run.name
 
 
 @dataclass(frozen=True)

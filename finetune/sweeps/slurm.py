@@ -20,7 +20,7 @@ from pathlib import Path
 
 from finetune import signals
 from finetune.config.grammar import key_of
-from finetune.config.schema import WorkersConfig
+from finetune.config.schema import WorkersConfig, changed_settings
 from finetune.files import write_atomic
 from finetune.problems import Refused
 from finetune.signals import STOPPED_BY_MACHINE
@@ -247,12 +247,11 @@ def join_arguments(again: Sequence[str], workers: WorkersConfig) -> list[str]:
         "workers.address": "null",
     }  # fmt: skip
     kept = [a for a in again if a.startswith("-") or key_of(a).strip() not in reset]
-    default = WorkersConfig()
+    changed = changed_settings(workers)
     needed = [
         f"{key}={value}"
         for key, value in reset.items()
-        if key in ("workers", "workers.join")
-        or getattr(workers, key.partition(".")[2]) != getattr(default, key.partition(".")[2])
+        if key in ("workers", "workers.join") or key.partition(".")[2] in changed
     ]
     return [*kept, *needed]
 

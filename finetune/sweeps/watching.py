@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from finetune.escaping import for_terminal
-from finetune.problems import Refused
+from finetune.problems import Refused, first_line
 from finetune.streams import is_gone
 from finetune.sweeps.live import (
     REFRESH_SECONDS,
@@ -26,7 +26,7 @@ from finetune.sweeps.live import (
     summarise,
 )
 from finetune.tracking.run_folder import RunFolder
-from finetune.tracking.sweep_record import RECORD, SweepRecord
+from finetune.tracking.sweep_record import RECORD, SweepRecord, render_swept
 
 FindRuns = Callable[[], Runs]
 
@@ -66,7 +66,7 @@ def runs_of_sweep(folder: Path) -> FindRuns:
         if seen != (file.st_ino, file.st_mtime_ns):
             record = SweepRecord.load(folder)
             runs = [
-                (_label(run.swept) or Path(run.folder).name, RunFolder(folder / run.folder))
+                (render_swept(run.swept) or Path(run.folder).name, RunFolder(folder / run.folder))
                 for run in record.runs
             ]
             seen = (file.st_ino, file.st_mtime_ns)
@@ -83,10 +83,6 @@ def runs_of_folder(outputs: Path, is_run: Callable[[RunFolder], bool]) -> FindRu
         return [(run.name, run) for path in paths if is_run(run := RunFolder(path))]
 
     return find
-
-
-def _label(swept: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in swept.items())
 
 
 def watch(find_runs: FindRuns) -> None:
@@ -146,7 +142,7 @@ def describe_changes(rows: Sequence[Row], states: dict[str, str]) -> list[str]:
     for row, label in zip(rows, shorten_labels([row.label for row in rows]), strict=True):
         run, state = row.run, _describe(row)
         if states.get(row.label, "waiting") != state:
-            reason = f": {run.reason.splitlines()[0]}" if run.reason else ""
+            reason = f": {first_line(run.reason)}" if run.reason else ""
             lines.append(for_terminal(f"{label}: {state}{reason}"))
         states[row.label] = state
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import yaml
 from finetune.files import Damaged, read_yaml, write_atomic
 
 RECORD = "sweep.yaml"
+
+
+def render_swept(swept: Mapping[str, str]) -> str:
+    """Return a run's place in the grid, such as `lora.r=8 optimizer.lr=1e-3`."""
+    return " ".join(f"{key}={value}" for key, value in swept.items())
 
 
 @dataclass(frozen=True)
