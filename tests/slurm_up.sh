@@ -11,7 +11,7 @@
 set -euo pipefail
 [ $# = 2 ] || { sed -n 2,11p "$0" >&2; exit 2; }
 mkdir -p "$2"
-folder=$(realpath "$2") host=$(hostname -s) cpus=$(nproc)
+folder=$(realpath "$2") host=$(hostname -s) cpus=$(env -u OMP_NUM_THREADS nproc)  # which heeds it
 export SLURM_CONF=$folder/slurm.conf
 
 is_alive() { [ -s "$folder/$1.pid" ] && kill -0 "$(cat "$folder/$1.pid")" 2>/dev/null; }
