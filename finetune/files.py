@@ -253,6 +253,22 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: renamed first, so that its name is free even where a file stays.
+
+    On NFS a file that somebody reads stays in its folder as `.nfs*`. A name that begins with a dot
+    is a temporary one already.
+    """
+    aside = folder
+    if not folder.name.startswith("."):
+        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
+        try:
+            os.replace(folder, aside)
+        except OSError:  # it is not there, or another process removes it
+            return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, which then replaces `folder` atomically."""

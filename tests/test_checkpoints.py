@@ -11,15 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.config.schema import build_config
+from finetune.config.schema import OptimizerConfig, TrainingConfig, build_config
 from finetune.files import file_digest
 from finetune.pipeline import run_jobs
 from finetune.pipeline.jobs import Job
+from finetune.tracking.claims import ClaimLost
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
+from finetune.training import steps as steps_module
 from finetune.training.checkpoints import (
     MANIFEST,
     MARKER,
@@ -29,7 +37,11 @@ from finetune.training.checkpoints import (
     newest_step,
     write_checkpoint,
 )
+from finetune.training.steps import find_resume
+from finetune.training.trainer import build_arguments
 from tests.conftest import TINY, Command, last_of_each
+from tests.test_trainer import train as train_alone
+from tests.trainings import CPU, Setting, train
 
 # Warm-up, decay, dropout and accumulation: all that a resume could get wrong.
 TRAINING = last_of_each(
@@ -42,15 +54,70 @@ TRAINING = last_of_each(
 )  # fmt: skip
 
 
-def write(folder: Path, step: int, keep: int = 9, best: int | None = None) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    keep: int = 9,
+    best: int | None = None,
+    *,
+    claim: Any = None,
+    during: Callable[[], None] = lambda: None,
+) -> Path:
     """Write a checkpoint of two files."""
 
     def fill(into: Path) -> None:
         (into / "weights").write_bytes(bytes([step]) * 1000)
         (into / "state").write_text(f"step {step}")
+        during()
 
-    write_checkpoint(folder, step, step * 1.5, fill, keep=keep, best=best)
+    write_checkpoint(folder, step, step * 1.5, fill, keep=keep, best=best, claim=claim)
     return folder / f"step-{step:07d}"
+
+
+def test_who_lost_the_run_puts_no_checkpoint_in_place(tmp_path: Path) -> None:
+    """At any moment of it: its successor's checkpoints stay as they are."""
+    folder = tmp_path / "checkpoints"
+    for moment in ("before", "while it is filled"):
+        claim = SimpleNamespace(token="old", check=lambda: None)
+        write(folder, 5, claim=claim)
+
+        def lose(claim: SimpleNamespace = claim) -> None:
+            def check() -> None:
+                raise ClaimLost("another process has taken over")
+
+            claim.check = check
+
+        if moment == "before":
+            lose()
+        with pytest.raises(ClaimLost):
+            write(folder, 6, claim=claim, during=lose)
+        assert [path.name for path in folder.iterdir()] == ["step-0000005"]
+
+
+def test_a_successor_removes_what_is_not_in_place(tmp_path: Path) -> None:
+    """So that a process that was halted just before the rename cannot put it there."""
+    run = RunFolder(tmp_path)
+    arguments = build_arguments(run, OptimizerConfig(), TrainingConfig(), CPU, validate=False)
+    (run.checkpoints / ".step-0000005.0123.tmp").mkdir(parents=True)
+    events = EventLog(run.events)
+    assert find_resume(arguments, events) is None
+    events.close()
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_a_checkpoint_of_the_newest_claim_comes_first(tmp_path: Path) -> None:
+    """One that an earlier holder marked late is not resumed from."""
+    for step, token in ((5, "old"), (8, "new"), (10, "old")):
+        write(tmp_path, step, claim=SimpleNamespace(token=token, check=lambda: None))
+    for claims, step in (
+        (["old", "new"], 8),
+        (["old", "new", "third"], 8),
+        ([], 10),
+        (["old"], 10),
+    ):
+        newest = find_newest(tmp_path, claims)
+        assert newest is not None
+        assert newest.step == step
 
 
 def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
@@ -145,6 +212,35 @@ def test_a_failure_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, 6, 1.0, fill, keep=1)
     assert list(tmp_path.iterdir()) == [older]
     assert find_problem(older) is None
+
+
+@pytest.mark.parametrize("is_grouped", [True, False], ids=["group", "trainer"])
+def test_checkpoints_by_time_change_no_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_grouped: bool
+) -> None:
+    """Each step that ends later than the time gets one; here every one."""
+    steps: list[int] = []
+    write_one = steps_module.write_checkpoint
+
+    def noted(folder: Path, step: int, *more: Any, **settings: Any) -> None:
+        steps.append(step)
+        write_one(folder, step, *more, **settings)
+
+    monkeypatch.setattr(steps_module, "write_checkpoint", noted)
+    weights = []
+    for number, minutes in enumerate((None, 1e-9)):
+        settings = {"max_steps": 4, "checkpoint_minutes": minutes}
+        if is_grouped:
+            weights.append(train(tmp_path / str(number), [Setting(training=settings)])[0][0])
+        else:
+            adapted, _, _ = train_alone(tmp_path / str(number), training=settings)
+            state = adapted.state_dict().items()
+            weights.append({name: tensor for name, tensor in state if "lora" in name})
+        if minutes is None:
+            assert steps == ([] if is_grouped else [4])  # the Trainer's at its end
+            steps.clear()
+    assert steps == ([1, 2, 3] if is_grouped else [1, 2, 3, 4])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def adapters(folder: Path) -> dict[str, str]:

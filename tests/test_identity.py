@@ -102,6 +102,7 @@ def test_a_new_field_that_is_set_names_another_run(config: Config) -> None:
 NEUTRAL_CHANGES: list[Callable[[Config], Any]] = [
     lambda c: setattr(c.training, "checkpoint_every", 7),
     lambda c: setattr(c.training, "keep_checkpoints", 3),
+    lambda c: setattr(c.training, "checkpoint_minutes", 7.0),
     lambda c: setattr(c.training, "gradient_checkpointing", True),
     lambda c: setattr(c.training, "device", "cpu"),
     lambda c: setattr(c.training, "precision", "fp32"),

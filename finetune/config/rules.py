@@ -170,6 +170,8 @@ def _training_problems(training: TrainingConfig) -> Iterator[str]:
         "batch_size", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         yield from _at_least(f"training.{name}", getattr(training, name), 1)
+    if (minutes := training.checkpoint_minutes) is not None:
+        yield from _above_0("training.checkpoint_minutes", minutes, LONGEST)
     for name in ("validate_every", "early_stopping"):
         yield from _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("seed", "data_seed"):

@@ -214,6 +214,7 @@ class TrainingConfig:
     device: str = setting("auto", NEUTRAL)  # auto (a GPU where there is one), cuda, cpu
     precision: str = setting("auto", NEUTRAL)  # autocast: auto (the compute type), fp32, bf16, fp16
     checkpoint_every: int = setting(50, NEUTRAL, PER_RUN)  # optimizer steps between checkpoints
+    checkpoint_minutes: float | None = setting(None, NEUTRAL, PER_RUN)  # also after this time
     keep_checkpoints: int = setting(1, NEUTRAL, PER_RUN)  # newest checkpoints that are kept
     validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
     # always validated; no effect without rows to validate on

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -82,11 +82,15 @@ def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
     for job in jobs:
         inputs = job.inputs or find_inputs(job.config)
         runs.append((job.config, inputs, RunFolder(inputs.folder)))
-    events = {}
+    opened = {}
     for _, _, folder in sorted(runs, key=lambda run: run[2].name):
         claim = stack.enter_context(folder.claimed())
-        events[folder.name] = stack.enter_context(_recording(folder, claim))
-    return [ActiveRun(*run, events[run[2].name], time.time()) for run in runs]
+        held = replace(folder, held=claim)
+        opened[folder.name] = (held, stack.enter_context(_recording(held, claim)))
+    return [
+        ActiveRun(config, inputs, *opened[folder.name], time.time())
+        for config, inputs, folder in runs
+    ]
 
 
 def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> None:

@@ -48,6 +48,7 @@ from finetune.pipeline.scores import (
     write_scores,
 )
 from finetune.pipeline.session import Session
+from finetune.tracking.claims import ClaimLost
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
 from finetune.tracking.run_folder import RunFolder
@@ -136,7 +137,9 @@ def _guarded(runs: Sequence[ActiveRun]) -> Iterator[None]:
 
 
 def _fail(run: ActiveRun, error: Exception) -> None:
-    if isinstance(error, Diverged):
+    if isinstance(error, ClaimLost):
+        run.end("interrupted")  # which says so, and writes nothing
+    elif isinstance(error, Diverged):
         log.error("%s diverged: %s", run.folder.name, error)
         run.end("diverged", str(error))
     elif is_out_of_memory(error):
@@ -290,6 +293,7 @@ def _save_trained(
     session: Session,
 ) -> None:
     """Save the trained weights and the result of the training, and remove the checkpoints."""
+    run.folder.check_claim()
     if isinstance(trained, PreTrainedModel):
         dtype = compute_dtype(run.config.model, torch.device(run.inputs.device))
         base_model.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)

@@ -52,13 +52,16 @@ class EventLog:
     """
 
     def __init__(self, path: Path, claim: Claim | None = None) -> None:
-        self._claim = claim
+        self.claim = claim
+        self.claims: list[str] = []  # tokens of the claims that wrote here, the newest last
         path.parent.mkdir(parents=True, exist_ok=True)
         self._steps: set[tuple[str, int]] = set()  # of each metric
         self._last_score: dict[str, float] = {}
         self._recorded: set[str] = set()
         keep_regular(path)
         self._recover(path)
+        if claim is not None:
+            self.claims.append(claim.token)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def _recover(self, path: Path) -> None:
@@ -70,7 +73,9 @@ class EventLog:
         if kept != raw:
             os.truncate(path, len(kept))
         for event in read_lines(path).values:
-            event.pop(CLAIM, None)
+            claim = event.pop(CLAIM, None)
+            if claim is not None and claim not in self.claims:
+                self.claims.append(claim)
             self._recorded.add(json.dumps(event))
             if event["event"] == "metric":
                 self._steps.add((event["key"], event["step"]))
@@ -114,8 +119,8 @@ class EventLog:
         Raises:
             ClaimLost: another process has taken it over.
         """
-        if self._claim is not None:
-            self._claim.check()
+        if self.claim is not None:
+            self.claim.check()
 
     def close(self) -> None:
         self._file.close()
@@ -132,8 +137,8 @@ class EventLog:
 
     def _append(self, event: dict[str, Any]) -> None:
         self.check_claim()
-        if self._claim is not None:
-            event = event | {CLAIM: self._claim.token}
+        if self.claim is not None:
+            event = event | {CLAIM: self.claim.token}
         self._file.write(json.dumps(event) + "\n")
 
 
@@ -141,7 +146,8 @@ class NullEventLog(EventLog):
     """Write nothing: on ranks above 0, since rank 0 writes the run's log."""
 
     def __init__(self) -> None:
-        self._claim = None
+        self.claim = None
+        self.claims = []
         self._steps = set()
         self._last_score = {}
         self._recorded = set()

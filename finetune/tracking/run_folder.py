@@ -61,9 +61,14 @@ REMEDY = "repeat the command that made the run to recreate it"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run, by name; `path` is `outputs/<slug>-<identity>`."""
+    """The files of one run, by name; `path` is `outputs/<slug>-<identity>`.
+
+    Whoever works on the run has `held` it: what writes raises ClaimLost once another process has
+    taken the run over.
+    """
 
     path: Path
+    held: Claim | None = field(default=None, compare=False, repr=False)  # checked at each write
 
     @property
     def name(self) -> str:
@@ -177,7 +182,17 @@ class RunFolder:
             raise Damaged("it holds no status")
         return status
 
+    def check_claim(self) -> None:
+        """Make sure that this process still holds the run, where it works on it.
+
+        Raises:
+            ClaimLost: another process has taken it over.
+        """
+        if self.held is not None:
+            self.held.check()
+
     def write_status(self, status: Status) -> None:
+        self.check_claim()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=1) + "\n")
 
@@ -213,6 +228,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run, and record its digest."""
+        self.check_claim()
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         run_files.forget(self.path, name)  # a kill must not leave a new file under an old digest
@@ -221,6 +237,7 @@ class RunFolder:
 
     def record(self, *names: str) -> None:
         """Record the digests of files or folders that were written otherwise."""
+        self.check_claim()
         run_files.record(self.path, *names)
 
     @property
@@ -334,6 +351,7 @@ class RunFolder:
 
     def set_weights_aside(self, name: str, problem: str) -> None:
         """Rename the folder of a damaged file of the weights, so that they are trained again."""
+        self.check_claim()
         folder = self.path / name.partition("/")[0]
         if os.path.lexists(folder):
             set_aside(folder, f"{name}: {problem}")

@@ -29,6 +29,7 @@ from finetune.training.row_order import (
     steps_between_validations,
 )
 from finetune.training.steps import (
+    CheckpointTimer,
     Totals,
     TrainResult,
     build_result,
@@ -79,6 +80,7 @@ class AdapterTraining:
         self.seconds = 0.0  # its share of the shared passes, and its optimizer steps
         self.num_tokens = 0
         self.validations = Validations(self.arguments.early_stopping)
+        self._timer = CheckpointTimer(self.arguments.checkpoint_minutes)
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
@@ -192,7 +194,7 @@ class AdapterTraining:
         """
         if validation_loss is not None:
             record_validation(self.spec.events, self.validations, validation_loss, self.step)
-        is_due = self.step % self.arguments.save_steps == 0
+        is_due = self.step % self.arguments.save_steps == 0 or self._timer.is_due
         if not self.is_done and (is_due or self.step == self.validations.best_step):
             self.save_checkpoint()
 
@@ -222,11 +224,13 @@ class AdapterTraining:
             write_atomic(folder / STATE, json.dumps(kept) + "\n")
 
         best = self.validations.best_step
-        save_step(self.arguments, self.step, self.seconds, fill, best=best)
+        claim = self.spec.events.claim
+        save_step(self.arguments, self.step, self.seconds, fill, best=best, claim=claim)
+        self._timer.restart()
 
     def _resume(self) -> None:
         """Resume from the newest valid checkpoint, if there is one."""
-        checkpoint = find_resume(self.arguments)
+        checkpoint = find_resume(self.arguments, self.spec.events)
         if checkpoint is None:
             return
         adapters.load_weights(self.weights, checkpoint.path)

@@ -10,7 +10,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune import distributed
 from finetune.signals import StopSignals
 from finetune.tracking.events import EventLog
-from finetune.training.steps import advance, open_bar, record_size, record_step, record_validation
+from finetune.training.steps import (
+    CheckpointTimer,
+    advance,
+    open_bar,
+    record_size,
+    record_step,
+    record_validation,
+)
 from finetune.training.validation import Validations
 
 
@@ -25,6 +32,7 @@ class StepWatch(TrainerCallback):
         *,
         num_rows: int,
         num_tokens: int,
+        checkpoint_minutes: float | None = None,
     ) -> None:
         self.num_tokens = num_tokens  # of one epoch
         self._num_rows = num_rows
@@ -32,6 +40,8 @@ class StepWatch(TrainerCallback):
         self._signals = signals
         self._events = events
         self._bar: tqdm[Any] | None = None
+        self._has_timer = checkpoint_minutes is not None
+        self._timer = CheckpointTimer(checkpoint_minutes)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -42,12 +52,20 @@ class StepWatch(TrainerCallback):
                 self._validations.losses[int(entry["step"])] = entry["eval_loss"]
         record_size(self._events, args, total, num_rows=self._num_rows, num_tokens=self.num_tokens)
         self._bar = open_bar(1, done, total)
+        self._timer.restart()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if is_stop_agreed(self._signals):
             control.should_save = control.should_training_stop = True
+        if self._has_timer and distributed.from_main(lambda: self._timer.is_due):
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._timer.restart()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any

@@ -2,6 +2,10 @@
 
 A checkpoint is written into a temporary folder, with the size and sha256 of each of its files;
 synced, renamed, and only then marked as complete. One that does not verify is skipped.
+
+It names the claim under which it was written. A process that was halted until another one took the
+run over cannot put one in place: its successor has removed the temporary folder; what it may still
+mark complete ranks below the checkpoints of newer claims.
 """
 
 from __future__ import annotations
@@ -11,14 +15,15 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.files import file_digest, put_in_place, read_bytes, write_atomic
+from finetune.files import file_digest, put_in_place, read_bytes, remove_folder, write_atomic
+from finetune.tracking.claims import Claim, ClaimLost
 
 log = logging.getLogger("finetune")
 
@@ -51,11 +56,12 @@ def write_checkpoint(
     *,
     keep: int,
     best: int | None = None,
+    claim: Claim | None = None,
 ) -> None:
     """Write one checkpoint, and drop all but the newest `keep` and the best one.
 
-    A valid checkpoint of this step is left as it is. Those of later steps are removed: they do not
-    verify, or training would have resumed from them.
+    A valid checkpoint of this step and claim is left as it is. Those of later steps are removed:
+    they do not verify, or training would have resumed from them.
 
     Args:
         folder: the run's checkpoints.
@@ -64,15 +70,17 @@ def write_checkpoint(
         fill: writes the state's files into a folder.
         keep: how many checkpoints to keep.
         best: the step whose checkpoint holds the best adapter so far, this one or an earlier one.
+        claim: under which the run is written; None where nobody else can.
 
     Raises:
+        ClaimLost: another process has taken the run over; it keeps its checkpoints.
         OSError: it cannot be written (disk full, say); the message has path and bytes.
     """
     final = _path(folder, step)
-    if find_problem(final) is None:
+    if find_problem(final) is None and (claim is None or _claim_of(final) == claim.token):
         return
-    for leftover in folder.glob(".step-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    _check(claim)
+    remove_leftovers(folder)
     temporary = folder / f".{final.name}.{secrets.token_hex(8)}.tmp"
     temporary.mkdir(parents=True)
     try:
@@ -81,14 +89,21 @@ def write_checkpoint(
             "step": step,
             "seconds": seconds,
             "best": best,
+            "claim": None if claim is None else claim.token,
             "files": {name: asdict(entry) for name, entry in _entries(temporary).items()},
         }
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _sync(temporary)
+        _check(claim)
         put_in_place(temporary, final)
         _sync_folder(folder)
+        _check(claim)
         write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n")
+    except ClaimLost:
+        remove_folder(temporary)
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # the two libraries' own errors
+        _check(claim)  # a successor removes what is not in place
         written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free
@@ -97,16 +112,39 @@ def write_checkpoint(
             f"cannot write the checkpoint {final} after {written} bytes ({why}); "
             f"{free} bytes are free there"
         ) from None
+    _check(claim)
     found = _newest_first(folder)
     newest = found.index(final)
     for old in (*found[:newest], *found[newest + keep :]):
         if best is None or old != _path(folder, best):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
 
 
-def find_newest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies; name those that do not in the log."""
-    for path in _newest_first(folder):
+def _check(claim: Claim | None) -> None:
+    if claim is not None:
+        claim.check()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove checkpoints that are not in place, of a process that was killed or is halted."""
+    for leftover in folder.glob(".step-*"):
+        remove_folder(leftover)
+
+
+def find_newest(folder: Path, claims: Sequence[str] = ()) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies; name those that do not in the log.
+
+    Args:
+        folder: the run's checkpoints.
+        claims: under which the run was written, the newest last; a checkpoint of a newer claim
+            comes before one of a later step.
+    """
+
+    def rank(path: Path) -> int:
+        claim = _claim_of(path)
+        return claims.index(claim) if claim in claims else -1
+
+    for path in sorted(_newest_first(folder), key=rank, reverse=True):  # a stable order
         problem = find_problem(path)
         if problem is None:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -164,6 +202,16 @@ def newest_step(folder: Path) -> int | None:
             if _is_marked(path):
                 return int(path.name.removeprefix("step-"))
     return None
+
+
+def _claim_of(path: Path) -> str | None:
+    """Return the token of the claim under which a checkpoint was written; None where unknown."""
+    try:
+        manifest = json.loads(read_bytes(path / MANIFEST))
+    except (OSError, ValueError):  # it is damaged, and verified later
+        return None
+    claim = manifest.get("claim") if isinstance(manifest, dict) else None
+    return claim if isinstance(claim, str) else None
 
 
 def _is_marked(path: Path) -> bool:

@@ -27,6 +27,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune import distributed
 from finetune.data.token_rows import IGNORED
 from finetune.models.adapters import base_of, num_prepended
+from finetune.tracking.claims import Claim
 from finetune.training.adalora import (
     RankSchedule,
     find_adalora,
@@ -60,6 +61,7 @@ class LabelTrainer(SFTTrainer):
         super().__init__(*args, **settings)
         self._num_rows = num_rows  # to train on, without the filler
         self.seconds_before = 0.0  # of training before it was interrupted
+        self.claim: Claim | None = None  # under which checkpoints are written
         self._started = time.monotonic()
         trainee = self._trainee = cast(PreTrainedModel | PeftModel, self.model)
         if self.is_fsdp_enabled:  # which puts only a shard of it on each GPU
@@ -138,7 +140,7 @@ class LabelTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
         step, best = self.state.global_step, self.state.best_global_step
-        save_step(self.args, step, self.seconds(), fill, best=best)
+        save_step(self.args, step, self.seconds(), fill, best=best, claim=self.claim)
 
     def _random_state(self) -> tuple[str, bytes]:
         """Return name and bytes of the Trainer's file with this rank's random state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,15 @@ from transformers import TrainingArguments
 
 from finetune import distributed
 from finetune.models.process_memory import peak_memory_gib
+from finetune.tracking.claims import Claim
 from finetune.tracking.events import EventLog
-from finetune.training.checkpoints import Checkpoint, find_newest, find_step, write_checkpoint
+from finetune.training.checkpoints import (
+    Checkpoint,
+    find_newest,
+    find_step,
+    remove_leftovers,
+    write_checkpoint,
+)
 from finetune.training.row_order import steps_an_epoch
 from finetune.training.validation import Validations
 
@@ -150,10 +158,34 @@ def find_kept(
     return find_step(folder, validations.best_step)
 
 
-def find_resume(arguments: TrainingArguments) -> Checkpoint | None:
-    """Return the newest valid checkpoint to resume from, on every rank, and log it."""
+class CheckpointTimer:
+    """The time since the last checkpoint, for `training.checkpoint_minutes`."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = math.inf if minutes is None else minutes * 60
+        self.restart()
+
+    def restart(self) -> None:
+        self._started = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._started >= self._seconds
+
+
+def find_resume(arguments: TrainingArguments, events: EventLog) -> Checkpoint | None:
+    """Return the newest valid checkpoint to resume from, on every rank, and log it.
+
+    What an earlier holder of the run has not put in place yet is removed first.
+    """
     folder = Path(str(arguments.output_dir))
-    checkpoint = distributed.from_main(lambda: find_newest(folder))
+
+    def find() -> Checkpoint | None:
+        events.check_claim()
+        remove_leftovers(folder)
+        return find_newest(folder, events.claims)
+
+    checkpoint = distributed.from_main(find)
     if checkpoint is not None:
         log.info("resuming at step %d", checkpoint.step)
     return checkpoint
@@ -166,7 +198,8 @@ def save_step(
     fill: Callable[[Path], None],
     *,
     best: int | None,
+    claim: Claim | None,
 ) -> None:
     """Write the checkpoint of a step as the settings say; see `checkpoints.write_checkpoint`."""
     folder, keep = Path(str(arguments.output_dir)), arguments.save_total_limit or 1
-    write_checkpoint(folder, step, seconds, fill, keep=keep, best=best)
+    write_checkpoint(folder, step, seconds, fill, keep=keep, best=best, claim=claim)

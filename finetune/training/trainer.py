@@ -56,9 +56,10 @@ log = logging.getLogger("finetune")
 
 @dataclass
 class Arguments(SFTConfig):
-    """TRL's SFTConfig, with early stopping by validations, which it has no setting for."""
+    """TRL's SFTConfig, with settings of ours that it lacks."""
 
-    early_stopping: int | None = None
+    early_stopping: int | None = None  # by validations
+    checkpoint_minutes: float | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast of a forward pass, as accelerate does."""
@@ -84,10 +85,13 @@ def train(
         ValueError: rows are packed, and this model cannot attend per sequence.
     """
     reset_peak_memory(arguments.device)
-    checkpoint = find_resume(arguments)
+    checkpoint = find_resume(arguments, events)
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_rows, num_tokens = len(examples.train), int(example_lengths(examples.train).sum())
-    watch = StepWatch(events, signals, validations, num_rows=num_rows, num_tokens=num_tokens)
+    watch = StepWatch(
+        events, signals, validations, num_rows=num_rows, num_tokens=num_tokens,
+        checkpoint_minutes=arguments.checkpoint_minutes,
+    )  # fmt: skip
     with arguments.autocast():
         problem = _find_padding_reason(model.eval(), examples)  # PEFT leaves dropout on
     arguments.padding_free = problem is None
@@ -96,6 +100,7 @@ def train(
         return_freed_memory()
     with _base_restored(model), signals.watched():
         trainer = _build_trainer(model, tokenizer, examples, arguments, watch)
+        trainer.claim = events.claim
         if checkpoint is not None:
             trainer.seconds_before = checkpoint.seconds
         with trainer.per_sequence_attention():
@@ -199,6 +204,7 @@ def build_arguments(
         warmup_steps=optimizer.warmup_ratio,  # below 1 it is a share of all steps
         max_grad_norm=optimizer.max_grad_norm,
         save_steps=training.checkpoint_every,
+        checkpoint_minutes=training.checkpoint_minutes,
         save_total_limit=training.keep_checkpoints,
         eval_strategy=validation if validate else "no",
         eval_steps=training.validate_every,
