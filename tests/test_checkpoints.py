@@ -220,7 +220,7 @@ def test_checkpoints_by_time_change_no_bits(
 ) -> None:
     """Each step that ends later than the time gets one; here every one."""
     steps: list[int] = []
-    write_one = steps_module.write_checkpoint
+    write_one = write_checkpoint
 
     def noted(folder: Path, step: int, *more: Any, **settings: Any) -> None:
         steps.append(step)
