@@ -26,8 +26,8 @@ from finetune.reporting.handles import Results, Run, view_results
 from finetune.reporting.results import read_results as read_sweep
 from finetune.sweeps.grid import Grid, compose_grid
 from finetune.sweeps.live import is_watched
-from finetune.sweeps.run_sweep import Ending, check_sweep, conduct
-from finetune.sweeps.worker import build_worker
+from finetune.sweeps.pool import build_pool
+from finetune.sweeps.run_sweep import Ending, build_deadline, check_sweep, conduct
 from finetune.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
     """
     try:
         grid = _grid(overrides, config_dir, is_sweep=True)
-        with _stops_raised(), build_worker(is_quiet=True) as worker:
-            check_sweep(grid.jobs, grid.name, worker)
+        with _stops_raised(), build_pool(grid.jobs[0].config, is_quiet=True) as pool:
+            check_sweep(grid.jobs, grid.name, pool)
     except Refused as refused:
         return refused.problems
     return []
@@ -299,8 +299,11 @@ def _conduct(grid: Grid) -> Ending:
     """
     if grid.jobs[0].config.sweep.dry_run:
         raise Refused(["sweep.dry_run=true is for the command; call finetune.check(...)"])
-    with _stops_raised(), build_worker(is_quiet=is_watched()) as worker:
-        ending = conduct(check_sweep(grid.jobs, grid.name, worker), grid.arguments, worker)
+    config = grid.jobs[0].config
+    deadline = build_deadline(config)
+    with _stops_raised(), build_pool(config, is_quiet=is_watched()) as pool:
+        sweep = check_sweep(grid.jobs, grid.name, pool)
+        ending = conduct(sweep, grid.arguments, pool, deadline)
         if ending.unsent:
             log.warning("%s", ending.unsent)
         if ending.stopped is not None:

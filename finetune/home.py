@@ -15,6 +15,7 @@ from finetune.problems import Refused
 
 ROOM_BYTES = 2**16  # free space that a folder must have
 CACHE_PARTS = ("models", "evaluations", "speeds", "tokens", "finished")
+WORKER = "FINETUNE_WORKER"  # environment variable: the name of one of several workers
 
 
 def cache_dir() -> Path:

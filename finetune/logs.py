@@ -7,11 +7,14 @@ import os
 import warnings
 
 from finetune.escaping import keep_logs_plain
-from finetune.home import complete_environment
+from finetune.home import WORKER, complete_environment
 
 
 def quieten_libraries(*, is_quiet: bool = False) -> None:
-    """Hide the libraries' warnings and progress bars; with `is_quiet` also our own lines."""
+    """Hide the libraries' warnings and progress bars; with `is_quiet` also our own lines.
+
+    One of several workers writes its name before each line, and no progress bars.
+    """
     complete_environment()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,9 +22,11 @@ def quieten_libraries(*, is_quiet: bool = False) -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     screen = logging.StreamHandler()
     screen.setLevel(logging.ERROR if is_quiet else logging.INFO)
-    if is_quiet:
+    worker = os.environ.get(WORKER, "").replace("%", "%%")
+    if is_quiet or worker:
         os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[screen], force=True)
+    style = f"{worker}: %(message)s" if worker else "%(message)s"
+    logging.basicConfig(level=logging.ERROR, format=style, handlers=[screen], force=True)
     logging.getLogger("finetune").setLevel(logging.DEBUG)
     keep_logs_plain()
     warnings.simplefilter("ignore")

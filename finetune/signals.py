@@ -53,6 +53,25 @@ class OutOfTime(KeyboardInterrupt):
         return f"stopped after workers.stop_after={self.args[0]}"
 
 
+class Deadline:
+    """The end of `workers.stop_after`, counted from here."""
+
+    def __init__(self, stop_after: str, seconds: float) -> None:
+        self._stop_after = stop_after
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> float:
+        """Return the seconds that are left.
+
+        Raises:
+            OutOfTime: there are none.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime(self._stop_after)
+        return left
+
+
 class StopHandler:
     """Raise a request to stop at a signal, unless it repeats the request before it.
 

@@ -15,6 +15,7 @@ from finetune.models.devices import Gpu, find_kernel_problems, has_kernels, read
 from finetune.pipeline import preflight
 from finetune.pipeline.session import Session
 from finetune.sweeps import worker
+from finetune.sweeps.seats import Seat
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -180,5 +181,6 @@ def test_the_worker_narrows_before_it_imports_torch(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         worker, "quieten_libraries", lambda **_: seen.append(os.environ[devices.VISIBLE])
     )
-    worker._load_verbs(is_quiet=True)
-    assert seen == ["3"]
+    worker._load_verbs(Seat(), is_quiet=True)
+    worker._load_verbs(Seat({devices.VISIBLE: "1"}), is_quiet=True)
+    assert seen == ["3", "1"]

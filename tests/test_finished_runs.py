@@ -85,7 +85,7 @@ def test_what_is_recorded_is_what_the_worker_plans(config: Config, session: Sess
     job = Job(config, "", [], {})
     with Worker() as worker:
         assert worker.prepare(job) == planned
-        assert worker.run([job]) == ["finished"]
+        assert worker.run("evaluate", [job]) == ["finished"]
         assert worker._process is None
 
 
@@ -106,7 +106,7 @@ def test_what_jobs_share_is_looked_at_once_in_a_plan(
         assert worker.prepare(job) == worker.prepare(job)
         once = len(looked)
         assert once == len(set(looked))
-        assert worker.run([job]) == ["finished"]
+        assert worker.run("evaluate", [job]) == ["finished"]
     assert len(looked) == 2 * once
 
 
@@ -229,7 +229,7 @@ def test_another_installation_or_machine_is_the_workers_to_judge(
         _install(tmp_path)
     elif change == "gpu":
         (tmp_path / "nvidia0").touch()
-        monkeypatch.setattr(finished_runs, "GPU_FILES", (f"{tmp_path}/nvidia*",))
+        monkeypatch.setattr("finetune.models.devices.GPU_FILES", (f"{tmp_path}/nvidia*",))
     else:
         monkeypatch.setattr("finetune.distributed.is_launched", lambda: True)
     assert FinishedRuns().find(config) is None

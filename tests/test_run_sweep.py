@@ -27,7 +27,10 @@ from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
 from finetune.sweeps import launchers, run_sweep
+from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.lost_runs import write_failure
+from finetune.sweeps.planning import Point, Sweep
+from finetune.sweeps.pool import Pool
 from finetune.sweeps.worker import Worker, WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
@@ -209,7 +212,11 @@ def test_a_mirror_that_cannot_be_kept_stops_no_run(
     def follow(_: RunFolder) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run_sweep._follow(cast(Any, SimpleNamespace(follow=follow)), RunFolder(tmp_path))
+    point = Point(Job(Config(), "", [], {}), RunFolder(tmp_path), "skip")
+    sweep = Sweep("sweep", [point], [])
+    with Pool([Worker()]) as pool:
+        conduct = Conduct(sweep, cast(Any, SimpleNamespace(follow=follow)), pool)
+        conduct._follow(point)
     assert "No space left on device" in caplog.text
 
 
@@ -482,9 +489,9 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
 
 def test_settings_of_workers_are_refused_until_something_acts_on_them() -> None:
     """No setting is ignored; one worker is what there is."""
-    asked = replace(Config(), workers=WorkersConfig(num=2, stop_after="3h"))
+    asked = replace(Config(), workers=WorkersConfig(launch="ray", address="a"))
     assert launchers.find_problems(asked) == [
-        "workers.num is 2, which this version does not act on yet; leave it out",
-        "workers.stop_after is 3h, which this version does not act on yet; leave it out",
+        "workers.launch is ray, which this version does not act on yet; leave it out",
+        "workers.address is a, which this version does not act on yet; leave it out",
     ]
     assert launchers.find_problems(replace(Config(), workers=WorkersConfig(num=1))) == []

@@ -18,7 +18,7 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
 from finetune.signals import OutOfTime, Stopped, StopSignals
 from finetune.sweeps.lost_runs import write_cut_off
-from finetune.sweeps.worker import Worker
+from finetune.sweeps.worker import Worker, WorkerDied
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.training.steps import Diverged
@@ -202,9 +202,10 @@ def test_signals_wait_until_a_process_is_started() -> None:
     assert came_to == ["the end of the block"]
 
 
-def test_a_worker_that_is_not_there_is_not_waited_for() -> None:
-    """A stop before the first request."""
-    started = time.monotonic()
+def test_a_stopped_worker_begins_nothing() -> None:
+    """Also a thread that was about to ask it."""
     with Worker() as worker:
-        assert worker.interrupt(Stopped(signal.SIGTERM), 60)
-    assert time.monotonic() - started < 1
+        worker.interrupt(Stopped(signal.SIGTERM))
+        with pytest.raises(WorkerDied, match="stopped before this began"):
+            worker.run("train", [])
+        assert worker._process is None

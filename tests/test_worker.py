@@ -16,6 +16,7 @@ from finetune.config.schema import Config, ModelConfig
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps import planning, worker
+from finetune.sweeps.pool import Pool
 from finetune.sweeps.worker import Worker, WorkerDied
 
 # Put into the worker by PYTHONPATH: what becomes of its start, once it imports what torch needs.
@@ -48,7 +49,7 @@ def test_a_worker_that_cannot_start_says_why(
     trouble, reason = TROUBLES[name]
     (tmp_path / "sitecustomize.py").write_text(START.format(trouble=trouble), encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Worker() as started, pytest.raises(Refused) as refused:
+    with Pool([Worker()]) as started, pytest.raises(Refused) as refused:
         planning.plan_sweep([JOB, JOB], "sweep", started)
     (problem,) = refused.value.problems
     assert reason in problem

@@ -6,6 +6,7 @@ capability (major, minor) and a build's list of architectures are plain values.
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 LIST_SECONDS = 10.0  # a driver that hangs is no reason to wait for ever
 Capability = tuple[int, int]
 
@@ -29,6 +31,11 @@ class Gpu:
 
     name: str
     uuid: str
+
+
+def find_gpu_files() -> list[str]:
+    """Return the files by which a driver shows that the machine has GPUs, of any maker."""
+    return sorted(path for pattern in GPU_FILES for path in glob.glob(pattern))
 
 
 def list_gpus() -> list[Gpu]:

@@ -36,7 +36,6 @@ class ActiveRun:
     events: EventLog
     started: float
     state: State | None = None
-    examples: dataset.Examples | None = None  # once they are built
 
     @property
     def is_trained(self) -> bool:
@@ -44,7 +43,12 @@ class ActiveRun:
         return training.is_skipped or self.folder.is_trained
 
     def begin(self, job: Job) -> None:
+        """Record that the run is at work; one that is trained, and not scored yet, goes on."""
+        before = self.folder.status()
         _describe(job, self.inputs, self.folder, self.events)
+        if before is not None and before.state == "running" and self.folder.is_trained:
+            self.started = before.started or self.started
+            return
         self.folder.write_status(Status("running", started=self.started))
         self.events.status("running")
 
@@ -77,14 +81,18 @@ class ActiveRun:
 
 
 def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:
-    """Lock the runs, in the same order in every process, and open their logs."""
+    """Claim the runs, in the same order in every process, and open their logs.
+
+    Raises:
+        Timeout: another process holds one.
+    """
     runs = []
     for job in jobs:
         inputs = job.inputs or find_inputs(job.config)
         runs.append((job.config, inputs, RunFolder(inputs.folder)))
     opened = {}
     for _, _, folder in sorted(runs, key=lambda run: run[2].name):
-        claim = stack.enter_context(folder.claimed())
+        claim = stack.enter_context(folder.claimed(wait=False))
         held = replace(folder, held=claim)
         opened[folder.name] = (held, stack.enter_context(_recording(held, claim)))
     return [

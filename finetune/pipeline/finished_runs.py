@@ -38,7 +38,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".py")
 OWN_TASKS = ("demo_science",)  # whose questions come with this package
 MOST_FILES = 10_000  # in a folder of rows; of a larger one nothing is recorded
-GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
 State = list[int] | str | None  # of a file, or of all files of a folder; None: unknown
 Looked = dict[tuple[str, str], State]  # by kind and path
@@ -260,7 +259,7 @@ def _describe_environment() -> str:
     ]
     here = Path(__file__).parents[1]
     code = sorted(path for path in here.rglob("*") if path.suffix not in ("", ".pyc"))
-    gpus = sorted(path for pattern in GPU_FILES for path in glob.glob(pattern))
+    gpus = devices.find_gpu_files()
     return digest(
         {
             "python": sys.version,

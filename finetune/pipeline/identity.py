@@ -25,6 +25,7 @@ from finetune.data import dataset, templates
 from finetune.data.sources import find_source
 from finetune.data.token_cache import TOKENS as TOKENS
 from finetune.files import digest, slug
+from finetune.home import WORKER
 from finetune.models import adapters, base_model, quantization
 from finetune.models.chat_templates import find_chat_template, read_chat_template
 from finetune.models.kernels import FLASH
@@ -241,7 +242,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "git_commit": _find_commit(),
         "lock_digest": _lock_digest(),
         "host": socket.gethostname(),
-        "worker": os.environ.get("FINETUNE_WORKER"),  # its name in the sweep
+        "worker": os.environ.get(WORKER),  # its name in the sweep
     }
 
 

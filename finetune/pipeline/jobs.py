@@ -34,3 +34,6 @@ class CheckedJob:
     finished: bool = False  # whether all that is asked for is there already
     limit: Limit = NOT_TRAINED  # of the runs that are trained together with it
     forecasts: Sequence[str] = ()  # one line a task that is still to be scored
+    base_scores: tuple[str, ...] = ()  # files of the base's scores that are not there yet
+    base: str = ""  # a digest of the base that a worker loads for it
+    rows: float = 0.0  # that it trains on, about; each epoch's count

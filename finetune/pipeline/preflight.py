@@ -19,6 +19,7 @@ from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
 from finetune.evaluation import tasks
+from finetune.files import digest
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import (
@@ -31,8 +32,8 @@ from finetune.models.shape import Shape
 from finetune.pipeline import memory_estimate
 from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import CheckedJob
-from finetune.pipeline.scores import forecasts, is_done
-from finetune.pipeline.session import Session
+from finetune.pipeline.scores import build_scorers, forecasts, is_done
+from finetune.pipeline.session import Session, base_key
 from finetune.problems import first_line
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
@@ -70,8 +71,26 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         if problem is not None:
             return CheckedJob(None, [problem])
         limit = _find_limit(loaded, shape, device, tokens)
-    lines = [] if finished else forecasts(config, inputs, session.tasks(config, inputs.source))
-    return CheckedJob(inputs, [], finished=finished, limit=limit, forecasts=lines)
+    if finished:
+        return CheckedJob(inputs, [], finished=True, limit=limit)
+    tasks = session.tasks(config, inputs.source)
+    _, *base = build_scorers(config, inputs, folder)
+    return CheckedJob(
+        inputs, [],
+        limit=limit,
+        forecasts=forecasts(config, inputs, tasks),
+        base_scores=tuple(str(file) for scorer in base for file in scorer.missing(tasks)),
+        base=digest(base_key(config, inputs)),
+        rows=_count_rows(config, inputs, session),
+    )  # fmt: skip
+
+
+def _count_rows(config: Config, inputs: Inputs, session: Session) -> float:
+    """Return about how many rows a run trains on, over all epochs."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps * training.batch_size * training.gradient_accumulation_steps
+    return training.epochs * (config.data.num_examples or session.count_rows(inputs.data))
 
 
 def find_row_problems(config: Config, session: Session) -> list[str]:

@@ -1,6 +1,7 @@
-"""Run jobs in the worker process: score the base, train, score the results.
+"""Run jobs in the worker process: train, score the base, score the results.
 
-The sweep's process reads the results from the folders of the runs.
+Each is a unit of work of its own, that any worker may do. The sweep's process reads the results
+from the folders of the runs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
+from filelock import Timeout
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,23 +63,33 @@ from finetune.training.steps import Diverged, TrainResult
 
 log = logging.getLogger("finetune")
 
+Stage = Literal["train", "evaluate"]
+# How a run ended; or it waits for its scores; or another process works on it.
+Outcome = State | Literal["trained", "held"]
+
 LESS_MEMORY = (
     "a smaller training.batch_size with more training.gradient_accumulation_steps, "
     "training.gradient_checkpointing=true or model.quantization=nf4 need less"
 )
 
 
-def run(jobs: Sequence[Job], session: Session | None = None) -> list[State]:
-    """Run jobs and return how they ended; all they computed is in their folders.
+def run(
+    jobs: Sequence[Job], session: Session | None = None, stage: Stage = "evaluate"
+) -> list[Outcome]:
+    """Run jobs up to a stage and return what became of them; the rest is in their folders.
 
     Args:
         jobs: several are trained together over one base, and must share what grouping.find_groups
             asks for.
         session: what is loaded already; None begins with nothing.
+        stage: `train` leaves the scoring to somebody else; `evaluate` does all that is missing.
     """
     session = session or Session()
     with ExitStack() as stack:
-        runs = open_runs(jobs, stack)
+        try:
+            runs = open_runs(jobs, stack)
+        except Timeout:
+            return ["held"] * len(jobs)
         unfinished = [r for r in runs if not is_done(r.config, r.inputs, r.folder, session)]
         for run in runs:
             if run not in unfinished:
@@ -88,30 +101,46 @@ def run(jobs: Sequence[Job], session: Session | None = None) -> list[State]:
         for run in unfinished:
             with _guarded([run]):
                 run.check_inputs()
-        _run_stages([run for run in unfinished if run.state is None], session)
+        _run_to(stage, [run for run in unfinished if run.state is None], session)
         for run in runs:
             if run.state == "finished":
                 _record_finished(run, session)
-        if any(run.state != "finished" for run in runs):
+        if any(run.state not in (None, "finished") for run in runs):
             session.release()
-        return [run.state or "failed" for run in runs]
+        return [run.state or "trained" for run in runs]
 
 
-def _run_stages(runs: Sequence[ActiveRun], session: Session) -> None:
-    """Score the base, train, score the results; each only where that is not done yet."""
+def _run_to(stage: Stage, runs: Sequence[ActiveRun], session: Session) -> None:
+    """Train, and score the results; each only where that is not done yet."""
     try:
-        for run in runs:
-            with _guarded([run]):
-                _score_base(run, session)
-        _train([run for run in runs if run.state is None and not run.is_trained], session)
-        for run in runs:
+        _train([run for run in runs if not run.is_trained], session)
+        for run in runs if stage == "evaluate" else ():
             with _guarded([run]):
                 if run.state is None:
+                    _score_base(run.config, run.inputs, session)
                     _score_tuned(run, session)
                     run.end("finished")
     except KeyboardInterrupt as stop:
         for run in runs:
             run.end("interrupted", signals.describe(stop))
+
+
+def score_base(job: Job, session: Session) -> None:
+    """Score the base of a planned job on its tasks, where that is not done yet.
+
+    Raises:
+        ValueError: it cannot be scored.
+    """
+    assert job.inputs is not None, "the base of a planned job is scored"
+    try:
+        if changed := find_changes(job.config, job.inputs):
+            raise ValueError("; ".join(changed))
+        _score_base(job.config, job.inputs, session)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a library may raise
+        session.release()
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _record_finished(run: ActiveRun, session: Session) -> None:
@@ -164,12 +193,13 @@ def _tasks(run: ActiveRun, session: Session) -> list[LoadedTask]:
     return session.tasks(run.config, run.inputs.source)
 
 
-def _score_base(run: ActiveRun, session: Session) -> None:
-    tasks = _tasks(run, session)
-    _, *base = build_scorers(run.config, run.inputs, run.folder)
+def _score_base(config: Config, inputs: Inputs, session: Session) -> None:
+    tasks = session.tasks(config, inputs.source)
+    _, *base = build_scorers(config, inputs, RunFolder(inputs.folder))
     for scorer in base:
         if not scorer.has(tasks):
-            scorer.score(tasks, _base(run, session), _tokenizer(run, session))
+            tokenizer = session.tokenizer(config.model, inputs.source)
+            scorer.score(tasks, session.base(config, inputs), tokenizer)
 
 
 def _train(runs: Sequence[ActiveRun], session: Session) -> None:
@@ -198,7 +228,6 @@ def _train(runs: Sequence[ActiveRun], session: Session) -> None:
 def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
     specs = [_spec(run, session) for run in runs]
     for run, spec in zip(runs, specs, strict=True):
-        run.examples = spec.examples
         log.info("data: %s", spec.examples.counts.summary())
         # For the run's log, not for the screen.
         log.debug("%s", describe_first(spec.examples, _tokenizer(run, session)))
@@ -277,8 +306,7 @@ def _trainable(
 
 def _spec(run: ActiveRun, session: Session) -> AdapterSpec:
     config = run.config
-    rows = dataset.read_sources(run.inputs.data)
-    examples = dataset.build_examples(rows, config.data, config.training, _tokenizer(run, session))
+    examples = session.examples(config, run.inputs)
     arguments = trainer.build_arguments(
         run.folder, config.optimizer, config.training, find_precision(config),
         validate=bool(examples.validation),
@@ -360,7 +388,7 @@ def _score_tuned(run: ActiveRun, session: Session) -> None:
     if said:
         run.folder.write_json("samples.json", [asdict(sample) for sample in said])
     if not run.config.training.is_skipped and run.folder.read_json("data.json") is None:
-        counts = _spec(run, session).examples.counts  # the file was damaged
+        counts = session.examples(run.config, run.inputs).counts  # the file was damaged
         run.folder.write_json("data.json", asdict(counts))
     record_scores(run.events, *_write_stored_scores(run, session))
     record_artifacts(run.folder, run.events)
@@ -368,11 +396,11 @@ def _score_tuned(run: ActiveRun, session: Session) -> None:
 
 def _choose_prompts(run: ActiveRun, session: Session) -> list[RowPrompt]:
     """Return prompts of rows that the run was not trained on, where there are any."""
-    if run.examples is None:  # trained before this process began, or not at all
-        skipped = run.config.training.is_skipped
-        run.examples = Examples([], [], RowCounts()) if skipped else _spec(run, session).examples
+    examples = Examples([], [], RowCounts())
+    if not run.config.training.is_skipped:
+        examples = session.examples(run.config, run.inputs)
     rows, settings = dataset.read_sources(run.inputs.data), (run.config.data, run.config.training)
-    found = sample_prompts(rows, run.examples, *settings, _tokenizer(run, session))
+    found = sample_prompts(rows, examples, *settings, _tokenizer(run, session))
     return list(islice(found, NUM_SAMPLES))[::-1]
 
 

@@ -94,7 +94,13 @@ class Scorer:
         return [task for task in tasks if self.adapter or not task.selects]
 
     def has(self, tasks: list[LoadedTask]) -> bool:
-        return len(self.read(tasks)) == len(self.asked(tasks))
+        return not self.missing(tasks)
+
+    def missing(self, tasks: list[LoadedTask]) -> list[Path]:
+        """Return the files of the scores that are not stored yet."""
+        stored = self.read(tasks)
+        files = zip(self.asked(tasks), self.files(tasks), strict=True)
+        return [file for task, file in files if task.key not in stored]
 
     def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
         """Return the stored scores by the task's key."""

@@ -58,6 +58,8 @@ class Session:
         self._tasks: Kept[LoadedTask] = Kept(16)
         self._shapes: Kept[Shape] = Kept(8)
         self._longest: Kept[int] = Kept(64)
+        self._row_counts: Kept[int] = Kept(64)
+        self._examples: Kept[dataset.Examples] = Kept(1)  # they may be large
         self._meta: Kept[PreTrainedModel] = Kept(2)
         self._row_problems: Kept[list[str]] = Kept(64)
         self._obstacles: Kept[str | None] = Kept(1)
@@ -71,7 +73,7 @@ class Session:
             self.release()  # before another one takes its memory
             return base_model.load_base(config.model, inputs.source, torch.device(inputs.device))
 
-        return self._base.get(_base_key(config, inputs), load)
+        return self._base.get(base_key(config, inputs), load)
 
     def release(self) -> None:
         """Release the base, which was altered or is not needed any more, and its memory."""
@@ -160,6 +162,25 @@ class Session:
         key = (asdict(rows), asdict(training), asdict(config.model), source, digests)
         return self._longest.get(key, measure)
 
+    def count_rows(self, found: Sequence[DataSource]) -> int:
+        """Return how many rows there are, those of `data.validation_path` too."""
+
+        def count() -> int:
+            return sum(len(rows) for _, rows in dataset.read_sources(found))
+
+        return self._row_counts.get([one.digest for one in found], count)
+
+    def examples(self, config: Config, inputs: Inputs) -> dataset.Examples:
+        """Return the tokenised rows of a run, the last ones kept for its samples."""
+        tokenizer = self.tokenizer(config.model, inputs.source)
+
+        def build() -> dataset.Examples:
+            rows = dataset.read_sources(inputs.data)
+            return dataset.build_examples(rows, config.data, config.training, tokenizer)
+
+        key = asdict(config.data), asdict(config.training), asdict(config.model), inputs.source
+        return self._examples.get((*key, [one.digest for one in inputs.data]), build)
+
     def obstacle(
         self, config: Config, inputs: Inputs, rows: Sequence[list[int]], precision: Precision
     ) -> str | None:
@@ -175,7 +196,7 @@ class Session:
         def look() -> str | None:
             return multi_adapter.find_obstacle(self.base(config, inputs), rows, precision)
 
-        return self._obstacles.get((*_base_key(config, inputs), list(rows), precision), look)
+        return self._obstacles.get((*base_key(config, inputs), list(rows), precision), look)
 
     def base_answers(
         self, config: Config, inputs: Inputs, prompts: Sequence[Sequence[int]]
@@ -186,9 +207,10 @@ class Session:
             tokenizer = self.tokenizer(config.model, inputs.source)
             return samples.answer(self.base(config, inputs), tokenizer, prompts)
 
-        key = (*_base_key(config, inputs), [list(prompt) for prompt in prompts])
+        key = (*base_key(config, inputs), [list(prompt) for prompt in prompts])
         return self._answers.get(key, answer)
 
 
-def _base_key(config: Config, inputs: Inputs) -> tuple[Any, ...]:
-    return asdict(config.model), inputs.source, inputs.device
+def base_key(config: Config, inputs: Inputs) -> tuple[Any, ...]:
+    """Return what tells one loaded base from another."""
+    return asdict(config.model), asdict(inputs.source), inputs.device

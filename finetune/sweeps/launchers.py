@@ -44,7 +44,7 @@ def _find_missing_problems(workers: WorkersConfig) -> list[str]:
     return [
         f"workers.{name} is {value}, which this version does not act on yet; leave it out"
         for name, value in changed_settings(workers).items()
-        if (name, value) != ("num", 1)
+        if name not in ("num", "threads", "stop_after")
     ]
 
 

@@ -30,22 +30,27 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
         log.error("%s: its end cannot be recorded: %s", run.name, error)
 
 
-def write_failure(run: RunFolder, reason: str, before: Status | None) -> State:
-    """Record the failure of a run whose process died; return the run's state.
+def write_failure(run: RunFolder, reason: str, before: Status | None) -> State | None:
+    """Record the failure of a run whose process died.
 
     Args:
         run: the run.
         reason: its recorded reason.
         before: its status at the start; another process may have finished it since.
+
+    Returns:
+        The run's state; None where another process works on it.
     """
     try:
-        with run.claimed() as claim:
+        with run.claimed(wait=False) as claim:
             now = run.status()
             if now is not None and now.state != "running" and now != before:
                 return now.state
             started = now.started if now is not None and now.state == "running" else None
             ended = Status("failed", reason, started, time.time(), run.last_lines())
             _write_end(run, ended, claim)
+    except Timeout:
+        return None
     except OSError as error:  # such as a full disk; the other runs go on
         log.error("%s: its end cannot be recorded: %s", run.name, error)
     return "failed"

@@ -15,15 +15,16 @@ from rich.table import Table
 
 from finetune.config.schema import Config, freeze, without_hydra
 from finetune.files import digest, distinct_slug, resolved, slug
-from finetune.pipeline.jobs import Job
+from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.problems import Refused
 from finetune.reporting.tables import add_row, build_table
-from finetune.sweeps.worker import AnyWorker, WorkerDied
+from finetune.sweeps.pool import Pool
+from finetune.sweeps.worker import WorkerDied
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RunRecord, SweepRecord, render_swept
 from finetune.training.checkpoints import newest_step
-from finetune.training.grouping import Group, Limit, find_groups
+from finetune.training.grouping import Group, Limit, find_groups, share_groups
 
 log = logging.getLogger("finetune")
 
@@ -43,6 +44,9 @@ class Point:
     left: State | None = None  # the state of a run that is not retried; None: it is run
     earlier: State | None = None  # state that an earlier sweep left
     step: int | None = None  # of the checkpoint to resume from
+    base: str = ""  # tells one base that a worker loads from another
+    base_scores: tuple[str, ...] = ()  # files of the base's scores that are not there yet
+    rows: float = 0.0  # that it trains on, about
 
     @property
     def trains(self) -> bool:
@@ -161,15 +165,13 @@ def _subject(jobs: Sequence[Job]) -> str:
     return f"{model}-{choices['data']}"
 
 
-def plan_sweep(
-    jobs: Sequence[Job], name: str, worker: AnyWorker, problems: Sequence[str] = ()
-) -> Sweep:
-    """Let the worker check every job, refuse all problems at once, drop repeated points.
+def plan_sweep(jobs: Sequence[Job], name: str, pool: Pool, problems: Sequence[str] = ()) -> Sweep:
+    """Let a worker check every job, refuse all problems at once, drop repeated points.
 
     Args:
         jobs: the points of the grid.
         name: the sweep's name.
-        worker: checks the jobs.
+        pool: checks the jobs, and will run them.
         problems: those found before.
 
     Raises:
@@ -178,7 +180,7 @@ def plan_sweep(
     all_problems, plans = list(problems), []
     for job in jobs:
         try:
-            plans.append(worker.prepare(job))
+            plans.append(pool.prepare(job))
             all_problems += plans[-1].problems
         except (OSError, ValueError) as error:
             all_problems.append(str(error))
@@ -200,12 +202,13 @@ def plan_sweep(
             log.info("%s is in the grid twice; it is run once", folder.name)
         else:
             planned = replace(job, inputs=plan.inputs)
-            points[folder] = _point(planned, RunFolder(folder), finished=plan.finished)
+            points[folder] = _point(planned, RunFolder(folder), plan)
             limits[folder] = plan.limit
     for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
         log.info("to score: %s", line)
     found = list(points.values())
-    return Sweep(name, found, _grouped(found, [limits[point.run.path] for point in found]))
+    groups = _grouped(found, [limits[point.run.path] for point in found], len(pool))
+    return Sweep(name, found, groups)
 
 
 def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
@@ -219,20 +222,21 @@ def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
     ]
 
 
-def _grouped(points: Sequence[Point], limits: Sequence[Limit]) -> list[Group]:
-    """Group the points that can be trained together."""
+def _grouped(points: Sequence[Point], limits: Sequence[Limit], num_workers: int) -> list[Group]:
+    """Group the points that can be trained together, into work for all workers."""
     training = [index for index, point in enumerate(points) if point.trains]
     found = find_groups(
         [points[index].job.config for index in training], [limits[index] for index in training]
     )
+    found = share_groups(found, num_workers)
     groups = [Group([training[index] for index in one.indices], one.reason) for one in found]
     groups += [Group([index]) for index, point in enumerate(points) if not point.trains]
     return sorted(groups, key=lambda group: group.indices[0])
 
 
-def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
+def _point(job: Job, run: RunFolder, plan: CheckedJob) -> Point:
     """Return a job with its run and the action for it."""
-    if finished:
+    if plan.finished:
         return Point(job, run, "skip")
     for name, problem in run.find_damage().items():
         log.warning("%s: %s is damaged, and is recreated: %s", run.name, name, problem)
@@ -244,6 +248,9 @@ def _point(job: Job, run: RunFolder, *, finished: bool) -> Point:
         left=earlier if action == "leave" else None,
         earlier=earlier,
         step=newest_step(run.checkpoints) if action == "resume" else None,
+        base=plan.base,
+        base_scores=plan.base_scores,
+        rows=plan.rows,
     )  # fmt: skip
 
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 from filelock import Timeout
 
-from finetune import distributed, signals
+from finetune import signals
+from finetune.config.durations import read_duration
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
@@ -31,26 +30,16 @@ from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import print_table
 from finetune.reporting.verdict import verdict
 from finetune.sweeps import launchers
+from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.live import is_watched, live_table
-from finetune.sweeps.lost_runs import write_cut_off, write_failure
-from finetune.sweeps.planning import (
-    Point,
-    Sweep,
-    plan_sweep,
-    render_groups,
-    render_plan,
-    sweep_name,
-)
-from finetune.sweeps.worker import AnyWorker, WorkerDied, build_worker
+from finetune.sweeps.planning import Sweep, plan_sweep, render_groups, render_plan, sweep_name
+from finetune.sweeps.pool import Pool, build_pool
 from finetune.tracking.claims import CLAIM_FILE, Watch, claimed
 from finetune.tracking.events import State
-from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.store_check import store_checked
 from finetune.tracking.tracker import Tracker, build_tracker
 
 log = logging.getLogger("finetune")
-
-INTERRUPT_SECONDS = 120.0  # for a worker to end its step and write a checkpoint
 
 
 @dataclass(frozen=True)
@@ -75,21 +64,29 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
     Raises:
         Refused: something in the grid cannot run; nothing was started.
     """
-    with build_worker(is_quiet=is_watched()) as worker:
+    deadline = build_deadline(jobs[0].config)
+    with build_pool(jobs[0].config, is_quiet=is_watched()) as pool:
         name = sweep_name(jobs, arguments)
-        sweep = check_sweep(jobs, name, worker)
+        sweep = check_sweep(jobs, name, pool)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
             print_table(render_plan(sweep))
             for line in render_groups(sweep):
                 print(for_terminal(line))
         if sweep.config.sweep.dry_run:
             return 0
-        ending = conduct(sweep, arguments, worker)
+        ending = conduct(sweep, arguments, pool, deadline)
         _print_ending(sweep.config, ending)
         return ending.exit_code
 
 
-def check_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
+def build_deadline(config: Config) -> signals.Deadline | None:
+    """Return the end of `workers.stop_after`, which begins to count now."""
+    stop_after = config.workers.stop_after
+    seconds = None if stop_after is None else read_duration(stop_after)
+    return None if stop_after is None or seconds is None else signals.Deadline(stop_after, seconds)
+
+
+def check_sweep(jobs: Sequence[Job], name: str, pool: Pool) -> Sweep:
     """Check and plan the grid.
 
     Raises:
@@ -100,7 +97,7 @@ def check_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
     if (problem := find_cache_problem()) is not None:  # planning itself needs it
         raise Refused([*found, problem])
     with store_checked(jobs[0].config.tracking):
-        sweep = plan_sweep(jobs, name, worker, found)
+        sweep = plan_sweep(jobs, name, pool, found)
         if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
             raise Refused([problem])
         if is_obstructed(sweep.folder):
@@ -108,7 +105,9 @@ def check_sweep(jobs: Sequence[Job], name: str, worker: AnyWorker) -> Sweep:
     return sweep
 
 
-def conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Ending:
+def conduct(
+    sweep: Sweep, arguments: Sequence[str], pool: Pool, deadline: signals.Deadline | None = None
+) -> Ending:
     """Run the planned jobs, and report; at a request to stop checkpoints are written.
 
     Raises:
@@ -116,13 +115,16 @@ def conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Ending
         KeyboardInterrupt: a second request to stop.
     """
     with _claimed_folder(sweep.folder):
-        return _conduct(sweep, arguments, worker)
+        return _conduct(sweep, arguments, pool, deadline)
 
 
-def _conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Ending:
+def _conduct(
+    sweep: Sweep, arguments: Sequence[str], pool: Pool, deadline: signals.Deadline | None
+) -> Ending:
     """Run the planned jobs, write the results after each, and report."""
     log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
     tracker = _begin(sweep, arguments)
+    conducted = Conduct(sweep, tracker, pool)
     states: list[State] = []
     stopped: KeyboardInterrupt | None = None
     report: Future[object] = Future()
@@ -130,7 +132,7 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Endin
     with ThreadPoolExecutor(max_workers=1) as reporter:
         try:
             with live_table([(str(point), point.run) for point in sweep.points]):
-                for state in _run_all(sweep, tracker, worker):
+                for state in conducted.states(deadline):
                     states.append(state)
                     report.cancel()  # one that has not begun; the next has more
                     report = reporter.submit(_write_report, sweep)
@@ -138,7 +140,7 @@ def _conduct(sweep: Sweep, arguments: Sequence[str], worker: AnyWorker) -> Endin
                     wait([report])
         except KeyboardInterrupt as stop:
             report.cancel()
-            _end_runs(sweep, worker, stop)
+            conducted.interrupt(stop)
             stopped = stop
             states.append("interrupted")
     ending = _report(sweep, tracker, states)
@@ -164,66 +166,6 @@ def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
 def _unwritable(folder: Path, error: OSError) -> Refused:
     fault = error.strerror or error
     return Refused([f"{folder} cannot be written to ({fault}); set sweep.name or report_dir"])
-
-
-def _end_runs(sweep: Sweep, worker: AnyWorker, stop: KeyboardInterrupt) -> None:
-    """Let running jobs write a checkpoint; a second request ends them at once.
-
-    Raises:
-        KeyboardInterrupt: the second request.
-    """
-    reason = signals.describe(stop)
-    log.info("%s: waiting for a checkpoint; a second signal stops without one", reason)
-    is_ended = False
-    try:
-        is_ended = worker.interrupt(stop, INTERRUPT_SECONDS)
-    finally:
-        if not is_ended:
-            worker.stop(0)
-        for point in sweep.points:
-            write_cut_off(point.run, f"{reason}, without a checkpoint of its last steps")
-
-
-def _run_all(sweep: Sweep, tracker: Tracker, worker: AnyWorker) -> Iterator[State]:
-    """Run the planned groups one after another, and yield the state of each run.
-
-    Ends early after a failure under `sweep.fail_fast`, and where other ranks are blocked.
-    """
-    took: list[float] = []
-    begun = 0
-    for number, group in enumerate(sweep.groups):
-        points = [sweep.points[index] for index in group.indices]
-        waiting = [sweep.points[index] for rest in sweep.groups[number:] for index in rest.indices]
-        left = _time_left(took, waiting)
-        for point in points:
-            begun += 1
-            log.info("[%d/%d] %s%s", begun, len(sweep.points), point, left)
-            _follow(tracker, point.run)
-        started = time.monotonic()
-        settled = [point.left for point in points if point.left]
-        states = settled or _run_group(points, worker)
-        if states == ["finished"] * len(points) and points[0].action != "skip":
-            took += [(time.monotonic() - started) / len(points)] * len(points)
-        yield from states
-        is_failed = not settled and states != ["finished"] * len(points)
-        if (sweep.config.sweep.fail_fast and is_failed) or distributed.is_desynchronised():
-            return
-
-
-def _follow(tracker: Tracker, run: RunFolder) -> None:
-    """Track a run; it is trained even if `mlflow.json` cannot be written."""
-    try:
-        tracker.follow(run)
-    except OSError as error:
-        log.error("%s: mlflow.json of its sweep cannot be written: %s", run.name, error)
-
-
-def _time_left(took: Sequence[float], points: Sequence[Point]) -> str:
-    """Estimate the remaining time from the runs so far."""
-    if not took:
-        return ""
-    waiting = sum(point.is_waiting for point in points)
-    return f" (about {waiting * fmean(took) / 60:.0f} min left)"
 
 
 @contextmanager
@@ -253,20 +195,6 @@ def _folder_problems(config: Config) -> list[str]:
         for key, folder in folders.items()
     ]
     return [problem for problem in problems if problem is not None]
-
-
-def _run_group(points: Sequence[Point], worker: AnyWorker) -> list[State]:
-    """Run jobs together; if the worker dies or refuses, each is run separately."""
-    before, timeout = points[0].run.status(), points[0].job.config.sweep.job_timeout
-    try:
-        jobs = [point.job for point in points]
-        return worker.run(jobs, None if timeout is None else timeout * len(points))
-    except (WorkerDied, ValueError, OSError) as error:
-        if len(points) > 1:
-            log.warning("%s; its %d runs are run separately", error, len(points))
-            return [state for point in points for state in _run_group([point], worker)]
-        log.error("%s failed: %s", points[0].run.name, error)
-        return [write_failure(points[0].run, str(error), before)]
 
 
 def _write_report(sweep: Sweep) -> tuple[Results, bool]:

@@ -10,20 +10,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from finetune import distributed, signals
+from finetune.config.inputs import Inputs
 from finetune.logs import quieten_libraries
 from finetune.models import devices
 from finetune.pipeline.finished_runs import FinishedRuns, Looked
 from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.streams import keep_streams
-from finetune.tracking.events import State
+from finetune.sweeps.schedule import Kind
+from finetune.sweeps.seats import Seat
 
 if TYPE_CHECKING:
     from finetune.pipeline.session import Session
@@ -37,19 +39,43 @@ class WorkerDied(RuntimeError):
     """The worker ended without an answer; the message has its exit code or signal."""
 
 
+class WorkerKilled(WorkerDied):
+    """It was ended by a signal: for want of memory, or by another program."""
+
+
 class Worker:
     """A worker process, started when first needed, and again after it died.
 
-    Jobs whose runs are recorded as finished do not need it.
+    Jobs whose runs are recorded as finished do not need it. One thread at a time may ask it;
+    `interrupt` and `stop` may be called from another one meanwhile.
     """
 
-    def __init__(self, *, is_quiet: bool = False) -> None:
-        self._finished_runs = FinishedRuns()
+    _starting = threading.Lock()  # `_main_left_out` is for one thread at a time
+
+    def __init__(
+        self,
+        seat: Seat | None = None,
+        finished_runs: FinishedRuns | None = None,
+        *,
+        is_quiet: bool = False,
+    ) -> None:
+        """Keep what the process is started with.
+
+        Args:
+            seat: where it computes; None: as a single worker.
+            finished_runs: the records of this machine, which workers share.
+            is_quiet: whether the live table is on the same terminal.
+        """
+        self._seat = seat or Seat()
+        self._finished_runs = finished_runs or FinishedRuns()
         self._looked: Looked = {}  # states of the files that jobs share, kept while planning
-        self._is_quiet = is_quiet  # since the live table is on the same terminal
+        self._is_quiet = is_quiet
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
         self._stops: Connection | None = None  # announces stop signals to the worker
+        self._changing = threading.RLock()  # whether it has a request, and may be signalled
+        self._is_asked = False
+        self._is_stopped = False
 
     def __enter__(self) -> Worker:
         return self
@@ -64,65 +90,122 @@ class Worker:
 
     def prepare(self, job: Job) -> CheckedJob:
         """Check a job and resolve its inputs."""
-        inputs = self._finished_runs.find(job.config, self._looked)
+        inputs = self._find_finished(job, self._looked)
         if inputs is not None:
-            return CheckedJob(inputs, [], finished=True, forecasts=[])
+            return CheckedJob(inputs, [], finished=True)
         return cast(CheckedJob, self._ask("prepare", job))
 
-    def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
-        """Run jobs together to their end, or until their time is up."""
-        if len(jobs) == 1 and self._finished_runs.find(jobs[0].config) is not None:
-            return ["finished"]
-        return cast(list[State], self._ask("run", list(jobs), timeout_seconds))
-
-    def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
-        """Let the running job write a checkpoint and end.
+    def run(
+        self, kind: Kind, jobs: Sequence[Job], timeout_seconds: float | None = None
+    ) -> list[str]:
+        """Train or score runs, or score their base, to its end or until its time is up.
 
         Returns:
-            Whether it has ended in time.
+            What became of each run (`run_jobs.Outcome`); nothing for a base.
+
+        Raises:
+            WorkerDied: the process ended, or its time was up.
+            ValueError, OSError: the jobs cannot be run.
         """
-        if self._process is None or self._pipe is None or self._stops is None:
-            return True
-        try:
-            self._stops.send(stop)
-            os.kill(self._process.pid or 0, signal.SIGINT)
-            if not self._answers_within(timeout_seconds):
-                return False
-            self._pipe.recv()
-        except (EOFError, OSError):  # it ended before it had a job
-            pass
-        return True
+        if kind == "evaluate" and self._find_finished(jobs[0]) is not None:
+            return ["finished"]
+        return cast(list[str], self._ask(kind, list(jobs), timeout_seconds))
+
+    def _find_finished(self, job: Job, looked: Looked | None = None) -> Inputs | None:
+        if self._seat.processes > 1:  # records are of runs that one process trained
+            return None
+        return self._finished_runs.find(job.config, looked)
+
+    def start(self) -> None:
+        """Start the process if there is none, so that the first request need not wait for it.
+
+        Raises:
+            WorkerDied: it cannot be started.
+        """
+        with self._changing:
+            if self._process is None:
+                self._start()
+
+    def interrupt(self, stop: KeyboardInterrupt) -> None:
+        """Let what it works on write a checkpoint and end; it takes no more requests."""
+        with self._changing:
+            self._is_stopped = True
+            if not self._is_asked or self._process is None or self._stops is None:
+                return
+            with suppress(OSError):  # it has ended
+                self._stops.send(stop)
+                os.kill(self._process.pid or 0, signal.SIGINT)
+
+    def hang_up(self) -> None:
+        """Let the process end, which has no request."""
+        if self._pipe is not None:
+            self._pipe.close()
 
     def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
         """End the process; it has nothing to save."""
-        process, pipe = self._process, self._pipe
-        if process is None or pipe is None:
+        process = self._process
+        if process is None:
             return
         try:
-            pipe.close()  # an idle worker ends at this
-            process.join(grace_seconds)
+            if grace_seconds:
+                self.hang_up()
+                process.join(grace_seconds)
         finally:
-            process.kill()
+            process.kill()  # a thread that waits for its answer sees that
             process.join()
-            self._process = self._pipe = self._stops = None
+            self._forget()
+
+    def _forget(self) -> None:
+        self._process = self._pipe = self._stops = None
 
     def _ask(self, verb: str, payload: Any, timeout_seconds: float | None = None) -> Any:
-        if self._process is None:
-            self._start()
-        assert self._process is not None
-        assert self._pipe is not None
         try:
-            self._pipe.send((verb, payload))
-            if not self._answers_within(timeout_seconds):
-                self._process.kill()
-                self._how_it_ended()
-                raise WorkerDied(f"it took longer than {timeout_seconds:g} s (sweep.job_timeout)")
-            answer = self._pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise WorkerDied(self._how_it_ended()) from None
+            process, pipe = self._send(verb, payload)
+            try:
+                if not _answers_within(process, pipe, timeout_seconds):
+                    process.kill()
+                    process.join()
+                    self._forget()
+                    late = f"it took longer than {timeout_seconds:g} s (sweep.job_timeout)"
+                    raise WorkerDied(late)
+                answer = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise self._describe_end(process) from None
+        finally:
+            with self._changing:
+                self._is_asked = False
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _send(
+        self, verb: str, payload: Any
+    ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        """Send a request to the process, which is started where there is none."""
+        with self._changing:
+            if self._is_stopped:
+                raise WorkerDied("the sweep was stopped before this began")
+            if self._process is None:
+                self._start()
+            process, pipe = self._process, self._pipe
+            assert process is not None
+            assert pipe is not None
+            self._is_asked = True
+            try:
+                pipe.send((verb, payload))
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._describe_end(process) from None
+            return process, pipe
+
+    def _describe_end(self, process: multiprocessing.process.BaseProcess) -> WorkerDied:
+        """Return how a process ended."""
+        process.join()
+        self._forget()
+        code = process.exitcode or 0
+        if code >= 0:
+            return WorkerDied(f"the worker ended with exit code {code}")
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return WorkerKilled(f"the worker was killed by {signal.Signals(-code).name}{hint}")
 
     def _start(self) -> None:
         """Start the process; stop signals are blocked in it until its handlers are set."""
@@ -132,9 +215,9 @@ class Worker:
             pipe, theirs = context.Pipe()
             heard, stops = context.Pipe(duplex=False)
             process = context.Process(
-                target=_serve, args=(theirs, heard, self._is_quiet), daemon=True
+                target=_serve, args=(theirs, heard, self._seat, self._is_quiet), daemon=True
             )
-            with signals.held_back(), _main_left_out():
+            with self._starting, signals.held_back(), _main_left_out():
                 process.start()
                 self._process, self._pipe, self._stops = process, pipe, stops
             theirs.close()
@@ -143,33 +226,23 @@ class Worker:
             fault = error.strerror or str(error)
             raise WorkerDied(f"the worker process cannot be started: {fault}") from None
 
-    def _answers_within(self, timeout_seconds: float | None) -> bool:
-        """Wait for an answer; return whether there is one.
 
-        Raises:
-            EOFError: the process has ended without.
-        """
-        assert self._process is not None
-        assert self._pipe is not None
-        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while not self._pipe.poll(min(ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
-            if time.monotonic() >= end:
-                return False
-            # A process that it left behind may hold the pipe open.
-            if not self._process.is_alive() and not self._pipe.poll():
-                raise EOFError
-        return True
+def _answers_within(
+    process: multiprocessing.process.BaseProcess, pipe: Connection, timeout_seconds: float | None
+) -> bool:
+    """Wait for an answer; return whether there is one.
 
-    def _how_it_ended(self) -> str:
-        assert self._process is not None
-        self._process.join()
-        code = self._process.exitcode or 0
-        self._process = self._pipe = self._stops = None
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            return f"the worker was killed by {name}{hint}"
-        return f"the worker ended with exit code {code}"
+    Raises:
+        EOFError: the process has ended without.
+    """
+    end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+    while not pipe.poll(min(ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
+        if time.monotonic() >= end:
+            return False
+        # A process that it left behind may hold the pipe open.
+        if not process.is_alive() and not pipe.poll():
+            raise EOFError
+    return True
 
 
 class LaunchedWorker:
@@ -198,22 +271,28 @@ class LaunchedWorker:
 
         return preflight.prepare(job.config, self._session)
 
-    def run(self, jobs: Sequence[Job], timeout_seconds: float | None = None) -> list[State]:
-        """Run jobs to their end.
+    def run(
+        self, kind: Kind, jobs: Sequence[Job], timeout_seconds: float | None = None
+    ) -> list[str]:
+        """Train or score runs, or score their base, to its end.
 
         Raises:
             KeyboardInterrupt: they were interrupted, checkpoints written.
         """
-        from finetune.pipeline import run_jobs
-
         assert timeout_seconds is None, "launchers.find_problems refuses it"
-        states = run_jobs.run(jobs, self._session)
-        if "interrupted" in states:
+        outcome = _do(kind, jobs, self._session)
+        if "interrupted" in outcome:
             raise signals.first_stop()
-        return states
+        return outcome
 
-    def interrupt(self, stop: KeyboardInterrupt, timeout_seconds: float) -> bool:
-        return True
+    def interrupt(self, stop: KeyboardInterrupt) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        pass
 
     def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
         pass
@@ -236,8 +315,13 @@ def _main_left_out() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def build_worker(*, is_quiet: bool) -> AnyWorker:
-    return (LaunchedWorker if distributed.is_launched() else Worker)(is_quiet=is_quiet)
+def _do(kind: Kind, jobs: Sequence[Job], session: Session) -> list[str]:
+    from finetune.pipeline import run_jobs
+
+    if kind == "base":
+        run_jobs.score_base(jobs[0], session)
+        return []
+    return [*run_jobs.run(jobs, session, kind)]
 
 
 def follow() -> int:
@@ -262,7 +346,7 @@ def follow() -> int:
         run_jobs.take_part(config, inputs, session)
 
 
-def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
+def _serve(pipe: Connection, stops: Connection, seat: Seat, is_quiet: bool) -> None:
     """Answer requests until the sweep's process ends, and stop when it says so."""
     keep_streams()
     if os.name == "posix":
@@ -272,7 +356,7 @@ def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
         # A scheduler signals every process; only the sweep's process decides on it.
         signals.listen_to(lambda number: stops.recv() if stops.poll() else None)
         try:
-            verbs = _load_verbs(is_quiet=is_quiet)
+            verbs = _load_verbs(seat, is_quiet=is_quiet)
         except (Exception, SystemExit) as error:  # whatever a library's import may raise
             pipe.recv()
             pipe.send(WorkerDied(_why_not_started(error)))
@@ -288,18 +372,16 @@ def _serve(pipe: Connection, stops: Connection, is_quiet: bool) -> None:
         pass
 
 
-def _load_verbs(*, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
-    """Import torch, with one visible GPU; return the requests that a worker answers."""
-    os.environ.update(devices.see_one_gpu(os.environ))
+def _load_verbs(seat: Seat, *, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
+    """Import torch, which then sees the seat's GPUs; return the requests that a worker answers."""
+    os.environ.update(devices.see_one_gpu(os.environ) | seat.environment)
     quieten_libraries(is_quiet=is_quiet)
-    from finetune.pipeline import preflight, run_jobs
+    from finetune.pipeline import preflight
     from finetune.pipeline.session import Session
 
     session = Session()
-    return {
-        "prepare": lambda job: preflight.prepare(job.config, session),
-        "run": lambda jobs: run_jobs.run(jobs, session),
-    }
+    work = {kind: partial(_do, kind, session=session) for kind in get_args(Kind)}
+    return {"prepare": lambda job: preflight.prepare(job.config, session), **work}
 
 
 def _why_not_started(error: BaseException) -> str:

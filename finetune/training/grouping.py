@@ -104,6 +104,26 @@ def find_groups(configs: Sequence[Config], limits: Sequence[Limit]) -> list[Grou
     return sorted(groups, key=lambda group: group.indices[0])
 
 
+def share_groups(groups: Sequence[Group], num_workers: int) -> list[Group]:
+    """Halve the largest groups until there is work for all workers to the end.
+
+    Args:
+        groups: as `find_groups` returns them.
+        num_workers: that take a group each.
+    """
+    shared = list(groups)
+    while len(shared) % num_workers:
+        largest = max(shared, key=lambda group: len(group.indices))
+        size = len(largest.indices)
+        if size == 1:
+            break
+        shared.remove(largest)
+        for part in (largest.indices[: size // 2], largest.indices[size // 2 :]):
+            alone = f"divided among {num_workers} workers" if len(part) == 1 else None
+            shared.append(Group(part, alone))
+    return sorted(shared, key=lambda group: group.indices[0])
+
+
 def _cut(indices: list[int], limit: Limit) -> list[Group]:
     """Cut indices into as few groups as can be, and those into sizes as even as can be."""
     if len(indices) == 1:
