@@ -97,7 +97,7 @@ def run(composed: DictConfig) -> None:
     try:
         refuse_any(find_grid_problems(HydraConfig.get()))
         job = build_job(composed, swept=[])
-        code = run_sweep([job], job.overrides)
+        code = run_sweep([job], job.overrides, sys.argv[1:])
     except Refused as refused:  # here, since Hydra would put a line of its own before it
         refuse(refused.problems)
     except OmegaConfBaseException as error:

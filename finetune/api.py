@@ -303,7 +303,7 @@ def _conduct(grid: Grid) -> Ending:
     deadline = build_deadline(config)
     with _stops_raised(), build_pool(config, is_quiet=is_watched()) as pool:
         sweep = check_sweep(grid.jobs, grid.name, pool)
-        ending = conduct(sweep, grid.arguments, pool, deadline)
+        ending = conduct(sweep, grid.arguments, pool, again=grid.again, deadline=deadline)
         if ending.unsent:
             log.warning("%s", ending.unsent)
         if ending.stopped is not None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -92,11 +93,19 @@ def build_job(before: RunFolder, into: Path | None) -> Job:
         OmegaConf.update(composed, "tracking.enabled", value=False)
         OmegaConf.update(composed, "sweep.name", SWEEP)
         OmegaConf.update(composed, "sweep.dry_run", value=False)
+        OmegaConf.update(composed, "workers", _find_workers(before), merge=False)
         config = build_config(composed)
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         path = before.path / "config.yaml"
         raise Refused([f"{path} cannot be read: {first_line(error)}"]) from None
     return Job(config, OmegaConf.to_yaml(composed), before.read_overrides(), {})
+
+
+def _find_workers(before: RunFolder) -> dict[str, Any]:
+    """Return settings of one worker here, with the run's number of threads, which changes bits."""
+    environment = before.read_json("environment.json")
+    threads = environment.get("threads") if isinstance(environment, dict) else None
+    return {"threads": threads} if isinstance(threads, int) and threads > 0 else {}
 
 
 def report(before: RunFolder, into: Path) -> int:

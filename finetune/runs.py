@@ -23,8 +23,8 @@ from finetune.statistics.comparison import compare
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
 from finetune.streams import keep_streams
-from finetune.sweeps.live import LOST
-from finetune.sweeps.watching import FindRuns, find_sweep, runs_of_folder, runs_of_sweep, watch
+from finetune.sweeps.live import LOST, FindRuns
+from finetune.sweeps.watching import find_sweep, runs_of_folder, runs_of_sweep, watch
 from finetune.tracking.progress import find_state, read_place
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import MetricScore

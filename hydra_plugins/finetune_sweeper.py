@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: Hydra runs this file without naming it in
 # sys.modules, where the dataclass decorator would look up annotations that are text.
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,4 +50,4 @@ class FinetuneSweeper(Sweeper):
         assert self.config is not None
         loader = self.hydra_context.config_loader
         jobs, arguments = build_jobs(loader, self.config, arguments)
-        raise SystemExit(run_sweep(jobs, arguments))
+        raise SystemExit(run_sweep(jobs, arguments, sys.argv[1:]))

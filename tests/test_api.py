@@ -189,8 +189,9 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Grid:
 
     seen: list[Grid] = []
 
-    def run_sweep(jobs: Any, arguments: Any) -> int:
-        seen.append(Grid(list(jobs), list(arguments), planning.sweep_name(jobs, arguments)))
+    def run_sweep(jobs: Any, arguments: Any, again: Any) -> int:
+        name = planning.sweep_name(jobs, arguments)
+        seen.append(Grid(list(jobs), list(arguments), name, list(again)))
         return 0
 
     monkeypatch.setattr("finetune.sweeps.run_sweep.run_sweep", run_sweep)
@@ -322,7 +323,7 @@ def test_a_stopped_sweep_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     stop = KeyboardInterrupt("interrupted by the user")
     ending = cast(Any, type("Ending", (), {"unsent": None, "stopped": stop}))
     monkeypatch.setattr(api, "check_sweep", lambda *_: None)
-    monkeypatch.setattr(api, "conduct", lambda *_: ending)
+    monkeypatch.setattr(api, "conduct", lambda *_, **__: ending)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt) as raised:
         finetune.run(*TINY)

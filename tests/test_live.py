@@ -66,7 +66,7 @@ def test_nothing_is_shown_where_nobody_watches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Logs keep plain lines."""
-    with live_table([("a", RunFolder(tmp_path))]):
+    with live_table(lambda: [("a", RunFolder(tmp_path))]):
         pass
     assert capsys.readouterr() == ("", "")
 

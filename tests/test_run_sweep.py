@@ -487,11 +487,15 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
 
 
-def test_settings_of_workers_are_refused_until_something_acts_on_them() -> None:
+def test_a_launchers_processes_are_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting is ignored; one worker is what there is."""
-    asked = replace(Config(), workers=WorkersConfig(launch="ray", address="a"))
-    assert launchers.find_problems(asked) == [
-        "workers.launch is ray, which this version does not act on yet; leave it out",
-        "workers.address is a, which this version does not act on yet; leave it out",
+    asked = replace(Config(), workers=WorkersConfig(num=2, stop_after="3h"))
+    assert launchers.find_problems(asked) == []
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    problems = launchers.find_problems(asked)
+    assert [problem.partition(",")[0] for problem in problems] == [
+        "workers.num is 2",
+        "workers.stop_after is 3h",
     ]
     assert launchers.find_problems(replace(Config(), workers=WorkersConfig(num=1))) == []

@@ -55,3 +55,5 @@ class Inputs:
     identity: str  # of the training
     folder: Path  # of the run
     files: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the file it names
+    job: str = ""  # a digest of settings and inputs, the same on every machine
+    dtype: str = ""  # that the base computes in on this kind of device: fp32, bf16 or fp16

@@ -17,7 +17,7 @@ from finetune.data import dataset, templates
 from finetune.files import keep_regular, slug
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import name_dtype
-from finetune.pipeline.identity import describe_environment, find_changes, find_inputs
+from finetune.pipeline.identity import check_inputs, describe_environment, find_inputs
 from finetune.pipeline.jobs import Job
 from finetune.tracking.claims import Claim, ClaimLost
 from finetune.tracking.events import EventLog, State
@@ -53,14 +53,12 @@ class ActiveRun:
         self.events.status("running")
 
     def check_inputs(self) -> None:
-        """Check that the inputs have not changed since the run was planned.
+        """Check that the inputs are those that the run was planned with.
 
         Raises:
-            ValueError: one has; the message names it and the remedy.
+            ValueError: they are not; the message names the remedy.
         """
-        changed = find_changes(self.config, self.inputs)
-        if changed:
-            raise ValueError("; ".join(changed))
+        check_inputs(self.config, self.inputs)
 
     def end(self, state: State, reason: str | None = None) -> None:
         """Record how the run ended; later calls change nothing."""

@@ -33,7 +33,7 @@ from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 
-RECORD = 1  # raised when a record would hold something else
+RECORD = 2  # raised when a record would hold something else
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".py")
 OWN_TASKS = ("demo_science",)  # whose questions come with this package

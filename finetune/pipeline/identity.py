@@ -29,7 +29,7 @@ from finetune.home import WORKER
 from finetune.models import adapters, base_model, quantization
 from finetune.models.chat_templates import find_chat_template, read_chat_template
 from finetune.models.kernels import FLASH
-from finetune.models.precision import Precision, compute_dtype, find_precision
+from finetune.models.precision import Precision, compute_dtype, find_precision, name_dtype
 from finetune.models.quantization import BITSANDBYTES, GPTQ_PACKAGES
 from finetune.pipeline import identity_0_1
 from finetune.pipeline.session import Session
@@ -58,7 +58,12 @@ def find_inputs(config: Config, session: Session | None = None) -> Inputs:
     folder = run_path(config, identity)
     if not folder.exists():
         folder = _find_earlier(config, named) or folder
-    return Inputs(str(precision.device), source, found, model, identity, folder, files)
+    device = str(precision.device)
+    return Inputs(
+        device, source, found, model, identity, folder, files,
+        job=digest(_without_device(named)),
+        dtype=name_dtype(config.model, device),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,32 @@ def find_files(config: Config) -> dict[str, str]:
     if config.model.adapter is not None:
         found["model.adapter"] = adapters.saved_digest(Path(config.model.adapter))
     return found
+
+
+def _without_device(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of an identity that do not depend on the machine."""
+    model = {key: value for key, value in named["model"].items() if key != "dtype"}
+    local = ("precision", "processes", "fsdp")
+    training = {key: value for key, value in named["training"].items() if key not in local}
+    kept = {key: value for key, value in named.items() if key != "versions"}
+    return {**kept, "model": model, "training": training}
+
+
+def check_inputs(config: Config, inputs: Inputs) -> None:
+    """Check that a run is computed from what it was planned with, on the same kind of device.
+
+    Raises:
+        ValueError: it is not; the message has the remedy.
+    """
+    dtype = name_dtype(config.model, inputs.device)
+    if inputs.dtype and dtype != inputs.dtype:
+        raise ValueError(
+            f"the run was planned in {inputs.dtype}, but the GPU of this worker computes in "
+            f"{dtype}; start the command on GPUs of one kind (CUDA_VISIBLE_DEVICES), or set "
+            f"model.dtype={dtype}"
+        )
+    if changed := find_changes(config, inputs):
+        raise ValueError("; ".join(changed))
 
 
 def find_changes(config: Config, inputs: Inputs) -> list[str]:

@@ -47,20 +47,26 @@ Check = Callable[[Config, Session], list[str]]
 def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     """Check everything that can be known without loading weights, and name the run.
 
+    For a run on other machines nothing of this one's device counts, and its folder is named there.
+
     Args:
         config: the run's.
         session: what is loaded already; None begins with nothing.
     """
-    session = session or Session()
+    session, is_elsewhere = session or Session(), config.workers.launch != "local"
     problems = find_problems(config)
     wrong = {problem.partition(".")[0] for problem in problems}
     for check, sections in CHECKS.items():
+        if is_elsewhere and check in OF_DEVICE:
+            continue
         if wrong.isdisjoint(sections):
             problems += _run_check(check, config, session)
         elif check is _find_model_problems and "model" not in wrong:
             problems += _run_check(_find_source_problems, config, session)
     if problems:
         return CheckedJob(None, list(dict.fromkeys(problems)))
+    if is_elsewhere:
+        return CheckedJob(find_inputs(_on_cpu(config), session), [])
     inputs = find_inputs(config, session)
     folder = RunFolder(inputs.folder)
     limit = NOT_TRAINED
@@ -83,6 +89,11 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         base=digest(base_key(config, inputs)),
         rows=_count_rows(config, inputs, session),
     )  # fmt: skip
+
+
+def _on_cpu(config: Config) -> Config:
+    """Return settings whose inputs can be found where there is no GPU."""
+    return replace(config, training=replace(config.training, device="cpu"))
 
 
 def _count_rows(config: Config, inputs: Inputs, session: Session) -> float:
@@ -197,12 +208,6 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
         adapters.saved_digest(folder)
         adapted = base_model.load_meta_model(config.model, model_config)
         problems += saved_adapter.find_problems(adapted, folder)
-    device = pick_device(config.training.device)
-    dtype = compute_dtype(config.model, device)
-    problems += quantization.find_problems(config.model, model_config, device)
-    problems += kernels.find_flash_problems(config.model, meta, device, dtype)
-    if config.training.use_liger_kernel:
-        problems += kernels.find_liger_problems(meta, device)
     found = quantization.find_quantization(config.model, model_config)
     if METHODS[config.peft.method].trains_base and found != config.model.quantization:
         problems.append(
@@ -222,6 +227,23 @@ def _find_model_problems(config: Config, session: Session) -> list[str]:
             "dtype; set evaluation.dtype=auto"
         )
     return problems + _find_length_problems(config, model_config)
+
+
+def _find_kernel_problems(config: Config, session: Session) -> list[str]:
+    """Return the problems of quantisation, attention and kernels on this machine's device."""
+    try:
+        source = base_model.find_model(config.model)
+        meta = session.meta_model(config.model, source)
+    except (OSError, ValueError):
+        return []  # a missing model is reported by its own check
+    device = pick_device(config.training.device)
+    model_config = base_model.load_config(config.model, source)
+    problems = quantization.find_problems(config.model, model_config, device)
+    dtype = compute_dtype(config.model, device)
+    problems += kernels.find_flash_problems(config.model, meta, device, dtype)
+    if config.training.use_liger_kernel:
+        problems += kernels.find_liger_problems(meta, device)
+    return problems
 
 
 def _find_tokenizer_problems(config: Config, session: Session) -> list[str]:
@@ -272,7 +294,10 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     _find_optimizer_problems: ("optimizer",),
     _find_device_problems: ("training", "model"),
     _find_model_problems: ("model", "peft", "lora", "training", "evaluation"),
+    _find_kernel_problems: ("model", "training"),
     _find_tokenizer_problems: ("model",),
     _find_data_problems: ("data", "training"),
     _find_task_problems: ("evaluation",),
 }
+# Those of the machine's device, which say nothing about other machines.
+OF_DEVICE = (_find_device_problems, _find_kernel_problems)

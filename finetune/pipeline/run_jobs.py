@@ -40,7 +40,7 @@ from finetune.models.kernels import liger_kernels
 from finetune.models.precision import compute_dtype, find_precision, pick_device
 from finetune.models.process_memory import is_out_of_memory
 from finetune.pipeline.active_run import ActiveRun, open_runs
-from finetune.pipeline.identity import find_changes
+from finetune.pipeline.identity import check_inputs, find_changes
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.samples import NUM_SAMPLES, Sample, answer
 from finetune.pipeline.scores import (
@@ -133,8 +133,7 @@ def score_base(job: Job, session: Session) -> None:
     """
     assert job.inputs is not None, "the base of a planned job is scored"
     try:
-        if changed := find_changes(job.config, job.inputs):
-            raise ValueError("; ".join(changed))
+        check_inputs(job.config, job.inputs)
         _score_base(job.config, job.inputs, session)
     except (ValueError, OSError):
         raise

@@ -66,8 +66,8 @@ class Conduct:
                     self._schedule.close()
             if distributed.is_desynchronised():
                 return
-        for point in self._points:
-            if point.run.is_trained:
+        if self._schedule.is_closed:
+            for point in self._points:
                 write_cut_off(point.run, f"stopped by sweep.fail_fast; {TRAINED}")
 
     def interrupt(self, stop: KeyboardInterrupt) -> None:

@@ -55,6 +55,7 @@ class Grid:
     jobs: list[Job]
     arguments: list[str]
     name: str
+    again: list[str]  # arguments of the command that does the same
 
 
 def build_jobs(
@@ -172,4 +173,6 @@ def _compose(arguments: list[str], config_dir: str | None, *, is_sweep: bool) ->
             raise Refused(problems)
         jobs = [build_job(config, swept=[])]
         arguments = jobs[0].overrides
-    return Grid(jobs, arguments, sweep_name(jobs, arguments))
+    flags = [] if config_dir is None else ["--config-dir", os.path.abspath(config_dir)]
+    again = [*arguments, *flags, *(["--multirun"] if is_sweep else [])]
+    return Grid(jobs, arguments, sweep_name(jobs, arguments), again)

@@ -36,15 +36,19 @@ def find_problems(config: Config) -> list[str]:
             f"sweep.job_timeout is {config.sweep.job_timeout}, but a run of several processes "
             "cannot be stopped by a timeout; leave it unset under a launcher"
         )
-    return problems + _find_missing_problems(config.workers)
+    if distributed.is_launched():
+        problems += _find_worker_problems(config.workers)
+    return problems
 
 
-def _find_missing_problems(workers: WorkersConfig) -> list[str]:
-    """Return the settings of workers that nothing acts on yet, so that none is ignored."""
+def _find_worker_problems(workers: WorkersConfig) -> list[str]:
+    """Return the settings of workers that a launcher's own processes make void."""
+    asked = changed_settings(workers)
     return [
-        f"workers.{name} is {value}, which this version does not act on yet; leave it out"
-        for name, value in changed_settings(workers).items()
-        if name not in ("num", "threads", "stop_after")
+        f"workers.{name} is {value}, but under accelerate or torchrun its processes train the "
+        f"runs one after another; leave it out, or start the command without a launcher"
+        for name, value in asked.items()
+        if (name, value) != ("num", 1)
     ]
 
 

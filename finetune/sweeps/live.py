@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ LOST = (
 )
 
 Runs = Sequence[tuple[str, RunFolder]]  # with their labels, the swept values
+FindRuns = Callable[[], Runs]
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ def is_watched() -> bool:
     return console.is_terminal or console.is_jupyter
 
 
-def live_table(runs: Runs) -> AbstractContextManager[Any]:
+def live_table(find_runs: FindRuns) -> AbstractContextManager[Any]:
     """Show the runs, by their labels, until the block ends; no table in a log file."""
     console, board = Console(stderr=True), Board()
     if console.is_jupyter:
-        return _notebook_table(runs, board)
+        return _notebook_table(find_runs, board)
     if not console.is_terminal:
         return nullcontext()
     return Live(
-        get_renderable=lambda: render_rows(board.look(runs), console.width, console.height),
+        get_renderable=lambda: render_rows(board.look(find_runs()), console.width, console.height),
         console=console,
         refresh_per_second=1 / REFRESH_SECONDS,
         transient=True,
@@ -94,12 +95,12 @@ def live_table(runs: Runs) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _notebook_table(runs: Runs, board: Board) -> Iterator[None]:
+def _notebook_table(find_runs: FindRuns, board: Board) -> Iterator[None]:
     """Show the runs in a cell's output; rich's live table would need ipywidgets."""
     from IPython.display import display
 
     def render() -> Group:
-        return render_rows(board.look(runs), NOTEBOOK_WIDTH, NOTEBOOK_ROWS)
+        return render_rows(board.look(find_runs()), NOTEBOOK_WIDTH, NOTEBOOK_ROWS)
 
     shown = display(render(), display_id=True)
     is_over = threading.Event()

@@ -30,6 +30,19 @@ def write_cut_off(run: RunFolder, reason: str) -> None:
         log.error("%s: its end cannot be recorded: %s", run.name, error)
 
 
+def set_back(run: RunFolder) -> None:
+    """Record that a failed run is to be tried again, by whoever takes it."""
+    status = run.status()
+    if status is None or status.state != "failed":
+        return
+    try:
+        with run.claimed(wait=False):
+            reason = f"to be tried again after: {status.reason}"
+            run.write_status(replace(status, state="interrupted", reason=reason))
+    except (Timeout, OSError) as error:
+        log.error("%s cannot be tried again: %s", run.name, error)
+
+
 def write_failure(run: RunFolder, reason: str, before: Status | None) -> State | None:
     """Record the failure of a run whose process died.
 

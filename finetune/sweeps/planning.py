@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, freeze, without_hydra
 from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.pipeline.jobs import CheckedJob, Job
@@ -22,7 +23,13 @@ from finetune.sweeps.pool import Pool
 from finetune.sweeps.worker import WorkerDied
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
-from finetune.tracking.sweep_record import RunRecord, SweepRecord, render_swept
+from finetune.tracking.sweep_record import (
+    UNNAMED,
+    RunRecord,
+    SweepRecord,
+    find_names,
+    render_swept,
+)
 from finetune.training.checkpoints import newest_step
 from finetune.training.grouping import Group, Limit, find_groups, share_groups
 
@@ -57,6 +64,12 @@ class Point:
     def is_waiting(self) -> bool:
         """True if this sweep has to train or score it."""
         return self.left is None and self.action != "skip"
+
+    @property
+    def run_name(self) -> str:
+        """The name of its folder, which a worker elsewhere may have to find."""
+        is_named = self.run.path.parent.name != UNNAMED
+        return self.run.name if is_named else "named by its first worker"
 
     def describe_action(self) -> str:
         """Return the action in the words of the plan's table."""
@@ -111,7 +124,12 @@ class Sweep:
         """Return what the report needs; its paths are relative, so both folders can be moved."""
         here = resolved(self.folder)
         runs = [
-            RunRecord(os.path.relpath(resolved(p.run.path), here), p.job.swept) for p in self.points
+            RunRecord(
+                os.path.relpath(resolved(p.run.path), here),
+                p.job.swept,
+                p.job.inputs.job if p.job.inputs else "",
+            )
+            for p in self.points
         ]
         return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs)
 
@@ -187,28 +205,45 @@ def plan_sweep(jobs: Sequence[Job], name: str, pool: Pool, problems: Sequence[st
         except WorkerDied as error:
             all_problems.append(f"checking the jobs failed: {error}")
             break
-    folders = [RunFolder(plan.inputs.folder) for plan in plans if plan.inputs is not None]
+    found_inputs = _named(jobs[0].config, name, [plan.inputs for plan in plans if plan.inputs])
+    folders = [RunFolder(inputs.folder) for inputs in found_inputs]
     all_problems += [
         problem for run in folders if (problem := run.find_place_problem()) is not None
     ]
     refuse(all_problems)
     points: dict[Path, Point] = {}
     limits: dict[Path, Limit] = {}
-    for job, plan in zip(jobs, plans, strict=True):
-        assert plan.inputs is not None, "a plan without problems has its inputs"
-        folder = plan.inputs.folder
+    for job, plan, inputs in zip(jobs, plans, found_inputs, strict=True):
+        folder = inputs.folder
         if folder in points:
             refuse(_find_evaluation_problems(points[folder].job, job))
             log.info("%s is in the grid twice; it is run once", folder.name)
         else:
-            planned = replace(job, inputs=plan.inputs)
+            planned = replace(job, inputs=inputs)
             points[folder] = _point(planned, RunFolder(folder), plan)
             limits[folder] = plan.limit
     for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
         log.info("to score: %s", line)
     found = list(points.values())
+    if jobs[0].config.workers.launch != "local":  # its workers group the runs
+        return Sweep(name, found, [])
     groups = _grouped(found, [limits[point.run.path] for point in found], len(pool))
     return Sweep(name, found, groups)
+
+
+def _named(config: Config, name: str, found: Sequence[Inputs]) -> list[Inputs]:
+    """Return inputs with the runs' folders: for other machines, as far as their workers named them.
+
+    The identity of a run has its device's dtype and versions, which only its worker knows.
+    """
+    if config.workers.launch == "local":
+        return list(found)
+    folder = Path(config.report_dir) / name
+    names = find_names(folder)
+    paths = [names.get(one.job, f"{UNNAMED}/{one.job[:12]}") for one in found]
+    return [
+        replace(one, folder=resolved(folder / path)) for one, path in zip(found, paths, strict=True)
+    ]
 
 
 def _find_evaluation_problems(job: Job, other: Job) -> list[str]:
@@ -236,11 +271,12 @@ def _grouped(points: Sequence[Point], limits: Sequence[Limit], num_workers: int)
 
 def _point(job: Job, run: RunFolder, plan: CheckedJob) -> Point:
     """Return a job with its run and the action for it."""
-    if plan.finished:
+    status = run.status()
+    is_elsewhere = job.config.workers.launch != "local"  # what finished is its worker's to judge
+    if plan.finished or (is_elsewhere and status is not None and status.state == "finished"):
         return Point(job, run, "skip")
     for name, problem in run.find_damage().items():
         log.warning("%s: %s is damaged, and is recreated: %s", run.name, name, problem)
-    status = run.status()
     earlier = status.state if status else None
     action = decide(job, run, earlier)
     return Point(
@@ -256,7 +292,9 @@ def _point(job: Job, run: RunFolder, plan: CheckedJob) -> Point:
 
 def decide(job: Job, run: RunFolder, earlier: State | None) -> Action:
     """Return the action for an unfinished run, from the state that an earlier sweep left."""
-    if earlier == "diverged" or (earlier == "failed" and not job.config.sweep.retry_failed):
+    # One that joins would retry what has just failed; only the sweep's own process retries.
+    is_retried = job.config.sweep.retry_failed and not job.config.workers.join
+    if earlier == "diverged" or (earlier == "failed" and not is_retried):
         return "leave"
     if job.config.training.is_skipped or run.is_trained:
         return "evaluate"
@@ -268,7 +306,7 @@ def render_plan(sweep: Sweep) -> Table:
     table = build_table(*sweep.swept, "run", "action")
     for point in sweep.points:
         values = (point.job.swept[key] for key in sweep.swept)
-        add_row(table, *values, point.run.name, point.describe_action())
+        add_row(table, *values, point.run_name, point.describe_action())
     return table
 
 

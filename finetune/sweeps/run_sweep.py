@@ -7,10 +7,11 @@ new one continues with the remaining jobs.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +30,15 @@ from finetune.reporting.results import Results, read_results, write_csv
 from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import print_table
 from finetune.reporting.verdict import verdict
-from finetune.sweeps import launchers
+from finetune.sweeps import crew, launchers
 from finetune.sweeps.conduct import Conduct
+from finetune.sweeps.elsewhere import Follower
+from finetune.sweeps.joining import join
 from finetune.sweeps.live import is_watched, live_table
 from finetune.sweeps.planning import Sweep, plan_sweep, render_groups, render_plan, sweep_name
 from finetune.sweeps.pool import Pool, build_pool
+from finetune.sweeps.slurm_queue import Array
+from finetune.sweeps.watching import runs_of_sweep
 from finetune.tracking.claims import CLAIM_FILE, Watch, claimed
 from finetune.tracking.events import State
 from finetune.tracking.store_check import store_checked
@@ -54,12 +59,13 @@ class Ending:
     stopped: KeyboardInterrupt | None = None  # the request that stopped it
 
 
-def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
+def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str] = ()) -> int:
     """Run every job, print plan and results, and return the exit code.
 
     Args:
         jobs: the points of the grid, at least one.
         arguments: the overrides as typed, which name the sweep.
+        again: all arguments of the command, by which workers elsewhere join the sweep.
 
     Raises:
         Refused: something in the grid cannot run; nothing was started.
@@ -74,9 +80,35 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str]) -> int:
                 print(for_terminal(line))
         if sweep.config.sweep.dry_run:
             return 0
-        ending = conduct(sweep, arguments, pool, deadline)
+        if sweep.config.workers.join:
+            return join(sweep, pool, deadline)
+        if sweep.config.workers.launch == "slurm" and (array := _submit(sweep, arguments, again)):
+            _print_submitted(sweep, array)
+            return 0
+        ending = conduct(sweep, arguments, pool, again=again, deadline=deadline)
         _print_ending(sweep.config, ending)
         return ending.exit_code
+
+
+def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Array | None:
+    """Submit workers to Slurm where runs are left to do and none is in the queue.
+
+    Raises:
+        Refused: the sweep runs in another process, or Slurm does not take them.
+    """
+    if not any(point.is_waiting for point in sweep.points) or crew.find_queued(sweep):
+        return None
+    with _claimed_folder(sweep.folder):
+        _record(sweep, arguments)
+        return crew.submit(sweep, again)
+
+
+def _print_submitted(sweep: Sweep, array: Array) -> None:
+    here = os.path.relpath(sweep.folder)
+    print(f"\nsubmitted: Slurm array {array.job} of {array.workers} workers, which take the runs")
+    print(f"watch: python -m finetune.runs --watch {sweep.name}    queue: squeue -j {array.job}")
+    print(f"output: {here}/slurm-{array.job}_*.log    end: scancel {array.job}")
+    print("the same command again shows the runs, feeds MLflow, and writes the report")
 
 
 def build_deadline(config: Config) -> signals.Deadline | None:
@@ -93,10 +125,11 @@ def check_sweep(jobs: Sequence[Job], name: str, pool: Pool) -> Sweep:
         Refused: something in the grid cannot run.
     """
     found = [p for j in jobs for p in launchers.find_problems(j.config)]
-    found += _folder_problems(jobs[0].config)
+    found += [*_folder_problems(jobs[0].config), *crew.find_problems(jobs[0].config)]
     if (problem := find_cache_problem()) is not None:  # planning itself needs it
         raise Refused([*found, problem])
-    with store_checked(jobs[0].config.tracking):
+    is_conducted = not jobs[0].config.workers.join  # only the sweep's own process feeds MLflow
+    with store_checked(jobs[0].config.tracking) if is_conducted else nullcontext():
         sweep = plan_sweep(jobs, name, pool, found)
         if (problem := find_foreign_problem(p.run.path for p in sweep.points)) is not None:
             raise Refused([problem])
@@ -106,33 +139,54 @@ def check_sweep(jobs: Sequence[Job], name: str, pool: Pool) -> Sweep:
 
 
 def conduct(
-    sweep: Sweep, arguments: Sequence[str], pool: Pool, deadline: signals.Deadline | None = None
+    sweep: Sweep,
+    arguments: Sequence[str],
+    pool: Pool,
+    *,
+    again: Sequence[str],
+    deadline: signals.Deadline | None = None,
 ) -> Ending:
     """Run the planned jobs, and report; at a request to stop checkpoints are written.
 
+    Args:
+        sweep: as planned.
+        arguments: the overrides as typed.
+        pool: the workers of this process.
+        again: all arguments of the command, by which workers elsewhere join the sweep.
+        deadline: at which all is to stop.
+
     Raises:
-        Refused: the sweep runs in another process, or its folder cannot be written to.
+        Refused: the sweep runs in another process, its folder cannot be written to, or workers
+            elsewhere cannot be started.
         KeyboardInterrupt: a second request to stop.
     """
     with _claimed_folder(sweep.folder):
-        return _conduct(sweep, arguments, pool, deadline)
+        log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
+        tracker = _begin(sweep, arguments)
+        with crew.assembled(sweep, tracker, pool, again) as workers:
+            states, stopped = _run(sweep, workers, deadline)
+        ending = _report(sweep, tracker, states)
+    if stopped is None:
+        return ending
+    return replace(ending, stopped=stopped, exit_code=signals.exit_code(stopped))
 
 
-def _conduct(
-    sweep: Sweep, arguments: Sequence[str], pool: Pool, deadline: signals.Deadline | None
-) -> Ending:
-    """Run the planned jobs, write the results after each, and report."""
-    log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
-    tracker = _begin(sweep, arguments)
-    conducted = Conduct(sweep, tracker, pool)
+def _run(
+    sweep: Sweep, workers: Conduct | Follower, deadline: signals.Deadline | None
+) -> tuple[list[State], KeyboardInterrupt | None]:
+    """Let the planned jobs run, and write the results after each.
+
+    Returns:
+        The states of runs that have ended, and the request that stopped the sweep.
+    """
     states: list[State] = []
     stopped: KeyboardInterrupt | None = None
     report: Future[object] = Future()
     # Reports are written while the next run trains, or while an interrupted one saves.
     with ThreadPoolExecutor(max_workers=1) as reporter:
         try:
-            with live_table([(str(point), point.run) for point in sweep.points]):
-                for state in conducted.states(deadline):
+            with live_table(runs_of_sweep(sweep.folder)):
+                for state in workers.states(deadline):
                     states.append(state)
                     report.cancel()  # one that has not begun; the next has more
                     report = reporter.submit(_write_report, sweep)
@@ -140,13 +194,10 @@ def _conduct(
                     wait([report])
         except KeyboardInterrupt as stop:
             report.cancel()
-            conducted.interrupt(stop)
+            workers.interrupt(stop)
             stopped = stop
             states.append("interrupted")
-    ending = _report(sweep, tracker, states)
-    if stopped is None:
-        return ending
-    return replace(ending, stopped=stopped, exit_code=signals.exit_code(stopped))
+    return states, stopped
 
 
 def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
@@ -156,9 +207,16 @@ def _begin(sweep: Sweep, arguments: Sequence[str]) -> Tracker:
         Refused: the sweep's folder cannot be written to.
     """
     tracking = sweep.config.tracking
+    _record(sweep, arguments)
+    try:
+        return build_tracker(tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept)
+    except OSError as error:
+        raise _unwritable(sweep.folder, error) from None
+
+
+def _record(sweep: Sweep, arguments: Sequence[str]) -> None:
     try:
         sweep.record(arguments).write(sweep.folder)
-        return build_tracker(tracking, sweep.folder, sweep_name=sweep.name, swept=sweep.swept)
     except OSError as error:
         raise _unwritable(sweep.folder, error) from None
 

@@ -50,7 +50,7 @@ class Schedule:
         self._waiting += [Unit("evaluate", (place,)) for place in work.trained]
         self._waiting += [Unit("train", tuple(places)) for places in work.groups]
         self._at_work: list[Unit] = []
-        self._is_closed = False
+        self.is_closed = False
 
     @property
     def is_over(self) -> bool:
@@ -109,7 +109,7 @@ class Schedule:
         self._at_work.remove(unit)
         if unit.kind == "base":
             self._missing.pop(self._work.bases[unit.places[0]], None)
-        if not self._is_closed:
+        if not self.is_closed:
             self._waiting += [Unit("evaluate", (place,)) for place in trained]
 
     def give_back(self, unit: Unit, parts: Sequence[Places] | None = None) -> None:
@@ -128,10 +128,10 @@ class Schedule:
 
     def _return(self, unit: Unit, parts: Sequence[Unit]) -> None:
         self._at_work.remove(unit)
-        if not self._is_closed:
+        if not self.is_closed:
             self._waiting += parts
 
     def close(self) -> None:
         """Let nothing more begin; what is at work ends."""
-        self._is_closed = True
+        self.is_closed = True
         self._waiting.clear()

@@ -38,7 +38,7 @@ NO_GRES = ("", "none")
 # only a task that was signalled alone is requeued here.
 SCRIPT = """\
 #!/bin/bash
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 FINETUNE_WORKER="task $SLURM_ARRAY_TASK_ID"
 [ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 cd {folder} || exit 1
 trap 'is_ended=true' TERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.files import Damaged, read_json
+
+log = logging.getLogger("finetune")
 
 RECORD = "slurm.json"  # of the array that was last submitted, in the sweep's folder
 ANSWER_SECONDS = 60.0  # for a command of Slurm
@@ -107,6 +110,36 @@ def describe_end(array: Array) -> str:
         f"task {task} {state}" + ("" if code == "0:0" else f" (exit code {code.partition(':')[0]})")
         for task, state, code in sorted(found)
     )
+
+
+class SlurmTasks:
+    """The tasks of an array, which outlive the process that looks at them."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self._alive = array.workers  # when Slurm answered last
+        self._shown = ""
+
+    def alive(self) -> int:
+        """Return how many tasks are in the queue; what changes is logged."""
+        try:
+            states = list_states(self._array)
+        except SlurmUnavailable as error:
+            log.warning("%s; the array is taken to be as before", error)
+            return self._alive
+        line = f"Slurm array {self._array.job}: {describe_states(states)}"
+        if not states and (end := describe_end(self._array)):
+            line += f"; {end}"
+        if line != self._shown:
+            log.info("%s", line)
+        self._shown, self._alive = line, len(states)
+        return self._alive
+
+    def interrupt(self, timeout_seconds: float) -> bool:
+        """Leave the array at work, and say how to end it."""
+        job = self._array.job
+        log.info("Slurm array %s goes on; scancel %s ends it, checkpoints written", job, job)
+        return True
 
 
 def cancel(array: Array) -> None:

@@ -18,6 +18,7 @@ from finetune.streams import is_gone
 from finetune.sweeps.live import (
     REFRESH_SECONDS,
     Board,
+    FindRuns,
     Row,
     Runs,
     is_settled,
@@ -27,8 +28,6 @@ from finetune.sweeps.live import (
 )
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RECORD, SweepRecord, render_swept
-
-FindRuns = Callable[[], Runs]
 
 
 def find_sweep(name: str, reports: Path) -> Path | None:

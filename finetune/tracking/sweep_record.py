@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from finetune.files import Damaged, read_yaml, write_atomic
+from finetune.tracking.claims import CLAIM_FILE, claimed
 
 RECORD = "sweep.yaml"
+UNNAMED = "jobs"  # in place of a run's folder, until a worker elsewhere has named that
 
 
 def render_swept(swept: Mapping[str, str]) -> str:
@@ -24,6 +27,12 @@ class RunRecord:
 
     folder: str  # absolute, or relative to the sweep's folder
     swept: dict[str, str]
+    job: str = ""  # a digest of its settings and inputs, the same on every machine
+
+    @property
+    def is_named(self) -> bool:
+        """False until a worker has found which folder is the run's on its kind of device."""
+        return not self.folder.startswith(f"{UNNAMED}/")
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,23 @@ class SweepRecord:
     runs: list[RunRecord]
 
     def write(self, folder: Path) -> None:
+        """Write the record; the names that workers have given runs meanwhile are kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder / f"{RECORD}{CLAIM_FILE}"):
+            self._with_names(folder)._write(folder)
+
+    def _write(self, folder: Path) -> None:
         write_atomic(folder / RECORD, yaml.safe_dump(asdict(self), sort_keys=False))
+
+    def _with_names(self, folder: Path) -> SweepRecord:
+        if all(run.is_named for run in self.runs):
+            return self
+        names = find_names(folder)
+        runs = [
+            run if run.is_named else replace(run, folder=names.get(run.job, run.folder))
+            for run in self.runs
+        ]
+        return replace(self, runs=runs)
 
     @classmethod
     def load(cls, folder: Path) -> SweepRecord:
@@ -71,3 +96,28 @@ class SweepRecord:
         return all(isinstance(one, str) for one in texts) and all(
             isinstance(run.swept, dict) and set(run.swept) == set(self.swept) for run in self.runs
         )
+
+
+def find_names(folder: Path) -> dict[str, str]:
+    """Return the folders of a sweep's runs that workers have named, by their jobs."""
+    try:
+        runs = SweepRecord.load(folder).runs
+    except ValueError:  # there is none
+        return {}
+    return {run.job: run.folder for run in runs if run.job and run.is_named}
+
+
+@contextmanager
+def changed_record(folder: Path) -> Iterator[SweepRecord]:
+    """Yield a sweep's record to be changed, while no other process changes it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    SweepRecord.load(folder)  # before a claim makes the folder
+    with claimed(folder / f"{RECORD}{CLAIM_FILE}"):
+        record = SweepRecord.load(folder)
+        before = asdict(record)
+        yield record
+        if asdict(record) != before:
+            record._write(folder)
