@@ -1,4 +1,4 @@
-"""Several workers, killed and joined: the adapters are those that one worker trains, bit for bit."""
+"""Several workers, killed, joined and stopped: their adapters are one worker's, bit for bit."""
 
 from __future__ import annotations
 
