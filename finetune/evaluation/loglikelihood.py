@@ -378,8 +378,9 @@ class _Progress:
 
     def __init__(self, keys: Sequence[Key], *, shown: bool) -> None:
         self._left = Counter(context for context, _ in keys)  # requests a question still waits for
+        hidden = {} if shown else {"disable": True}  # False would outdo TQDM_DISABLE
         self._bar = tqdm(
-            total=len(self._left), disable=not shown, desc="score", unit="question", smoothing=0.1
+            total=len(self._left), desc="score", unit="question", smoothing=0.1, **hidden
         )
         self._started = time.monotonic()
         self.num_tokens = 0
