@@ -40,7 +40,7 @@ def main() -> None:
         run_command(name)
         return
     if not distributed.is_main():
-        from finetune.sweeps.worker import follow
+        from finetune.sweeps.worker_process import follow
 
         distributed.exit_now(follow())
     # A closed terminal (SIGHUP) stops nothing; a launcher sends it to ranks that it will kill.

@@ -14,7 +14,7 @@ from finetune.models import base_model, devices, kernels, quantization
 from finetune.models.devices import Gpu, find_kernel_problems, has_kernels, read_gpus, see_one_gpu
 from finetune.pipeline import preflight
 from finetune.pipeline.session import Session
-from finetune.sweeps import worker
+from finetune.sweeps import worker_process
 from finetune.sweeps.seats import Seat
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -179,8 +179,9 @@ def test_the_worker_narrows_before_it_imports_torch(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(devices.VISIBLE, "3,1")
     seen: list[str] = []
     monkeypatch.setattr(
-        worker, "quieten_libraries", lambda **_: seen.append(os.environ[devices.VISIBLE])
+        worker_process, "quieten_libraries", lambda **_: seen.append(os.environ[devices.VISIBLE])
     )
-    worker._load_verbs(Seat(), is_quiet=True)
-    worker._load_verbs(Seat({devices.VISIBLE: "1"}), is_quiet=True)
+    monkeypatch.setattr(worker_process, "_load_verbs", dict)
+    for seat in (Seat(), Seat({devices.VISIBLE: "1"})):
+        worker_process._begin(seat, is_quiet=True)
     assert seen == ["3", "1"]

@@ -51,7 +51,8 @@ def start(folder: Path, launcher: tuple[str, ...], *arguments: str) -> subproces
     """Start the command in two processes, in an empty folder."""
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "-m", "finetune", *last_of_each(arguments)],
+        [sys.executable, *(["-m", *launcher] if launcher else []), "-m", "finetune",
+         *last_of_each(arguments)],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -121,6 +122,29 @@ def test_two_processes_train_what_one_does(
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
     mine, other = adapter(ours), adapter(theirs)
     assert max(float((mine[name] - other[name]).abs().max()) for name in other) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_processes_trains_what_a_launcher_does(
+    launched: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    """The same run in the same steps, also where one of the processes is killed in training."""
+    (row, _) = rows(launched[0])
+    theirs = launched[0] / "outputs" / row["run"]
+    sweep = start(tmp_path, (), *TRAINING, "lora.dropout=0", "workers.gpus_per_worker=2")
+    while not any(len(losses(log.parent)) > 2 for log in tmp_path.glob("outputs/*/events.jsonl")):
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.01)
+    family = psutil.Process(sweep.pid).children(recursive=True)
+    (rank,) = [one for one in family if one.cmdline()[1:] == ["-m", "finetune"]]
+    rank.kill()
+    out, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+    assert "a process of the worker was killed by SIGKILL; it is tried once more" in out
+    (ours,) = tmp_path.glob("outputs/*")
+    assert ours.name == theirs.name
+    assert all(torch.equal(one, adapter(theirs)[name]) for name, one in adapter(ours).items())
+    assert not [one for one in family if one.is_running()]
 
 
 @pytest.mark.slow
@@ -233,7 +257,7 @@ def test_a_launched_process_knows_its_place(
         monkeypatch.setenv(name, value)
     assert (distributed.rank(), distributed.is_main()) == (3, False)
     assert pick_device("cuda") == torch.device("cuda", 1)
-    assert grouping.find_obstacle(config) == "the launcher started 4 processes, which train one run"
+    assert grouping.find_obstacle(config) == "4 processes train each run"
     assert identity.find_inputs(config).identity != alone
     assert isinstance(build_pool(config, is_quiet=True)._workers[0], LaunchedWorker)
     assert launchers.find_problems(config) == []

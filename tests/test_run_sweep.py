@@ -31,7 +31,8 @@ from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.lost_runs import write_failure
 from finetune.sweeps.planning import Point, Sweep
 from finetune.sweeps.pool import Pool
-from finetune.sweeps.worker import Worker, WorkerDied
+from finetune.sweeps.worker import Worker
+from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
 from tests.conftest import TINY, Command

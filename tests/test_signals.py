@@ -18,7 +18,8 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
 from finetune.signals import OutOfTime, Stopped, StopSignals
 from finetune.sweeps.lost_runs import write_cut_off
-from finetune.sweeps.worker import Worker, WorkerDied
+from finetune.sweeps.worker import Worker
+from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.training.steps import Diverged

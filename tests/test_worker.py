@@ -15,9 +15,10 @@ import pytest
 from finetune.config.schema import Config, ModelConfig
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
-from finetune.sweeps import planning, worker
+from finetune.sweeps import planning, worker, worker_process
 from finetune.sweeps.pool import Pool
-from finetune.sweeps.worker import Worker, WorkerDied
+from finetune.sweeps.worker import Worker
+from finetune.sweeps.worker_process import WorkerDied
 
 # Put into the worker by PYTHONPATH: what becomes of its start, once it imports what torch needs.
 START = """
@@ -67,7 +68,7 @@ def test_a_worker_that_cannot_start_says_why(
 )
 def test_the_reason_is_one_line_with_a_remedy(error: BaseException, reason: str) -> None:
     """However a library puts it."""
-    said = worker._why_not_started(error)
+    said = worker_process._why_not_started(error)
     assert reason[:300] in said
     assert len(said) < 500
     assert "\n" not in said

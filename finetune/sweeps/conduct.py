@@ -14,7 +14,8 @@ from finetune.sweeps.lost_runs import write_cut_off, write_failure
 from finetune.sweeps.planning import Point, Sweep
 from finetune.sweeps.pool import Ended, Pool
 from finetune.sweeps.schedule import Places, Schedule, Unit, Work
-from finetune.sweeps.worker import AnyWorker, WorkerDied, WorkerKilled
+from finetune.sweeps.worker import AnyWorker
+from finetune.sweeps.worker_process import WorkerDied, WorkerKilled
 from finetune.tracking.claims import CLAIM_FILE, Watch
 from finetune.tracking.events import State
 from finetune.tracking.tracker import Tracker

@@ -20,7 +20,7 @@ from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.problems import Refused
 from finetune.reporting.tables import add_row, build_table
 from finetune.sweeps.pool import Pool
-from finetune.sweeps.worker import WorkerDied
+from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import (

@@ -21,11 +21,25 @@ PR_SET_PDEATHSIG = 1  # prctl(2); it outlasts exec
 
 
 def start_tied(
-    command: Sequence[str], folder: str, environment: Mapping[str, str], output: IO[bytes]
+    command: Sequence[str],
+    folder: str,
+    environment: Mapping[str, str],
+    output: IO[bytes],
+    *,
+    at_death: signal.Signals = signal.SIGTERM,
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a folder; it gets SIGTERM when this process, or its main thread, dies."""
+    """Start a command that is signalled when this process, or its main thread, dies.
+
+    Args:
+        command: the program and its arguments.
+        folder: in which it runs.
+        environment: its variables.
+        output: takes what it prints.
+        at_death: the signal.
+    """
+    tied = [sys.executable, "-m", "finetune.sweeps.tied_process", str(os.getpid())]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune.sweeps.tied_process", str(os.getpid()), *command],
+        [*tied, str(int(at_death)), *command],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -37,9 +51,9 @@ def start_tied(
 
 def main() -> None:
     """Tie this process to its parent, and become the command."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    parent, at_death, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     with suppress(AttributeError, OSError):  # a system without prctl: the parent ends it at least
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, at_death)
     if os.getppid() != parent:  # it died before
         sys.exit(STOPPED_BY_MACHINE)
     for number in STOP_SIGNALS:

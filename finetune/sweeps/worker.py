@@ -9,38 +9,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.logs import quieten_libraries
-from finetune.models import devices
 from finetune.pipeline.finished_runs import FinishedRuns, Looked
 from finetune.pipeline.jobs import CheckedJob, Job
-from finetune.streams import keep_streams
 from finetune.sweeps.schedule import Kind
 from finetune.sweeps.seats import Seat
+from finetune.sweeps.worker_process import WorkerDied, WorkerKilled, do_work, serve
 
 if TYPE_CHECKING:
     from finetune.pipeline.session import Session
 
 STOP_SECONDS = 5.0  # for an idle worker to end by itself
 ALIVE_SECONDS = 5.0  # between checks that a silent worker is alive
-LONGEST_FAULT = 300  # characters of a library's error
-
-
-class WorkerDied(RuntimeError):
-    """The worker ended without an answer; the message has its exit code or signal."""
-
-
-class WorkerKilled(WorkerDied):
-    """It was ended by a signal: for want of memory, or by another program."""
 
 
 class Worker:
@@ -169,12 +159,14 @@ class Worker:
                     self._forget()
                     late = f"it took longer than {timeout_seconds:g} s (sweep.job_timeout)"
                     raise WorkerDied(late)
-                answer = pipe.recv()
+                answer, is_last = pipe.recv()
             except (EOFError, ConnectionResetError):
                 raise self._describe_end(process) from None
         finally:
             with self._changing:
                 self._is_asked = False
+        if is_last:  # the process ends, and the next request gets another one
+            self.stop()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -216,7 +208,7 @@ class Worker:
             pipe, theirs = context.Pipe()
             heard, stops = context.Pipe(duplex=False)
             process = context.Process(
-                target=_serve, args=(theirs, heard, self._seat, self._is_quiet), daemon=True
+                target=serve, args=(theirs, heard, self._seat, self._is_quiet), daemon=True
             )
             with self._starting, signals.held_back(), _main_left_out():
                 process.start()
@@ -281,7 +273,7 @@ class LaunchedWorker:
             KeyboardInterrupt: they were interrupted, checkpoints written.
         """
         assert timeout_seconds is None, "launchers.find_problems refuses it"
-        outcome = _do(kind, jobs, self._session)
+        outcome = do_work(kind, jobs, self._session)
         if "interrupted" in outcome:
             raise signals.first_stop()
         return outcome
@@ -314,92 +306,3 @@ def _main_left_out() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _do(kind: Kind, jobs: Sequence[Job], session: Session) -> list[str]:
-    from finetune.pipeline import run_jobs
-
-    if kind == "base":
-        run_jobs.score_base(jobs[0], session)
-        return []
-    return [*run_jobs.run(jobs, session, kind)]
-
-
-def follow() -> int:
-    """Take part in the trainings of rank 0 until it ends; return its exit code."""
-    quieten_libraries(is_quiet=True)
-    distributed.join()
-    for number in signals.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # rank 0 decides, and broadcasts
-    from finetune.pipeline import run_jobs
-    from finetune.pipeline.session import Session
-
-    session = Session()
-    while True:
-        try:
-            verb, payload = distributed.receive()
-        except RuntimeError:  # rank 0 died; the launcher reports it
-            return 1
-        if verb == "end":
-            return cast(int, payload)
-        assert verb == "train", verb
-        config, inputs = payload
-        run_jobs.take_part(config, inputs, session)
-
-
-def _serve(pipe: Connection, stops: Connection, seat: Seat, is_quiet: bool) -> None:
-    """Answer requests until the sweep's process ends, and stop when it says so."""
-    keep_streams()
-    if os.name == "posix":
-        os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on once
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    try:
-        # A scheduler signals every process; only the sweep's process decides on it.
-        signals.listen_to(lambda number: stops.recv() if stops.poll() else None)
-        try:
-            verbs = _load_verbs(seat, is_quiet=is_quiet)
-        except (Exception, SystemExit) as error:  # whatever a library's import may raise
-            pipe.recv()
-            pipe.send(WorkerDied(_why_not_started(error)))
-            return
-        while True:
-            verb, payload = pipe.recv()
-            try:
-                answer: Any = verbs[verb](payload)
-            except (ValueError, OSError) as error:
-                answer = error
-            pipe.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt):  # the sweep is gone, or wants it to end
-        pass
-
-
-def _load_verbs(seat: Seat, *, is_quiet: bool) -> dict[str, Callable[[Any], Any]]:
-    """Import torch, which then sees the seat's GPUs; return the requests that a worker answers."""
-    os.environ.update(devices.see_one_gpu(os.environ) | seat.environment)
-    quieten_libraries(is_quiet=is_quiet)
-    from finetune.pipeline import preflight
-    from finetune.pipeline.session import Session
-
-    session = Session()
-    work = {kind: partial(_do, kind, session=session) for kind in get_args(Kind)}
-    return {"prepare": lambda job: preflight.prepare(job.config, session), **work}
-
-
-def _why_not_started(error: BaseException) -> str:
-    fault = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_FAULT]}".rstrip(": ")
-    if isinstance(error, MemoryError):
-        return (
-            f"the worker process cannot start: {fault}; it needs more memory, some 1 GiB at least"
-        )
-    return (
-        f"the worker process cannot start: {fault}; repair the installation, "
-        "python -c 'import finetune.pipeline.run_jobs' shows where it fails"
-    )
-
-
-def _end_with_the_sweep() -> None:
-    """Exit when the sweep's process is killed, also in the middle of a job."""
-    sweep = multiprocessing.parent_process()
-    assert sweep is not None
-    sweep.join()
-    os._exit(1)

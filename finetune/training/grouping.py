@@ -43,7 +43,7 @@ def find_obstacle(config: Config) -> str | None:
     Its `model.quantization` is the setting, or, where it is known, the checkpoint's own.
     """
     if distributed.is_launched():
-        return f"the launcher started {distributed.num_processes()} processes, which train one run"
+        return f"{distributed.num_processes()} processes train each run"
     if not METHODS[config.peft.method].shares_step:
         return f"peft.method={config.peft.method}: only plain LoRA adapters can be trained together"
     if config.lora.use_dora:
