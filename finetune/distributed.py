@@ -161,11 +161,16 @@ def leading() -> Iterator[None]:
         if not is_launched():
             raise
     finally:
-        if is_launched() and not is_desynchronised():
-            with suppress(RuntimeError):  # ranks that died receive nothing
-                _broadcast("end", code)
+        end_ranks(code)
     if is_launched():
         exit_now(code)
+
+
+def end_ranks(code: int) -> None:
+    """Let the other ranks end with an exit code, unless they are blocked in a collective."""
+    if is_launched() and not is_desynchronised():
+        with suppress(RuntimeError):  # ranks that died receive nothing
+            _broadcast("end", code)
 
 
 def exit_now(code: int) -> NoReturn:

@@ -87,8 +87,10 @@ def serve(pipe: Connection, stops: Connection, seat: Seat, is_quiet: bool) -> No
             pipe.recv()
             pipe.send((WorkerDied(_why_not_started(error)), True))
             return
-        with distributed.leading():  # ends the other ranks, too
+        try:
             _answer(pipe, verbs, ranks)
+        finally:
+            _end_ranks(ranks)
     except (EOFError, OSError, KeyboardInterrupt):  # the sweep is gone, or wants it to end
         pass
 
@@ -108,6 +110,19 @@ def _answer(
             answer = error
         is_last = distributed.is_desynchronised()
         pipe.send(((_find_killed(ranks) or answer) if is_last else answer, is_last))
+
+
+def _end_ranks(ranks: Sequence[Popen[bytes]]) -> None:
+    """End the other processes, and then this one; alone it ends as any process does."""
+    if not ranks:
+        return
+    distributed.end_ranks(0)
+    for rank in ranks:
+        with suppress(TimeoutExpired):
+            rank.wait(0 if distributed.is_desynchronised() else RANK_SECONDS)
+        rank.kill()
+        rank.wait()
+    distributed.exit_now(0)
 
 
 def _find_killed(ranks: Sequence[Popen[bytes]]) -> WorkerKilled | None:
