@@ -30,8 +30,8 @@ def main() -> None:
     """Run `finetune` or `python -m finetune`; under a launcher the other ranks follow rank 0.
 
     Exit codes: 0 all runs finished, 1 a run failed or diverged or the results could not be
-    written, 2 refused before the start, 75 stopped by the machine (SIGTERM, SIGUSR1, SIGUSR2, or
-    SIGUSR2; the same command resumes), 130 interrupted by a person (Ctrl-C).
+    written, 2 refused before the start, 75 stopped by the machine (SIGTERM, SIGUSR1, SIGUSR2,
+    `workers.stop_after`; the same command resumes), 130 interrupted by a person (Ctrl-C).
     """
     keep_streams()
     complete_environment()
