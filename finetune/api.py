@@ -80,7 +80,7 @@ def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
     """
     try:
         grid = _grid(overrides, config_dir, is_sweep=True)
-        with _stops_raised(), build_pool(grid.jobs[0].config, is_quiet=True) as pool:
+        with _stops_raised(), build_pool(grid.jobs, is_quiet=True) as pool:
             check_sweep(grid.jobs, grid.name, pool)
     except Refused as refused:
         return refused.problems
@@ -299,9 +299,8 @@ def _conduct(grid: Grid) -> Ending:
     """
     if grid.jobs[0].config.sweep.dry_run:
         raise Refused(["sweep.dry_run=true is for the command; call finetune.check(...)"])
-    config = grid.jobs[0].config
-    deadline = build_deadline(config)
-    with _stops_raised(), build_pool(config, is_quiet=is_watched()) as pool:
+    deadline = build_deadline(grid.jobs[0].config)
+    with _stops_raised(), build_pool(grid.jobs, is_quiet=is_watched()) as pool:
         sweep = check_sweep(grid.jobs, grid.name, pool)
         ending = conduct(sweep, grid.arguments, pool, again=grid.again, deadline=deadline)
         if ending.unsent:

@@ -24,6 +24,7 @@ from finetune.config.schema import Config, DataConfig, ModelConfig, PeftConfig, 
 from finetune.data.token_rows import Example
 from finetune.models.precision import pick_device
 from finetune.pipeline import identity
+from finetune.pipeline.jobs import Job
 from finetune.signals import StopSignals
 from finetune.sweeps import launchers
 from finetune.sweeps.pool import build_pool
@@ -233,7 +234,7 @@ def test_one_process_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not distributed.is_launched()
-    assert isinstance(build_pool(Config(), is_quiet=True)._workers[0], Worker)
+    assert isinstance(build_pool([Job(Config(), "", [], {})], is_quiet=True)._workers[0], Worker)
     assert distributed.from_main(lambda: 3) == 3
     assert distributed.from_all("this") == ["this"]
     inputs = Inputs("cpu", Source("", ""), [], ModelConfig(), "", Path())
@@ -260,7 +261,9 @@ def test_a_launched_process_knows_its_place(
     assert pick_device("cuda") == torch.device("cuda", 1)
     assert grouping.find_obstacle(config) == "4 processes train each run"
     assert identity.find_inputs(config).identity != alone
-    assert isinstance(build_pool(config, is_quiet=True)._workers[0], LaunchedWorker)
+    assert isinstance(
+        build_pool([Job(config, "", [], {})], is_quiet=True)._workers[0], LaunchedWorker
+    )
     assert launchers.find_problems(config) == []
     config.sweep = SweepConfig(job_timeout=5)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

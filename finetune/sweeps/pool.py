@@ -10,7 +10,6 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from finetune import distributed, signals
-from finetune.config.schema import Config
 from finetune.pipeline.finished_runs import FinishedRuns
 from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.sweeps.schedule import Places, Schedule, Unit
@@ -167,8 +166,12 @@ def _do(unit: Unit, worker: AnyWorker, work: Work) -> Ended:
     return Ended(unit, outcome, time.monotonic() - started)
 
 
-def build_pool(config: Config, *, is_quiet: bool) -> Pool:
+def build_pool(jobs: Sequence[Job], *, is_quiet: bool) -> Pool:
     """Return the workers of this machine, or under accelerate and torchrun this process.
+
+    Args:
+        jobs: of the sweep; beyond one worker for each and one for the base, none has work.
+        is_quiet: whether the live table is on the terminal.
 
     Raises:
         Refused: the machine has too few GPUs for them.
@@ -176,5 +179,5 @@ def build_pool(config: Config, *, is_quiet: bool) -> Pool:
     if distributed.is_launched():
         return Pool([LaunchedWorker(is_quiet=is_quiet)])
     finished = FinishedRuns()
-    seats = find_seats(config)
+    seats = find_seats(jobs[0].config)[: len(jobs) + 1]
     return Pool([Worker(seat, finished, is_quiet=is_quiet) for seat in seats])

@@ -71,7 +71,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
         Refused: something in the grid cannot run; nothing was started.
     """
     deadline = build_deadline(jobs[0].config)
-    with build_pool(jobs[0].config, is_quiet=is_watched()) as pool:
+    with build_pool(jobs, is_quiet=is_watched()) as pool:
         name = sweep_name(jobs, arguments)
         sweep = check_sweep(jobs, name, pool)
         if len(sweep.points) > 1 or sweep.config.sweep.dry_run:

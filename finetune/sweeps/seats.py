@@ -28,6 +28,8 @@ def find_seats(
 ) -> list[Seat]:
     """Return the seats of a sweep's workers on this machine: one a GPU, or one on the CPU.
 
+    Where its runs are for other machines, there is one worker here, without a GPU.
+
     Args:
         config: of any job of the sweep.
         environment: of this process; GPUs that it hides are nobody's.
@@ -37,6 +39,8 @@ def find_seats(
         Refused: more workers are asked for than there are GPUs.
     """
     workers = config.workers
+    if workers.launch != "local":  # it checks jobs, and leaves the GPUs to others
+        return [Seat({VISIBLE: ""})]
     each = max(1, workers.gpus_per_worker)
     gpus = [] if config.training.device == "cpu" else visible_gpus(environment, find)
     if not gpus:
