@@ -162,7 +162,7 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoints(
     sweep = start(tmp_path, "workers.num=2")
     wait_for(lambda: sum(step > 2 for step in trained_steps(tmp_path).values()) == 2)
     sweep.send_signal(signal.SIGUSR1)
-    assert "stopped by SIGUSR1" in finish(sweep, 75)
+    assert "stopped by SIGUSR1; the same command resumes" in finish(sweep, 75)
     ended = [states(run)[-1] for run in tmp_path.glob("outputs/*")]
     assert ended == ["interrupted"] * len(ended)
     runs = [RunFolder(run) for run in tmp_path.glob("outputs/*")]

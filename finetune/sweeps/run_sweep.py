@@ -87,7 +87,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
             return 0
         ending = conduct(sweep, arguments, pool, again=again, deadline=deadline)
         _print_ending(sweep.config, ending)
-        return ending.exit_code
+        return ending.exit_code if ending.stopped is None else signals.end_stopped(ending.stopped)
 
 
 def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Array | None:

@@ -15,8 +15,6 @@ from multiprocessing.connection import Connection
 from subprocess import Popen, TimeoutExpired
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from tqdm import tqdm
-
 from finetune import distributed, signals
 from finetune.logs import quieten_libraries
 from finetune.models import devices
@@ -162,6 +160,8 @@ def _open_ranks(count: int) -> list[Popen[bytes]]:
     """Start the other processes that train each run, one a GPU; they die with this one."""
     if count == 1:
         return []
+    from tqdm import tqdm  # once TQDM_DISABLE is set
+
     tqdm.set_lock(threading.RLock())  # its semaphore would be left behind by `exit_now`
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
