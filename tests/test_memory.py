@@ -11,7 +11,14 @@ import torch
 
 from finetune import memory
 from finetune.config.overrides import compose_job
-from finetune.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from finetune.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    WorkersConfig,
+)
 from finetune.models.shape import find_shape
 from finetune.pipeline import memory_estimate, preflight
 from finetune.pipeline.memory_estimate import GIB, DeviceMemory, estimate, find_problem
@@ -155,6 +162,21 @@ def test_the_cheapest_change_that_fits_is_named(gib: float, remedy: str | None) 
     else:
         assert problem is not None
         assert remedy in problem
+
+
+def test_workers_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its part; fewer workers are the remedy where one of them fits."""
+    monkeypatch.setattr("finetune.pipeline.memory_estimate.free_bytes", lambda _: 100 * GIB)
+    config = replace(mistral("none"), workers=WorkersConfig(num=4))
+    config.training.device = "cpu"
+    place, shape = DeviceMemory.find(config), find_shape(config.model)
+    assert (place.free, place.workers) == (25 * GIB, 4)
+    need = estimate(config, shape, place, tokens=512).total
+    assert 25 * GIB < need < 100 * GIB
+    problem = find_problem(config, shape, place, 512)
+    assert problem is not None
+    assert "25.0 GiB are free on the CPU for each of 4 workers" in problem
+    assert problem.endswith(f"set workers.num={int(100 * GIB // need)}")
 
 
 def test_a_job_that_does_not_fit_is_refused_before_the_start(

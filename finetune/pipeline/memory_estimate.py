@@ -62,6 +62,7 @@ class DeviceMemory:
     kind: str  # cpu or cuda
     size: int  # bytes of a number in the base's dtype
     free: float  # bytes
+    workers: int = 1  # that share it
 
     @classmethod
     def find(cls, config: Config, gib: float | None = None) -> DeviceMemory:
@@ -71,7 +72,10 @@ class DeviceMemory:
             return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
         device = pick_device(config.training.device)
         size = compute_dtype(config.model, device).itemsize
-        return cls(device.type, size, free_bytes(device) if gib is None else gib * GIB)
+        if gib is not None:
+            return cls(device.type, size, gib * GIB)
+        workers = config.workers.num or 1 if device.type == "cpu" else 1  # a GPU is one worker's
+        return cls(device.type, size, free_bytes(device) / workers, workers)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -175,9 +179,12 @@ def find_problem(config: Config, shape: Shape, device: DeviceMemory, tokens: int
     if need.total <= device.free:
         return None
     remedy = find_remedy(config, shape, device, tokens)
+    if device.workers > 1 and (remedy is None or need.total <= device.free * device.workers):
+        remedy = f"workers.num={max(1, int(device.free * device.workers // need.total))}"
+    shared = f" for each of {device.workers} workers" if device.workers > 1 else ""
     return (
         f"model.path={config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
-        f"{device.free / GIB:.1f} GiB are free on the {NAMES[device.kind]} "
+        f"{device.free / GIB:.1f} GiB are free on the {NAMES[device.kind]}{shared} "
         f"({need.weights / GIB:.1f} GiB weights, {need.activations / GIB:.1f} GiB activations of "
         f"{tokens} tokens); "
         + (f"set {remedy}" if remedy else "no setting makes it fit: use a smaller model")
