@@ -10,14 +10,13 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.foreign_runs import find_link_problems
-from finetune.files import resolved
+from finetune.files import remove_folder, resolved, temporary_path
 from finetune.problems import Refused
 from finetune.streams import keep_streams
 
@@ -153,7 +152,8 @@ def describe_check(run: Trained, check: Check, *, is_merged: bool) -> str:
 def written_atomically(into: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `into` at the end, unless the block fails."""
     into.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=into.parent, prefix=f".{into.name}."))
+    temporary = temporary_path(into)
+    temporary.mkdir(mode=0o700)
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -162,7 +162,7 @@ def written_atomically(into: Path) -> Iterator[Path]:
                 file.chmod(0o644)  # safetensors writes for its owner only
         os.replace(temporary, into)  # also over a folder, as long as it is empty
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
 
 
 def refuse_push(repo: str) -> None:

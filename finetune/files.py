@@ -8,6 +8,7 @@ renames a damaged file to NAME.damaged, so that it is written again.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -15,8 +16,8 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ log = logging.getLogger("finetune")
 
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024  # the beginning; a bound
 ASIDE = ".damaged"  # suffix of a damaged file that is kept
+WRITING, REPLACED = ".tmp", ".old"  # suffixes of what is not in place yet, or no longer
 
 # The same values; libyaml, which most builds of PyYAML have, reads ten times as fast.
 YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 T = TypeVar("T")
+Check = Callable[[], object]  # what it raises prevents a rename
 
 
 class Damaged(ValueError):
@@ -98,14 +101,41 @@ def resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file atomically: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def temporary_path(path: Path, suffix: str = WRITING) -> Path:
+    """Return a hidden path beside a file or folder that no process of any host returns again."""
+    host = slug(socket.gethostname())[:20]
+    return path.with_name(f".{path.name}.{host}-{secrets.token_hex(8)}{suffix}")
+
+
+def allow() -> None:
+    """Allow a rename, where no other process can have taken over."""
+
+
+def write_atomic(path: Path, text: str, check: Check = allow) -> None:
+    """Write a file atomically: temporary name, fsync, check, rename."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with _put_under(check):
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def _put_under(check: Check) -> Iterator[None]:
+    """Check before a rename, and again where the temporary name is gone: somebody removed it."""
+    check()
+    try:
+        yield
+    except FileNotFoundError:
+        check()
+        raise
 
 
 def read_text(path: Path) -> str | None:
@@ -212,10 +242,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 def set_aside(path: Path, why: str) -> None:
     """Rename a damaged file or folder to NAME.damaged, replacing an earlier one, and log it."""
     aside = path.with_name(path.name + ASIDE)
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink(missing_ok=True)
+    remove(aside)
     os.replace(path, aside)
     log.warning("%s is damaged: %s; kept as %s", path, why, aside.name)
 
@@ -244,12 +271,18 @@ def _open_like(around: Path, folder: Path) -> None:
 def put_in_place(temporary: Path, folder: Path) -> None:
     """Replace a folder by another one; the old one is renamed before it is removed.
 
-    On NFS a file that somebody reads outlives its removal, and would keep its folder there.
+    On NFS a file that somebody reads outlives its removal, and would keep its folder there. Where
+    the new one cannot be renamed (another process has removed it), the old one is put back.
     """
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
+    aside = temporary_path(folder, REPLACED)
     with suppress(FileNotFoundError):
         os.replace(folder, aside)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        with suppress(OSError):
+            os.replace(aside, folder)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -261,7 +294,7 @@ def remove_folder(folder: Path) -> None:
     """
     aside = folder
     if not folder.name.startswith("."):
-        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
+        aside = temporary_path(folder, REPLACED)
         try:
             os.replace(folder, aside)
         except OSError:  # it is not there, or another process removes it
@@ -269,15 +302,39 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what is not in place, of a process that was killed or has lost its claim.
+
+    Args:
+        folder: where files and folders are written.
+        name: of the only one whose temporary ones to remove; none for all.
+    """
+    begins = f".{glob.escape(name)}." if name else "."
+    for suffix in (WRITING, REPLACED):
+        for leftover in folder.glob(f"{begins}*{suffix}"):
+            with suppress(OSError):
+                remove(leftover)
+
+
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, which then replaces `folder` atomically."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+def replaced(folder: Path, check: Check = allow) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which then replaces `folder` atomically after a check."""
+    temporary = temporary_path(folder)
+    temporary.mkdir(mode=0o700)
     try:
         yield temporary
         _open_like(folder.parent, temporary)
-        if is_obstructed(folder):
-            set_aside(folder, "it is not a folder")
-        put_in_place(temporary, folder)
+        with _put_under(check):
+            if is_obstructed(folder):
+                set_aside(folder, "it is not a folder")
+            put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import pyarrow
 import pyarrow.ipc
 from filelock import Timeout
 
-from finetune.files import describe_fault, digest, file_digest
+from finetune.files import describe_fault, digest, file_digest, remove, temporary_path
 from finetune.tracking.claims import CLAIM_FILE, claimed
 
 log = logging.getLogger("finetune")
@@ -101,7 +100,7 @@ class ArrowCache:
 
     def _write(self, name: str, schema: pyarrow.Schema, make: Callable[[], Batches]) -> Path:
         """Write a table atomically; an error of `make` is raised unchanged."""
-        temporary = self.folder / f"{name}.{os.getpid()}{WRITING}"
+        temporary = temporary_path(self.folder / name, WRITING)
         try:
             with _writing():
                 file = temporary.open("wb")
@@ -123,7 +122,7 @@ class ArrowCache:
 
     def _remove_leftovers(self, name: str) -> None:
         """Remove what a process that was killed had begun to write; the caller holds the lock."""
-        for path in self.folder.glob(f"{name}.*{WRITING}"):
+        for path in self.folder.glob(f"*{name}.*{WRITING}"):
             _remove(path)
 
     def _evict(self, kept: Path) -> None:
@@ -141,7 +140,7 @@ class ArrowCache:
                 _remove(path)
                 total -= size
         for path in self.folder.glob(f"*{WRITING}"):
-            name = path.name.partition(".")[0]
+            name = path.name.lstrip(".").partition(".")[0]
             try:
                 with claimed(self.folder / f"{name}{CLAIM_FILE}", wait=False):
                     self._remove_leftovers(name)
@@ -168,7 +167,4 @@ def _open(path: Path) -> pyarrow.Table:
 
 def _remove(path: Path) -> None:
     with suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)

@@ -172,15 +172,12 @@ class ScoreStore:
         """Return the score, or None where there is none or its file is damaged."""
         path = self.path(task, identity)
         try:
-            stored = read_json(path, dict)
-            if stored is None:
-                return None
-            if stored.get("sha256") != digest(stored.get("score")):
-                raise Damaged("it was altered")
+            fields = _read_fields(path)
         except Damaged as damage:
             log.warning("the stored score %s is damaged (%s); it is computed again", path, damage)
             return None
-        fields = stored["score"]
+        if fields is None:
+            return None
         items = [Item(**item) for item in fields["items"]]
         definitions = {name: Metric(**kind) for name, kind in fields["definitions"].items()}
         return TaskScore(
@@ -193,12 +190,15 @@ class ScoreStore:
         )
 
     def write(self, identity: str, score: TaskScore) -> None:
+        """Write a score; another process that was halted may have written the same one."""
         fields = asdict(score)
         text = json.dumps({"sha256": digest(fields), "score": fields})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(score.task, identity)
-        if path.exists():
-            set_aside(path, "it holds no such score")
+        try:
+            _read_fields(path)
+        except Damaged as damage:
+            set_aside(path, str(damage))
         write_atomic(path, text)
 
     def claimed(self, task: str, identity: str) -> AbstractContextManager[Claim]:
@@ -208,3 +208,18 @@ class ScoreStore:
     def path(self, task: str, identity: str) -> Path:
         """Return the file of a score."""
         return self.folder / f"{task}-{identity[:16]}.json"
+
+
+def _read_fields(path: Path) -> dict[str, Any] | None:
+    """Return the fields of a stored score; None where there is none.
+
+    Raises:
+        Damaged: they are not what was written.
+    """
+    stored = read_json(path, dict)
+    if stored is None:
+        return None
+    fields = stored.get("score")
+    if not isinstance(fields, dict) or stored.get("sha256") != digest(fields):
+        raise Damaged("it was altered")
+    return fields

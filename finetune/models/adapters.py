@@ -32,7 +32,15 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.methods import METHODS, lora_settings
 from finetune.config.methods import changes_base as changes_base_at_first
 from finetune.config.schema import ALL_LINEAR, LoraConfig, PeftConfig
-from finetune.files import Damaged, digest, file_digest, refuse_lfs_pointer, replaced
+from finetune.files import (
+    Check,
+    Damaged,
+    allow,
+    digest,
+    file_digest,
+    refuse_lfs_pointer,
+    replaced,
+)
 from finetune.tracking import run_files
 from finetune.tracking.run_folder import RunFolder
 
@@ -193,9 +201,13 @@ def save(
     adapter: PeftModel | LoraWeights,
     folder: Path,
     write_beside: Callable[[Path], object] = lambda _: None,
+    check: Check = allow,
 ) -> None:
-    """Save the adapter as safetensors, with the files of `write_beside`, atomically."""
-    with replaced(folder) as temporary, warnings.catch_warnings():
+    """Save the adapter as safetensors, with the files of `write_beside`, atomically.
+
+    What `check` raises leaves the folder as it was.
+    """
+    with replaced(folder, check) as temporary, warnings.catch_warnings():
         if isinstance(adapter, PeftModel):
             # AdaLoRA may leave a layer no rank at all, which PEFT takes for a lost shard.
             warnings.filterwarnings("ignore", message=".* LoRA tensor.s. have invalid shape")

@@ -31,7 +31,9 @@ from transformers import (
 from finetune.config.inputs import Source
 from finetune.config.schema import ModelConfig, local_path
 from finetune.files import (
+    Check,
     Damaged,
+    allow,
     digest,
     file_digest,
     known_digest,
@@ -184,11 +186,18 @@ def load_base(model: ModelConfig, source: Source, device: torch.device) -> PreTr
 
 
 def save_tuned(
-    base: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path
+    base: PreTrainedModel,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    check: Check = allow,
 ) -> None:
-    """Save a base model that was fully fine-tuned, atomically."""
+    """Save a base model that was fully fine-tuned, atomically.
+
+    What `check` raises leaves the folder as it was.
+    """
     cast(torch.nn.Module, base).to(dtype)
-    with replaced(folder) as temporary:
+    with replaced(folder, check) as temporary:
         base.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
 

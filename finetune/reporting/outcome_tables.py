@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune.files import file_digest
+from finetune.files import file_digest, temporary_path
 from finetune.tracking.run_folder import RunFolder
 
 LAYOUT = 1  # incremented when the layout of the arrays changes
@@ -134,7 +133,7 @@ def _write(path: Path, source: str, table: OutcomeTable) -> None:
         "members": table.members,
         "others": [[*key, values] for key, values in table.others.items()],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(exist_ok=True)
         with temporary.open("wb") as file:

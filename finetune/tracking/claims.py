@@ -24,6 +24,7 @@ CLAIM_FILE = ".claim"  # the name, or the end of it, beside what it stands for
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 POLL_SECONDS = 0.5  # between two looks at a claim of somebody else's
+LOOK_SECONDS = 0.5  # for which a holder trusts its last look at its own claim
 LOST_SECONDS = 90.0  # without a renewal; network file systems show one up to a minute later
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # its inode, fixed by the kernel; others are marked in the host
 
@@ -38,7 +39,7 @@ class Claim:
     def __init__(self, lease: SoftFileLease) -> None:
         self._lease = lease
         self.token = (lease.token or "")[:12]
-        self._checked = time.monotonic()
+        self._looked = _now()
         self._is_lost = False
 
     def check(self) -> None:
@@ -47,16 +48,29 @@ class Claim:
         Raises:
             ClaimLost: it is another's now, or its file cannot be renewed.
         """
-        now = time.monotonic()
-        is_halted = now - self._checked > LEASE_SECONDS / 2  # its renewals may be late, too
-        self._checked = now
-        self._is_lost |= self._lease.compromise is not None or (is_halted and not self._is_ours())
+        self._is_lost |= self._lease.compromise is not None or not self._is_ours()
         if self._is_lost:
             raise ClaimLost(f"another process has taken over {Path(self._lease.lock_file).parent}")
 
     def _is_ours(self) -> bool:
-        owner = self._lease.owner
-        return owner is not None and owner.token == self._lease.token
+        """Return whether the file names this claim, by a look just now or shortly before."""
+        now = _now()
+        if now - self._looked <= LOOK_SECONDS:
+            return True
+        for pause in (0.0, POLL_SECONDS):  # for a moment a contender may have moved the file
+            time.sleep(pause)
+            owner = self._lease.owner
+            if owner is not None and owner.token == self._lease.token:
+                self._looked = now
+                return True
+        # Where the file cannot be read, a heartbeat that fails for long says so.
+        return owner is None and now - self._looked < LEASE_SECONDS / 2
+
+
+def _now() -> float:
+    """Return the seconds of a clock that goes on while the machine is suspended, where there is."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)  # only Linux has it
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def build_lease(path: Path) -> SoftFileLease:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.store_address import MASK, URI_VARIABLE, reveal, sqlite_file, sqlite_uri
-from finetune.files import distinct_slug
+from finetune.files import distinct_slug, remove_leftovers, temporary_path
 from finetune.home import complete_environment
 from finetune.tracking.claims import CLAIM_FILE, claimed
 
@@ -120,16 +120,17 @@ def make_sqlite_store(store: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(Path(f"{store}{CLAIM_FILE}")):
+    with claimed(Path(f"{store}{CLAIM_FILE}")) as claim:
         if _is_made(store):
             return
-        temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
+        remove_leftovers(store.parent, store.name)
+        temporary = temporary_path(store)
         made = SqlAlchemyStore(sqlite_uri(temporary), (store.parent / "mlartifacts").as_uri())
         made.engine.dispose()
         mode = "wal" if network_type(store.parent) is None else "delete"
         with closing(sqlite3.connect(temporary)) as connection:
             connection.execute(f"pragma journal_mode={mode}")
+        claim.check()  # a store that another process has made since may hold runs
         os.replace(temporary, store)
         if mode == "delete":
             log.info(_describe_journal(store))

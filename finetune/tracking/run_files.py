@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import (
+    Check,
     Damaged,
+    allow,
     describe_fault,
     digest,
     file_digest,
@@ -79,31 +81,32 @@ def find_unproven(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
     return {name: f"{DIGESTS} has no record of it" for name in names if name not in entries}
 
 
-def record(folder: Path, *names: str) -> None:
+def record(folder: Path, *names: str, check: Check = allow) -> None:
     """Record the digests of files, or of all files in folders, as they are now.
 
-    The first record of a run of an older release includes its weights.
+    The first record of a run of an older release includes its weights. What `check` raises leaves
+    the record as it was.
     """
     if not (folder / DIGESTS).exists():
         names = (*names, *WEIGHTS)
     files = [file for name in names for file in _files_of(folder / name)]
     kept = {n: e for n, e in _entries_or_none(folder).items() if not _is_within(n, names)}
     found = {file.relative_to(folder).as_posix(): FileEntry.of(file) for file in files}
-    _write(folder, {**kept, **found})
+    _write(folder, {**kept, **found}, check)
 
 
-def forget(folder: Path, *names: str) -> None:
+def forget(folder: Path, *names: str, check: Check = allow) -> None:
     """Remove files from the record before they are replaced."""
     known = _entries_or_none(folder)
     kept = {name: entry for name, entry in known.items() if not _is_within(name, names)}
     if kept != known:
-        _write(folder, kept)
+        _write(folder, kept, check)
 
 
-def forget_missing(folder: Path) -> None:
+def forget_missing(folder: Path, check: Check = allow) -> None:
     """Remove missing files from the record."""
     known = _entries_or_none(folder)
-    forget(folder, *(name for name in known if not (folder / name).exists()))
+    forget(folder, *(name for name in known if not (folder / name).exists()), check=check)
 
 
 def _entries_or_none(folder: Path) -> dict[str, FileEntry]:
@@ -124,10 +127,10 @@ def _files_of(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
 
 
-def _write(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+def _write(folder: Path, entries: Mapping[str, FileEntry], check: Check) -> None:
     files = {name: asdict(entry) for name, entry in sorted(entries.items())}
     text = json.dumps({"sha256": digest(files), "files": files}, indent=1)
-    write_atomic(folder / DIGESTS, text + "\n")
+    write_atomic(folder / DIGESTS, text + "\n", check)
 
 
 def find_difference(file: Path, entry: FileEntry, *, thorough: bool = True) -> str | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +25,7 @@ from finetune.files import (
     parse_lines,
     read_json,
     read_yaml,
+    remove_leftovers,
     set_aside,
     write_atomic,
 )
@@ -194,7 +195,8 @@ class RunFolder:
     def write_status(self, status: Status) -> None:
         self.check_claim()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=1) + "\n")
+        text = json.dumps(asdict(status), indent=1) + "\n"
+        write_atomic(self.path / "status.json", text, self.check_claim)
 
     def read_json(self, name: str) -> Any:
         """Return the JSON file `name` of this run; None if it is not there, or damaged."""
@@ -231,14 +233,15 @@ class RunFolder:
         self.check_claim()
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_files.forget(self.path, name)  # a kill must not leave a new file under an old digest
-        write_atomic(path, text)
-        run_files.record(self.path, name)
+        # A kill must not leave a new file under an old digest.
+        run_files.forget(self.path, name, check=self.check_claim)
+        write_atomic(path, text, self.check_claim)
+        self.record(name)
 
     def record(self, *names: str) -> None:
         """Record the digests of files or folders that were written otherwise."""
         self.check_claim()
-        run_files.record(self.path, *names)
+        run_files.record(self.path, *names, check=self.check_claim)
 
     @property
     def is_trained(self) -> bool:
@@ -359,10 +362,14 @@ class RunFolder:
 
     def forget_missing(self) -> None:
         """Remove files that were set aside, and not written again, from the record."""
-        run_files.forget_missing(self.path)
+        run_files.forget_missing(self.path, self.check_claim)
 
-    def claimed(self, *, wait: bool = True) -> AbstractContextManager[Claim]:
+    @contextmanager
+    def claimed(self, *, wait: bool = True) -> Iterator[Claim]:
         """Claim this run, after waiting for another process that holds it.
+
+        What an earlier holder had not put in place is removed, so that it cannot do so any more,
+        should it only have been halted.
 
         Raises:
             Timeout: another process holds it, and `wait` is False.
@@ -372,4 +379,7 @@ class RunFolder:
             holder = Watch(self.claim).holder() or "another process"
             log.info("%s: %s is running it; waiting for its end", self.name, holder)
 
-        return claimed(self.claim, wait=wait, waiting=log_wait)
+        with claimed(self.claim, wait=wait, waiting=log_wait) as claim:
+            for folder in (self.path, self.evaluation):
+                remove_leftovers(folder)
+            yield claim

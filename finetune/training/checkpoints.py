@@ -13,16 +13,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.files import file_digest, put_in_place, read_bytes, remove_folder, write_atomic
+from finetune.files import (
+    file_digest,
+    put_in_place,
+    read_bytes,
+    remove_folder,
+    temporary_path,
+    write_atomic,
+)
 from finetune.tracking.claims import Claim, ClaimLost
 
 log = logging.getLogger("finetune")
@@ -80,8 +87,7 @@ def write_checkpoint(
     if find_problem(final) is None and (claim is None or _claim_of(final) == claim.token):
         return
     _check(claim)
-    remove_leftovers(folder)
-    temporary = folder / f".{final.name}.{secrets.token_hex(8)}.tmp"
+    temporary = temporary_path(final)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -97,38 +103,31 @@ def write_checkpoint(
         _check(claim)
         put_in_place(temporary, final)
         _sync_folder(folder)
-        _check(claim)
-        write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n")
+        write_atomic(final / MARKER, file_digest(final / MANIFEST) + "\n", partial(_check, claim))
     except ClaimLost:
         remove_folder(temporary)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # the two libraries' own errors
-        _check(claim)  # a successor removes what is not in place
         written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+        _check(claim)  # a successor removes what is not in place
         free = shutil.disk_usage(folder).free
         why = str(error).splitlines()[0]
         raise OSError(
             f"cannot write the checkpoint {final} after {written} bytes ({why}); "
             f"{free} bytes are free there"
         ) from None
-    _check(claim)
     found = _newest_first(folder)
     newest = found.index(final)
     for old in (*found[:newest], *found[newest + keep :]):
         if best is None or old != _path(folder, best):
+            _check(claim)
             remove_folder(old)
 
 
 def _check(claim: Claim | None) -> None:
     if claim is not None:
         claim.check()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove checkpoints that are not in place, of a process that was killed or is halted."""
-    for leftover in folder.glob(".step-*"):
-        remove_folder(leftover)
 
 
 def find_newest(folder: Path, claims: Sequence[str] = ()) -> Checkpoint | None:

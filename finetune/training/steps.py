@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from finetune import distributed
+from finetune.files import remove_leftovers
 from finetune.models.process_memory import peak_memory_gib
 from finetune.tracking.claims import Claim
 from finetune.tracking.events import EventLog
@@ -22,7 +23,6 @@ from finetune.training.checkpoints import (
     Checkpoint,
     find_newest,
     find_step,
-    remove_leftovers,
     write_checkpoint,
 )
 from finetune.training.row_order import steps_an_epoch
