@@ -27,6 +27,7 @@ from finetune.pipeline.jobs import Job
 from finetune.tracking.claims import ClaimLost
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
+from finetune.training import adapter_training, callbacks
 from finetune.training import steps as steps_module
 from finetune.training.checkpoints import (
     MANIFEST,
@@ -241,6 +242,57 @@ def test_checkpoints_by_time_change_no_bits(
             steps.clear()
     assert steps == ([1, 2, 3] if is_grouped else [1, 2, 3, 4])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_is_due_by_the_time_since_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of whatever reason that one was; without the setting none is ever due."""
+    now = [1000.0]
+    monkeypatch.setattr(steps_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    timer, never = steps_module.CheckpointTimer(2.5), steps_module.CheckpointTimer(None)
+    for passed, is_due in ((149, False), (1, True), (1000, True), (0, False), (149, False)):
+        now[0] += passed
+        if passed == 0:
+            timer.restart()
+        assert timer.is_due is is_due
+    now[0] += 10**9
+    assert (timer.is_due, never.is_due) == (True, False)
+
+
+class EverySecondStep:
+    """Stands for a CheckpointTimer of which every second step since a checkpoint is due."""
+
+    def __init__(self, minutes: float | None) -> None:
+        assert minutes == 7.5
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps = 0
+
+    @property
+    def is_due(self) -> bool:
+        self.steps += 1
+        return self.steps == 2
+
+
+@pytest.mark.parametrize("is_grouped", [True, False], ids=["group", "trainer"])
+def test_a_checkpoint_by_steps_restarts_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_grouped: bool
+) -> None:
+    """Both loops write those of `checkpoint_every` (here 3, 6) and those that are due by time."""
+    steps: list[int] = []
+    monkeypatch.setattr(
+        steps_module, "write_checkpoint", lambda folder, step, *_, **__: steps.append(step)
+    )
+    for module in (adapter_training, callbacks):
+        monkeypatch.setattr(module, "CheckpointTimer", EverySecondStep)
+    settings = {"max_steps": 8, "checkpoint_every": 3, "checkpoint_minutes": 7.5}
+    if is_grouped:
+        train(tmp_path, [Setting(training=settings)])
+    else:
+        train_alone(tmp_path, training=settings)
+    assert steps == ([2, 3, 5, 6] if is_grouped else [2, 3, 5, 6, 8])
 
 
 def adapters(folder: Path) -> dict[str, str]:

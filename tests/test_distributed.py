@@ -174,12 +174,17 @@ def test_two_processes_leave_what_one_leaves(launched: tuple[Path, str, str]) ->
         assert json.loads((run / "environment.json").read_text())["processes"] == 2
 
 
+# Each step ends later than this time, by rank 0's clock, which decides for both.
+BY_TIME = ("training.checkpoint_every=1000", "training.checkpoint_minutes=0.000001")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [(), BY_TIME], ids=["steps", "minutes"])
 def test_a_killed_launch_goes_on_bit_for_bit(
-    tmp_path: Path, launched: tuple[Path, str, str]
+    tmp_path: Path, launched: tuple[Path, str, str], every: tuple[str, ...]
 ) -> None:
     """Kill -9 of all processes in the third epoch; the same command gives the same adapter."""
-    command = (*TRAINING, "lora.dropout=0.1")
+    command = (*TRAINING, "lora.dropout=0.1", *every)
     run_folder = run_and_kill(tmp_path, TORCHRUN, *command, steps=11)
     assert not (run_folder / "adapter").exists()
     checkpoint = max(run_folder.glob("checkpoints/step-*"))  # a kill may leave the last one too

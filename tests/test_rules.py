@@ -119,6 +119,16 @@ def test_the_largest_number_is_within_the_range(key: str) -> None:
     assert problems_with(key, largest + 1)
 
 
+@pytest.mark.parametrize("minutes", [0.0, -0.5, math.nan, math.inf])
+def test_the_time_between_checkpoints_is_above_0(minutes: float) -> None:
+    """A fraction of a minute is enough; none leaves checkpoints to the steps."""
+    assert "training.checkpoint_minutes" in FIELDS
+    (problem,) = problems_with("training.checkpoint_minutes", minutes)
+    assert problem.startswith("training.checkpoint_minutes is ")
+    for allowed in (None, 0.01, 15, 1440.0):
+        assert problems_with("training.checkpoint_minutes", allowed) == []
+
+
 def test_a_sources_weight_is_a_number_too() -> None:
     """A mix has numbers of its own."""
     for weight in (0.0, -1.0, math.inf, math.nan, 1e308):
