@@ -121,6 +121,20 @@ def test_a_checkpoint_of_the_newest_claim_comes_first(tmp_path: Path) -> None:
         assert newest.step == step
 
 
+@pytest.mark.parametrize("file", [MANIFEST, MARKER])
+def test_a_damaged_one_is_named_whatever_its_claim(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its claim may be what cannot be read."""
+    claim = SimpleNamespace(token="mine", check=lambda: None)
+    write(tmp_path, 5, claim=claim)
+    (write(tmp_path, 10, claim=claim) / file).unlink()
+    newest = find_newest(tmp_path, ["mine"])
+    assert newest is not None
+    assert newest.step == 5
+    assert "skipping the damaged checkpoint" in caplog.text
+
+
 def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     """`keep` newest stay; step and time come back."""
     for step in (5, 10, 15):

@@ -140,7 +140,10 @@ def find_newest(folder: Path, claims: Sequence[str] = ()) -> Checkpoint | None:
     """
 
     def rank(path: Path) -> int:
-        claim = _claim_of(path)
+        try:
+            claim = _claim_of(path)
+        except (OSError, ValueError):
+            return len(claims)  # it is damaged, which is said first
         return claims.index(claim) if claim in claims else -1
 
     for path in sorted(_newest_first(folder), key=rank, reverse=True):  # a stable order
@@ -204,11 +207,12 @@ def newest_step(folder: Path) -> int | None:
 
 
 def _claim_of(path: Path) -> str | None:
-    """Return the token of the claim under which a checkpoint was written; None where unknown."""
-    try:
-        manifest = json.loads(read_bytes(path / MANIFEST))
-    except (OSError, ValueError):  # it is damaged, and verified later
-        return None
+    """Return the token of the claim under which a checkpoint was written; None for older ones.
+
+    Raises:
+        OSError, ValueError: it is damaged.
+    """
+    manifest = json.loads(read_bytes(path / MANIFEST))
     claim = manifest.get("claim") if isinstance(manifest, dict) else None
     return claim if isinstance(claim, str) else None
 
