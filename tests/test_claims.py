@@ -148,6 +148,19 @@ def test_a_claim_is_refused_or_waited_for(tmp_path: Path) -> None:
     assert waited in ([], [1])
 
 
+def test_a_holder_on_another_host_is_refused_once_it_shows_that_it_lives(tmp_path: Path) -> None:
+    """A dead one does not, so that its claim is taken even by who does not wait for an end."""
+    run = RunFolder(tmp_path)
+    with holder(tmp_path, "node7") as process:
+        for _ in range(2):
+            with pytest.raises(Timeout), run.claimed(wait=False):
+                pass
+        process.kill()
+        process.wait()
+        with run.claimed(wait=False) as claim:
+            claim.check()
+
+
 def test_a_lost_claim_is_noticed_by_its_holder(tmp_path: Path) -> None:
     """Also where its file is simply gone."""
     with claimed(tmp_path / claims.CLAIM_FILE) as claim:

@@ -9,6 +9,7 @@ its claim's token, readers keep to the newest claim, and a holder that lost its 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import OwnerRecord, SoftFileLease, Timeout
+
+log = logging.getLogger("finetune")
 
 CLAIM_FILE = ".claim"  # the name, or the end of it, beside what it stands for
 LEASE_SECONDS = 60.0
@@ -88,7 +91,8 @@ def claimed(
 
     Args:
         path: the file of the claim, beside what it stands for.
-        wait: whether to wait for another holder to end.
+        wait: whether to wait for another holder to end. Without, one on another host, of which
+            nobody here can know whether it lives, is waited for until it renews its claim.
         waiting: called once before waiting.
 
     Raises:
@@ -100,14 +104,43 @@ def claimed(
     try:
         lease.acquire(timeout=0)
     except Timeout:
-        if not wait:
-            raise
-        waiting()
-        lease.acquire(poll_interval=POLL_SECONDS)
+        if wait:
+            waiting()
+            lease.acquire(poll_interval=POLL_SECONDS)
+        else:
+            _outlast(lease)
     try:
         yield Claim(lease)
     finally:
         lease.release()
+
+
+def _outlast(lease: SoftFileLease) -> None:
+    """Acquire a lease whose holder does not renew it any more.
+
+    Raises:
+        Timeout: its holder renews it, or lives on this machine.
+    """
+    owner, renewal = lease.owner, _renewal(lease)
+    if owner is not None and not _is_here(owner):
+        log.info(
+            "checking whether %s, process %d, still holds %s: up to %g s",
+            owner.hostname, owner.pid, lease.lock_file, LEASE_SECONDS,
+        )  # fmt: skip
+        while _renewal(lease) == renewal:
+            time.sleep(POLL_SECONDS)
+            with suppress(Timeout):
+                lease.acquire(timeout=0)
+                return
+    lease.acquire(timeout=0)
+
+
+def _renewal(lease: SoftFileLease) -> tuple[int, int] | None:
+    """Return inode and time of a claim's file as they are now; None without one."""
+    with suppress(OSError):
+        file = os.lstat(lease.lock_file)
+        return file.st_ino, file.st_mtime_ns
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,10 +167,7 @@ class Watch:
 
     def look(self) -> Sighting:
         """Read the claim, without taking it for a moment as `is_free` does."""
-        renewal = None
-        with suppress(OSError):
-            file = os.lstat(self._lease.lock_file)
-            renewal = (file.st_ino, file.st_mtime_ns)
+        renewal = _renewal(self._lease)
         if renewal != self._renewal:
             self._holder = None
             with suppress(OSError):
