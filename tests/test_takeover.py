@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from finetune.files import file_digest
 from finetune.pipeline import run_jobs
 from finetune.tracking import claims
+from finetune.tracking.claims import Watch
 from finetune.tracking.events import read_events
 from finetune.tracking.run_folder import RunFolder
 from tests.conftest import ROOT
@@ -70,8 +72,12 @@ def test_a_halted_worker_leaves_its_successors_run_as_it_is(
     try:
         _, status = os.waitpid(first.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), first.communicate()
-        assert run_jobs.run([build_job(tmp_path, method)]) == ["finished"]
         run = only_run(tmp_path)
+        job, watch = build_job(tmp_path, method), Watch(run.claim)
+        assert run_jobs.run([job]) == ["held"]
+        while not watch.is_free():  # as the sweep that hands out runs looks at them
+            time.sleep(0.1)
+        assert run_jobs.run([job]) == ["finished"]
         assert not run.claim.exists()
         before, events = content(run), list(read_events(run.events))
         assert not [name for name in before if Path(name).name.startswith(".claim")]
