@@ -64,18 +64,17 @@ class ActiveRun:
         """Record how the run ended; later calls change nothing."""
         if self.state is not None:
             return
+        self.state = state
         try:
             self.events.check_claim()
+            if state == "finished":
+                self.folder.forget_missing()
+            lines = self.folder.last_lines() if reason else []
+            self.folder.write_status(Status(state, reason, self.started, time.time(), lines))
+            self.events.status(state, reason)
         except ClaimLost as lost:  # what the run comes to is the other process's to write
             log.error("%s: %s; nothing more is written here", self.folder.name, lost)
             self.state = "interrupted"
-            return
-        self.state = state
-        if state == "finished":
-            self.folder.forget_missing()
-        lines = self.folder.last_lines() if reason else []
-        self.folder.write_status(Status(state, reason, self.started, time.time(), lines))
-        self.events.status(state, reason)
 
 
 def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:

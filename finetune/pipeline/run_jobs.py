@@ -7,7 +7,6 @@ from the folders of the runs.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +33,7 @@ from finetune.data.templates import save_prompt
 from finetune.data.token_display import describe_first
 from finetune.evaluation.harness import TaskScore
 from finetune.evaluation.tasks import LoadedTask
+from finetune.files import remove_folder
 from finetune.models import adapters, base_model
 from finetune.models.adapters import LoraWeights
 from finetune.models.kernels import liger_kernels
@@ -320,18 +320,21 @@ def _save_trained(
     session: Session,
 ) -> None:
     """Save the trained weights and the result of the training, and remove the checkpoints."""
-    run.folder.check_claim()
+    tokenizer, check = _tokenizer(run, session), run.folder.check_claim
+    check()
     if isinstance(trained, PreTrainedModel):
         dtype = compute_dtype(run.config.model, torch.device(run.inputs.device))
-        base_model.save_tuned(trained, dtype, _tokenizer(run, session), run.folder.model)
+        base_model.save_tuned(trained, dtype, tokenizer, run.folder.model, check)
     else:
-        own, tokenizer = run.folder.prompt_template, _tokenizer(run, session)
+        own = run.folder.prompt_template
         prompt = str(own) if own.is_file() else run.config.data.prompt_template
-        adapters.save(trained, run.folder.adapter, partial(save_prompt, prompt, tokenizer))
+        write_prompt = partial(save_prompt, prompt, tokenizer)
+        adapters.save(trained, run.folder.adapter, write_prompt, check)
     run.folder.record(*WEIGHTS)
     run.events.metrics({"train/mean_loss": result.mean_loss}, result.steps)
     run.folder.write_json("training.json", asdict(result))
-    shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
+    check()
+    remove_folder(run.folder.checkpoints)
 
 
 @contextmanager
