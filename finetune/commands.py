@@ -14,6 +14,7 @@ COMMANDS = {
     "preview": "show tokenised rows and their loss mask, without loading weights",
     "report": "rewrite a sweep's report from the files of its runs",
     "runs": "list runs, compare two of them, or watch a sweep",
+    "flips": "print the questions that two models answer differently",
     "rerun": "repeat a run from its folder, and compare the results",
     "chat": "chat with trained models",
     "export": "write a trained model to a folder or to the hub",

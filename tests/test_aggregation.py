@@ -36,6 +36,7 @@ def one_task(aggregation: Any, higher: bool | None = True) -> Any:
     return SimpleNamespace(
         aggregation=lambda: {"score": aggregation},
         higher_is_better=lambda: {} if higher is None else {"score": higher},
+        instances=[],
     )
 
 

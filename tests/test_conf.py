@@ -24,7 +24,9 @@ def composed(*overrides: str) -> Config:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}={f.stem}")
 def test_an_option_composes_without_problems(file: Path) -> None:
     """Each option is valid by itself, beside the defaults."""
-    extra = ["data.path=rows.jsonl"] if "path: ???" in file.read_text(encoding="utf-8") else []
+    text = file.read_text(encoding="utf-8")
+    extra = ["data.path=rows.jsonl"] if "path: ???" in text else []
+    extra += [f"evaluation.questions={file}"] if "questions: ???" in text else []
     assert find_problems(composed(f"{file.parent.name}={file.stem}", *extra)) == []
 
 

@@ -104,9 +104,9 @@ def test_a_task_that_no_answer_of_can_be_matched_is_refused(
 def test_some_that_cannot_be_matched_are_counted(tmp_path: Path) -> None:
     """The line that tells a task's size says so before it is scored."""
     task = load_task("gsm8k", gsm(tmp_path, "#### 4", "five", "#### 6"))
-    assert task.unmatched.startswith("1 of 3 gold answers cannot be matched and score 0.0 (first: ")
-    assert "question 2, 'five'" in task.unmatched
-    assert task.unmatched in Speeds(tmp_path / "none.json").forecast(task)
+    assert task.notes.startswith("1 of 3 gold answers cannot be matched and score 0.0 (first: ")
+    assert "question 2, 'five'" in task.notes
+    assert task.notes in Speeds(tmp_path / "none.json").forecast(task)
 
 
 @pytest.mark.parametrize("labels", [["4", "4"], ["-1", "-1"], ["1", "9"]])
@@ -118,7 +118,7 @@ def test_choices_that_are_none_are_found_too(labels: list[str], tmp_path: Path) 
     ]
     settings = local(tmp_path, "hellaswag", {"validation": rows}, num_fewshot=0)
     if "1" in labels:
-        assert load_task("hellaswag", settings).unmatched.startswith("1 of 2 gold answers")
+        assert load_task("hellaswag", settings).notes.startswith("1 of 2 gold answers")
         return
     with pytest.raises(
         ValueError, match=r"hellaswag.*(2 of 2 gold answers|the gold answer of the first)"
@@ -145,4 +145,4 @@ def test_stock_rows_raise_no_alarm(name: str, rows: Any, tmp_path: Path) -> None
     """Tasks whose gold answers are not in the form that a model is to answer in."""
     shots = None if name == "bbh_cot_fewshot_boolean_expressions" else 0
     settings = local(tmp_path, name, rows, num_fewshot=shots)
-    assert load_task(name, settings).unmatched == ""
+    assert load_task(name, settings).notes == ""

@@ -33,6 +33,7 @@ FORMATS = (
 )  # fmt: skip
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+OWN_QUESTIONS = "questions"  # the task that asks evaluation.questions
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cuda", "cpu")
 SCHEDULERS = (
@@ -204,6 +205,7 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     if evaluation.batch_tokens is not None:
         yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
     yield from _one_of("evaluation.dtype", evaluation.dtype, DTYPES)
+    yield from _question_problems(evaluation)
     for task, splits in evaluation.data_files.items():
         if task not in evaluation.tasks:
             yield (
@@ -213,6 +215,24 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         for split, file in splits.items():
             if not Path(file).is_file():
                 yield f"evaluation.data_files.{task}.{split}: there is no file {file}"
+
+
+def _question_problems(evaluation: EvaluationConfig) -> Iterator[str]:
+    """Yield what is wrong with the settings of a user's own questions."""
+    yield from _at_least("evaluation.max_new_tokens", evaluation.max_new_tokens, 1)
+    if OWN_QUESTIONS in evaluation.tasks and evaluation.questions is None:
+        yield "evaluation.questions has no value; set evaluation.questions=FILE"
+    for name in ("questions", "select_questions", "fewshot_questions"):
+        file = getattr(evaluation, name)
+        if file is None:
+            continue
+        if OWN_QUESTIONS not in evaluation.tasks:
+            yield (
+                f"evaluation.{name} is {file}, which the task questions asks, but evaluation.tasks "
+                f"is {evaluation.tasks}; set evaluation=questions, or name it among the tasks"
+            )
+        elif not Path(file).expanduser().is_file():
+            yield f"evaluation.{name}: there is no file {file}"
 
 
 def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:

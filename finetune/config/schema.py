@@ -256,6 +256,14 @@ class EvaluationConfig:
     # in the hub's columns; a group's rows (mmlu) name their task in the column subject
     select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
     # split then only reports; null chooses and reports on the same questions
+    questions: str | None = None  # file of your own questions, which the task questions asks
+    select_questions: str | None = None  # file of those that choose the best run, as select_split
+    fewshot_questions: str | None = None  # file of solved examples; null: others of the same file
+    prompt_template: str | None = None  # of your questions: alpaca, text, chat or a .jinja file;
+    # null: data.prompt_template, as trained
+    max_new_tokens: int = 64  # of an answer to your questions
+    refuse_leakage: bool = False  # refuse questions that stand in the rows to train on
+    keep_texts: bool = True  # keep questions and answers with the outcomes; false: private ones
 
 
 @dataclass

@@ -51,8 +51,8 @@ def _grouping(task: LoadedTask, metric: str) -> Grouping | None:
 
 
 def _definition(task: LoadedTask, metric: str, grouping: Grouping | None) -> Metric:
-    """Return the definition that all tasks of a group share; `mixed`, or no direction, if none."""
-    tasks = task.tasks.values()
+    """Return the definition that all tasks with the metric share; else `mixed`, or no direction."""
+    tasks = [one for one in task.tasks.values() if metric in one.aggregation()]
     directions = {one.higher_is_better().get(metric) for one in tasks}
     names = {_registered(one.aggregation().get(metric, mean)) for one in tasks}
     return Metric(

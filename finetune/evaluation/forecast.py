@@ -34,8 +34,8 @@ class Speeds:
             line += f", answers of up to {_most_tokens(task)} tokens"
         elif len(task.requests) > num_questions:
             line += f", {len(task.requests):,} choices"
-        if task.unmatched:
-            line += f"; {task.unmatched}"
+        if task.notes:
+            line += f"; {task.notes}"
         measure, amount = _measure(task)
         speed = self._read().get(measure)
         return line if speed is None else f"{line}, about {_render_seconds(amount() / speed)}"

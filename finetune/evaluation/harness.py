@@ -40,6 +40,7 @@ class Item:
     prompt_hash: str
     outcomes: dict[str, Any]
     member: str | None = None  # the question's task, in a group
+    said: Any = None  # each choice's log-likelihood, or the generated text
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
     items = [
         item
         for name, samples in results["samples"].items()
-        for item in _items(samples, None if name == task.name else name)
+        for item in _items(
+            samples, None if name == task.name else name, keep_texts=evaluation.keep_texts
+        )
     ]
     return TaskScore(
         task=task.name,
@@ -132,16 +135,27 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _items(samples: list[dict[str, Any]], member: str | None) -> list[Item]:
+def _items(samples: list[dict[str, Any]], member: str | None, *, keep_texts: bool) -> list[Item]:
     """Return one item per question, with the outcomes of all filters of the task."""
     items: dict[int, Item] = {}
     for sample in samples:
         suffix = "" if sample["filter"] == "none" else f"_{sample['filter']}"
         outcomes = {f"{metric}{suffix}": _plain(sample[metric]) for metric in sample["metrics"]}
         known = {metric: value for metric, value in outcomes.items() if value is not None}
-        empty = Item(sample["doc_hash"], sample["prompt_hash"], {}, member)
+        said = _said(sample["resps"], keep_texts=keep_texts)
+        empty = Item(sample["doc_hash"], sample["prompt_hash"], {}, member, said)
         items.setdefault(sample["doc_id"], empty).outcomes.update(known)
     return list(items.values())
+
+
+def _said(responses: list[list[Any]], *, keep_texts: bool) -> list[float] | str | None:
+    """Return the log-likelihood of each request, or the text of the only one."""
+    first = [one[0] for one in responses if one]
+    if first and isinstance(first[0], str):
+        return first[0] if keep_texts else None
+    values = [one[0] if isinstance(one, tuple | list) else one for one in first]
+    is_plain = all(isinstance(value, int | float) for value in values)
+    return [round(float(value), 4) for value in values] if is_plain else None
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import EvaluationConfig
+from finetune.data.questions import QuestionPrompt
 from finetune.data.sources import Row, read_file
+from finetune.evaluation import question_tasks
 from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.prefix_tree import count_tokens
 from finetune.files import digest
@@ -39,6 +41,7 @@ from finetune.problems import nearest
 from finetune.substitution import substituted, updated
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
+OWN_TASKS = ("demo_science", question_tasks.NAME)
 TASK_FILES = (".yaml", ".yml")
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
@@ -51,7 +54,7 @@ class LoadedTask:
     loaded: dict[str, Any]  # what TaskManager.load returns
     digest: str  # of its definition, its requests and their documents
     selects: bool = False  # whether it asks the questions that choose the best run
-    unmatched: str = ""  # gold answers that nothing can match, where there are any
+    notes: str = ""  # what is worth knowing, such as gold answers that nothing can match
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -80,7 +83,7 @@ def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
         if name.endswith(TASK_FILES) or "/" in name:
             problems.append(_describe_own_file(name))
             continue
-        if name == "demo_science" or find_task_file(name) is not None:
+        if name in OWN_TASKS or find_task_file(name) is not None:
             continue
         known = stock_index().all_tasks
         if name in known:  # only a tag has no file
@@ -137,28 +140,34 @@ def load_task(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     selects: bool = False,
+    prompt: QuestionPrompt | None = None,
 ) -> LoadedTask:
     """Build a task with its data and its requests, as `lm_eval.simple_evaluate` would.
 
     Args:
-        name: an lm-eval task or group, or demo_science.
+        name: an lm-eval task or group, demo_science, or questions.
         evaluation: shots, limit, files, chat template or not.
         tokenizer: has the chat template, where one is asked for.
         selects: ask the questions of `evaluation.select_split` instead of the task's own.
+        prompt: that a user's own questions are asked in.
 
     Raises:
         ValueError: the task lacks the split or file, cannot be scored, or would choose the best run
             on the questions that it is reported on.
     """
-    loaded = _load(name, evaluation)
+    if name == question_tasks.NAME:
+        assert prompt is not None, "a user's questions are asked in a prompt"
+        loaded, notes = question_tasks.load_questions(evaluation, prompt, selects=selects)
+    else:
+        loaded, notes = _load(name, evaluation), []
     chat: dict[str, Any] = {}
-    if evaluation.chat_template:
+    if evaluation.chat_template and name != question_tasks.NAME:
         assert tokenizer is not None, "a chat template is some tokenizer's"
         chat = {"chat_template": _chat_template(tokenizer), **chat_settings(evaluation)}
     with quick_and_quiet():
         for task in loaded["tasks"].values():
             _set_fewshot(task, evaluation)
-            if selects:
+            if selects and name != question_tasks.NAME:
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
             try:
@@ -171,12 +180,14 @@ def load_task(
                     f"evaluation.num_fewshot is {shots}, but {task.task_name} has fewer solved "
                     "examples; lower it"
                 ) from None
-        unmatched = "; ".join(check_golds(loaded["tasks"], name, evaluation))
+        notes += check_golds(loaded["tasks"], name, evaluation)
     contents = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
-    return LoadedTask(name, loaded, digest(json.dumps(contents, default=str)), selects, unmatched)
+    return LoadedTask(
+        name, loaded, digest(json.dumps(contents, default=str)), selects, "; ".join(notes)
+    )
 
 
 def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:

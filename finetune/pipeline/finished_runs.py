@@ -24,7 +24,15 @@ from typing import Any
 from finetune import distributed
 from finetune.config import rules
 from finetune.config.inputs import DataSource, Inputs, Source
-from finetune.config.schema import CONDUCT, Config, ModelConfig, SourceConfig, local_path, marked
+from finetune.config.schema import (
+    CONDUCT,
+    TEMPLATE_FILE,
+    Config,
+    ModelConfig,
+    SourceConfig,
+    local_path,
+    marked,
+)
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
 from finetune.models import devices
@@ -36,7 +44,7 @@ log = logging.getLogger("finetune")
 RECORD = 2  # raised when a record would hold something else
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".py")
-OWN_TASKS = ("demo_science",)  # whose questions come with this package
+OWN_TASKS = ("demo_science", "questions")  # whose questions are never on the hub
 MOST_FILES = 10_000  # in a folder of rows; of a larger one nothing is recorded
 
 State = list[int] | str | None  # of a file, or of all files of a folder; None: unknown
@@ -168,7 +176,10 @@ def _watched(config: Config, inputs: Inputs, scores: Sequence[Path]) -> list[tup
     }
     found += [("file", local_path(one)) for key, one in templates.items() if key in inputs.files]
     found += [("rows", local_path(one.settings.path)) for one in inputs.data]
-    files = (file for task in asked.data_files.values() for file in task.values())
+    files = [file for task in asked.data_files.values() for file in task.values()]
+    files += filter(None, (asked.questions, asked.select_questions, asked.fewshot_questions))
+    if (asked.prompt_template or "").endswith(TEMPLATE_FILE):
+        files.append(str(local_path(asked.prompt_template or "")))
     found += [("file", Path(file)) for file in files]
     return [(kind, path.absolute()) for kind, path in found]
 

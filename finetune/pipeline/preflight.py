@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +80,17 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
     if finished:
         return CheckedJob(inputs, [], finished=True, limit=limit)
     tasks = session.tasks(config, inputs.source)
+    leaks = session.leaks(config, inputs.data)
+    if leaks and config.evaluation.refuse_leakage:
+        return CheckedJob(None, [_describe_leaks(config, leaks)])
     _, *base = build_scorers(config, inputs, folder)
     return CheckedJob(
         inputs, [],
         limit=limit,
-        forecasts=forecasts(config, inputs, tasks),
+        forecasts=[
+            *forecasts(config, inputs, tasks),
+            *([_describe_leaks(config, leaks)] if leaks else []),
+        ],
         base_scores=tuple(str(file) for scorer in base for file in scorer.missing(tasks)),
         base=digest(base_key(config, inputs)),
         rows=_count_rows(config, inputs, session),
@@ -94,6 +100,16 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
 def _on_cpu(config: Config) -> Config:
     """Return settings whose inputs can be found where there is no GPU."""
     return replace(config, training=replace(config.training, device="cpu"))
+
+
+def _describe_leaks(config: Config, leaks: Sequence[int]) -> str:
+    """Return a line on the user's questions that stand in the rows to train on."""
+    first = ", ".join(map(str, leaks[:3])) + (" ..." if len(leaks) > 3 else "")
+    verb = "stands" if len(leaks) == 1 else "stand"
+    return (
+        f"evaluation.questions={config.evaluation.questions}: {len(leaks)} of its questions {verb} "
+        f"in the rows to train on (row {first}); take them out of one of the two"
+    )
 
 
 def _count_rows(config: Config, inputs: Inputs, session: Session) -> float:

@@ -411,5 +411,6 @@ def _write_stored_scores(run: ActiveRun, session: Session) -> list[dict[str, Tas
     tasks = _tasks(run, session)
     tuned, *base = build_scorers(run.config, run.inputs, run.folder)
     scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
-    write_scores(run.folder, scores[0], scores[1], tasks)
+    keep_texts = run.config.evaluation.keep_texts
+    write_scores(run.folder, scores[0], scores[1], tasks, keep_texts=keep_texts)
     return scores

@@ -24,6 +24,7 @@ from finetune.evaluation.aggregation import draw_resamples
 from finetune.evaluation.forecast import Speeds
 from finetune.evaluation.harness import ScoreStore, TaskScore
 from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.question_texts import describe_questions
 from finetune.evaluation.tasks import SEED, LoadedTask
 from finetune.files import digest
 from finetune.home import cache_dir
@@ -36,7 +37,7 @@ from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 
-SCORING = 4  # raised when the way to score could change a number; stored scores are then renewed
+SCORING = 5  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def forecasts(config: Config, inputs: Inputs, asked: Sequence[LoadedTask]) -> list[str]:
@@ -154,6 +155,8 @@ def write_scores(
     tuned: Mapping[str, TaskScore],
     base: Mapping[str, TaskScore],
     tasks: Sequence[LoadedTask] = (),
+    *,
+    keep_texts: bool = True,
 ) -> None:
     """Write each task's scores and its questions' outcomes, base beside tuned.
 
@@ -161,7 +164,9 @@ def write_scores(
         folder: the run's.
         tuned: by the task's key.
         base: the same tasks of the base; none where it was not asked.
-        tasks: as loaded, to resample the metrics that only lm-eval computes.
+        tasks: as loaded, for the texts of questions, and to resample the metrics that only
+            lm-eval computes.
+        keep_texts: whether the questions' texts are written.
     """
     loaded = {task.key: task for task in tasks}
     for name, score in tuned.items():
@@ -169,15 +174,17 @@ def write_scores(
         folder.write_json(
             f"evaluation/{name}.json", {side: one.summary() for side, one in pair.items()}
         )
-        items = _paired_items(pair)
+        items = _paired_items(pair, loaded.get(name) if keep_texts else None)
         lines = "".join(json.dumps(line) + "\n" for line in items)
         folder.write_text(f"evaluation/{name}.items.jsonl", lines)
         if name in base and name in loaded:
             _write_resamples(folder, loaded[name], score, items)
 
 
-def _paired_items(pair: Mapping[str, TaskScore]) -> list[dict[str, Any]]:
-    """Return one entry a question, with the outcomes of both sides."""
+def _paired_items(pair: Mapping[str, TaskScore], task: LoadedTask | None) -> list[dict[str, Any]]:
+    """Return one entry a question, with the outcomes and answers of both sides, and its texts."""
+    texts = {} if task is None else describe_questions(task)
+    asked: Counter[tuple[str | None, str]] = Counter()
     items: dict[tuple[str | None, str, int], dict[str, Any]] = {}
     for side, one in pair.items():
         seen: Counter[tuple[str | None, str]] = Counter()  # the same question may be asked twice
@@ -187,7 +194,13 @@ def _paired_items(pair: Mapping[str, TaskScore]) -> list[dict[str, Any]]:
             entry = {"hash": item.hash, "prompt": item.prompt_hash}
             if item.member is not None:
                 entry["task"] = item.member
-            items.setdefault(key, entry)[side] = item.outcomes
+            if key not in items:
+                asked[item.member, item.prompt_hash] += 1
+                number = asked[item.member, item.prompt_hash]
+                items[key] = entry | texts.get((item.member, item.prompt_hash, number), {})
+            items[key][side] = item.outcomes
+            if item.said is not None:
+                items[key].setdefault("said", {})[side] = item.said
     return list(items.values())
 
 

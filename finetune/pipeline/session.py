@@ -16,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.data import dataset, templates
+from finetune.data.leakage import find_leaks
+from finetune.data.questions import QuestionPrompt, find_digests, read_questions
+from finetune.evaluation import question_tasks
 from finetune.evaluation.tasks import LoadedTask, load_task
 from finetune.models import base_model
 from finetune.models.precision import Precision
@@ -59,6 +62,7 @@ class Session:
         self._shapes: Kept[Shape] = Kept(8)
         self._longest: Kept[int] = Kept(64)
         self._row_counts: Kept[int] = Kept(64)
+        self._leaks: Kept[list[int]] = Kept(16)
         self._examples: Kept[dataset.Examples] = Kept(1)  # they may be large
         self._meta: Kept[PreTrainedModel] = Kept(2)
         self._row_problems: Kept[list[str]] = Kept(64)
@@ -104,16 +108,28 @@ class Session:
             source: the model's, needed where its chat template is applied.
         """
         asked = config.evaluation
-        passes = (False, True) if asked.select_split else (False,)
         tokenizer, model = None, None
-        if asked.chat_template and source is not None:
+        if source is not None and (asked.chat_template or question_tasks.NAME in asked.tasks):
             tokenizer, model = self.tokenizer(config.model, source), asdict(config.model)
 
         def task(name: str, *, selects: bool) -> LoadedTask:
-            key = name, selects, asdict(asked), model, source if model else None
-            return self._tasks.get(key, lambda: load_task(name, asked, tokenizer, selects=selects))
+            prompt, own = None, None
+            if name == question_tasks.NAME:
+                trained = config.data.prompt_template
+                prompt = QuestionPrompt.load(asked.prompt_template, trained, tokenizer)
+                own = prompt.text, find_digests(asked)
+            key = name, selects, asdict(asked), own, model, source if model else None
+            return self._tasks.get(
+                key,
+                lambda: load_task(name, asked, tokenizer, selects=selects, prompt=prompt),
+            )
 
-        return [task(name, selects=selects) for selects in passes for name in asked.tasks]
+        def selecting(name: str) -> str | None:
+            is_own = name == question_tasks.NAME
+            return asked.select_questions if is_own else asked.select_split
+
+        reported = [task(name, selects=False) for name in asked.tasks]
+        return reported + [task(name, selects=True) for name in asked.tasks if selecting(name)]
 
     def meta_model(self, model: ModelConfig, source: Source) -> PreTrainedModel:
         """Return the base without weights, to look at."""
@@ -169,6 +185,19 @@ class Session:
             return sum(len(rows) for _, rows in dataset.read_sources(found))
 
         return self._row_counts.get([one.digest for one in found], count)
+
+    def leaks(self, config: Config, found: Sequence[DataSource]) -> list[int]:
+        """Return the numbers of the user's questions that stand in the rows to train on."""
+        file = config.evaluation.questions
+        if file is None or config.training.is_skipped:
+            return []
+
+        def look() -> list[int]:
+            rows = (row for _, rows in dataset.read_sources(found) for row in rows)
+            questions = read_questions(file, "evaluation.questions")
+            return [one.row for one in find_leaks(questions, rows)]
+
+        return self._leaks.get((file, [one.digest for one in found]), look)
 
     def examples(self, config: Config, inputs: Inputs) -> dataset.Examples:
         """Return the tokenised rows of a run, the last ones kept for its samples."""
