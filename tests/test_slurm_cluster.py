@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from finetune.config.schema import WorkersConfig
 from finetune.problems import Refused
@@ -25,6 +27,7 @@ CANNOT_INSTALL = 3  # exit code of slurm_up.sh
 WORKER = """\
 import os, signal, sys, time
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 stops = []
@@ -46,10 +49,15 @@ steps.write_text(str(done))
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Start a Slurm cluster of one node; it is ended with the module's tests."""
+    """Start a Slurm cluster of one node, of which there is one at a time on this machine."""
     if os.geteuid() != 0:
         pytest.skip("a Slurm node is started by root only")
     folder = tmp_path_factory.mktemp("slurm")
+    with FileLock(Path(gettempdir()) / "finetune-slurm.lock"):
+        yield from _started(folder)
+
+
+def _started(folder: Path) -> Iterator[None]:
     done = subprocess.run([UP, "up", folder], capture_output=True, text=True, check=False)
     if done.returncode == CANNOT_INSTALL:
         pytest.skip("Slurm cannot be installed by apt here")
@@ -104,6 +112,7 @@ def read_log(folder: Path, task: int = 0) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # another process may have the node
 @pytest.mark.parametrize("partition", ["low", "now"])
 def test_a_preempted_worker_comes_back(folder: Path, partition: str) -> None:
     """With a time of grace it asks for it itself, without one Slurm requeues it; it has saved."""
@@ -122,6 +131,7 @@ def test_a_preempted_worker_comes_back(folder: Path, partition: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # another process may have the node
 def test_a_cancelled_worker_saves_and_stays_away(folder: Path) -> None:
     """What the user ends is not requeued, and how it ended can be asked."""
     array = submit(folder, 1000)
@@ -136,6 +146,7 @@ def test_a_cancelled_worker_saves_and_stays_away(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # another process may have the node
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
