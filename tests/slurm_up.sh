@@ -17,8 +17,13 @@ export SLURM_CONF=$folder/slurm.conf
 is_alive() { [ -s "$folder/$1.pid" ] && kill -0 "$(cat "$folder/$1.pid")" 2>/dev/null; }
 
 down() {
+  local daemon pid
   for daemon in slurmd slurmctld munged; do
-    if is_alive $daemon; then kill "$(cat "$folder/$daemon.pid")"; fi
+    is_alive $daemon || continue
+    pid=$(cat "$folder/$daemon.pid")
+    kill "$pid"
+    for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    kill -9 "$pid" 2>/dev/null || true  # one whose jobs do not end
   done
 }
 

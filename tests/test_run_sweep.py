@@ -35,7 +35,7 @@ from finetune.sweeps.worker import Worker
 from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, train_tiny
 
 
 def results(folder: Path) -> list[dict[str, str]]:
@@ -485,6 +485,19 @@ def test_a_base_serves_the_runs_that_follow_and_stays_what_it_is(tmp_path: Path)
     assert dict(bases[0].named_parameters()).keys() == dict(fresh.named_parameters()).keys()
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, bases[0].state_dict()[name]), name
+
+
+def test_the_environment_of_a_training_stays_recorded(tmp_path: Path) -> None:
+    """Another worker may score the run, with other threads on another host."""
+    run = RunFolder(train_tiny(tmp_path))
+    trained = {**run.read_json("environment.json"), "worker": "GPU 7", "threads": 9}
+    run.write_json("environment.json", trained)
+    run.write_status(Status("running", started=1.0))
+    train_tiny(tmp_path)
+    assert run.read_json("environment.json") == trained
+    status = run.status()
+    assert status is not None
+    assert (status.state, status.started) == ("finished", 1.0)
 
 
 def test_a_launchers_processes_are_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,6 @@ CANNOT_INSTALL = 3  # exit code of slurm_up.sh
 WORKER = """\
 import os, signal, sys, time
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 stops = []

@@ -102,11 +102,12 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     """Record settings, overrides, environment and data, before anything runs."""
     folder.write_text("config.yaml", job.yaml)
     folder.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
-    environment = describe_environment(inputs.device) | {
-        "base": inputs.model.quantization,
-        "dtype": name_dtype(inputs.model, inputs.device),
-    }
-    folder.write_json("environment.json", environment)
+    if not folder.is_trained or folder.read_json("environment.json") is None:  # of the training
+        environment = describe_environment(inputs.device) | {
+            "base": inputs.model.quantization,
+            "dtype": name_dtype(inputs.model, inputs.device),
+        }
+        folder.write_json("environment.json", environment)
     settings = OmegaConf.to_container(OmegaConf.create(job.yaml), resolve=False)
     assert isinstance(settings, dict)
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from finetune.config.schema import Config
+from finetune.problems import Refused
 from finetune.sweeps import ray_tasks, slurm
 from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.elsewhere import Follower
 from finetune.sweeps.lost_runs import set_back
 from finetune.sweeps.planning import Sweep
 from finetune.sweeps.pool import Pool
-from finetune.sweeps.slurm_queue import Array, SlurmTasks, find_array, list_states
+from finetune.sweeps.slurm_queue import (
+    Array,
+    SlurmTasks,
+    SlurmUnavailable,
+    describe_end,
+    find_array,
+    list_states,
+)
 from finetune.tracking.tracker import Tracker
 
 log = logging.getLogger("finetune")
@@ -58,7 +67,7 @@ def assembled(
         yield Conduct(sweep, tracker, pool)
     elif config.workers.launch == "slurm":
         array = find_queued(sweep) or (submit(sweep, again) if waiting else None)
-        yield Follower(sweep, tracker, SlurmTasks(array) if array else Nobody())
+        yield Follower(sweep, tracker, SlurmTasks(array, sweep.folder) if array else Nobody())
     elif not waiting:
         yield Follower(sweep, tracker, Nobody())
     else:
@@ -73,10 +82,16 @@ def find_queued(sweep: Sweep) -> Array | None:
     """Return the array of Slurm that works on a sweep, if it is in the queue.
 
     Raises:
-        SlurmUnavailable: Slurm does not answer.
+        Refused: Slurm does not answer.
     """
     array = find_array(sweep.folder)
-    return array if array is not None and list_states(array) else None
+    try:
+        return array if array is not None and list_states(array) else None
+    except SlurmUnavailable as error:
+        raise Refused(
+            [f"{error}; run the command where squeue works, once it does: {sweep.name} may be in "
+             "its queue"]
+        ) from None  # fmt: skip
 
 
 def submit(sweep: Sweep, again: Sequence[str]) -> Array:
@@ -85,7 +100,11 @@ def submit(sweep: Sweep, again: Sequence[str]) -> Array:
     Raises:
         Refused: Slurm does not take them.
     """
-    config = sweep.config
+    config, before = sweep.config, find_array(sweep.folder)
+    if before is not None:
+        end = describe_end(before) or "its end is not known"
+        logs = os.path.relpath(sweep.folder / f"slurm-{before.job}_*.log")
+        log.info("the last array, %s, has left runs: %s; its output: %s", before.job, end, logs)
     num = slurm.count_workers(config.workers, sum(point.is_waiting for point in sweep.points))
     needs_gpu = config.training.device != "cpu"
     _retry_failed(sweep)

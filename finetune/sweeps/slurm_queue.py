@@ -115,8 +115,10 @@ def describe_end(array: Array) -> str:
 class SlurmTasks:
     """The tasks of an array, which outlive the process that looks at them."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: Array, folder: Path) -> None:
+        """Keep the array, and the sweep's folder, which has the tasks' output."""
         self._array = array
+        self._logs = os.path.relpath(folder / f"slurm-{array.job}_*.log")
         self._alive = array.workers  # when Slurm answered last
         self._shown = ""
 
@@ -129,7 +131,7 @@ class SlurmTasks:
             return self._alive
         line = f"Slurm array {self._array.job}: {describe_states(states)}"
         if not states and (end := describe_end(self._array)):
-            line += f"; {end}"
+            line += f"; {end}; output: {self._logs}"
         if line != self._shown:
             log.info("%s", line)
         self._shown, self._alive = line, len(states)
