@@ -282,3 +282,26 @@ def test_settings_of_questions_are_checked(tmp_path: Path) -> None:
 def test_the_version_of_the_task_is_recorded(session: Session, tmp_path: Path) -> None:
     """So that scores of another way to ask are not compared."""
     assert load(session, tmp_path, TEXT).tasks["questions"].VERSION == question_tasks.VERSION
+
+
+def test_arcs_file_asks_what_arc_easy_asks(session: Session, tmp_path: Path) -> None:
+    """In its template, the same requests: so every score is the same."""
+    rows = [
+        {**ARC, "id": f"M{n}", "question": f"What is number {n}?", "answerKey": str(1 + n % 2)}
+        for n in range(5)
+    ]
+    file = write_rows(tmp_path / "arc.jsonl", list(rows))
+    template = tmp_path / "arc.jinja"
+    template.write_text("Question: {{ question }}\nAnswer:")
+    asked = [
+        EvaluationConfig(["questions"], questions=str(file), prompt_template=str(template)),
+        EvaluationConfig(["arc_easy"], data_files={"arc_easy": {"test": str(file)}}),
+    ]
+    model = ModelConfig(path="random://tiny")
+    source = base_model.find_model(model)
+    own, stock = (session.tasks(Config(model=model, evaluation=one), source)[0] for one in asked)
+    assert [one.args for one in own.requests] == [one.args for one in stock.requests]
+    (mine,), (theirs,) = own.tasks.values(), stock.tasks.values()
+    assert [mine.doc_to_target(one.doc) for one in mine.instances] == [
+        theirs.doc_to_target(one.doc) for one in theirs.instances
+    ]
