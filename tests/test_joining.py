@@ -69,7 +69,7 @@ def test_another_kind_of_card_is_refused(planned: Sweep, tmp_path: Path) -> None
     name_runs(build_sweep(tmp_path, "bf16"))
     begun = tmp_path / "outputs" / "r2-bf16"
     begun.mkdir(parents=True)
-    conditions = {"dtype": "bf16", "gpu": "NVIDIA L4", "host": "node1"}
+    conditions = {"versions": {}, "dtype": "bf16", "gpu": "NVIDIA L4", "host": "node1"}
     (begun / "environment.json").write_text(json.dumps(conditions))
     with pytest.raises(Refused) as refused:
         name_runs(build_sweep(tmp_path, "fp16"))

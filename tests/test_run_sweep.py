@@ -27,14 +27,12 @@ from finetune.pipeline.jobs import Job
 from finetune.pipeline.session import Session
 from finetune.reporting.results import Results
 from finetune.sweeps import launchers, run_sweep
-from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.lost_runs import write_failure
-from finetune.sweeps.planning import Point, Sweep
-from finetune.sweeps.pool import Pool
 from finetune.sweeps.worker import Worker
 from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import SweepRecord
+from finetune.tracking.tracker import follow
 from tests.conftest import TINY, Command, train_tiny
 
 
@@ -210,14 +208,10 @@ def test_a_mirror_that_cannot_be_kept_stops_no_run(
 ) -> None:
     """MLflow's bookkeeping lies in report_dir, which may fill up."""
 
-    def follow(_: RunFolder) -> NoReturn:
+    def fail(_: RunFolder) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    point = Point(Job(Config(), "", [], {}), RunFolder(tmp_path), "skip")
-    sweep = Sweep("sweep", [point], [])
-    with Pool([Worker()]) as pool:
-        conduct = Conduct(sweep, cast(Any, SimpleNamespace(follow=follow)), pool)
-        conduct._follow(point)
+    follow(cast(Any, SimpleNamespace(follow=fail)), RunFolder(tmp_path))
     assert "No space left on device" in caplog.text
 
 

@@ -265,7 +265,7 @@ def _workers_problems(config: Config) -> Iterator[str]:
             f"workers.stop_after is {workers.stop_after!r}; it is a time above 0, such as 90m, 3h "
             "or 2:30:00"
         )
-    if workers.join and workers.launch != "local":
+    if workers.join and workers.is_elsewhere:
         yield (
             f"workers.join is true, but workers.launch is {workers.launch}; a command that joins a "
             "sweep starts its workers on its own machine: set workers=local"

@@ -259,8 +259,7 @@ class EvaluationConfig:
     questions: str | None = None  # file of your own questions, which the task questions asks
     select_questions: str | None = None  # file of those that choose the best run, as select_split
     fewshot_questions: str | None = None  # file of solved examples; null: others of the same file
-    prompt_template: str | None = None  # of your questions: alpaca, text, chat or a .jinja file;
-    # null: data.prompt_template, as trained
+    prompt_template: str | None = None  # of your questions: alpaca, text, chat, FILE; null: trained
     max_new_tokens: int = 64  # of an answer to your questions
     refuse_leakage: bool = False  # refuse questions that stand in the rows to train on
     keep_texts: bool = True  # keep questions and answers with the outcomes; false: private ones
@@ -270,8 +269,7 @@ class EvaluationConfig:
 class TrackingConfig:
     """The MLflow store of the runs."""
 
-    uri: str | None = None  # MLflow store or server; null: MLFLOW_TRACKING_URI, else
-    # sqlite:///mlflow.db
+    uri: str | None = None  # store or server; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db
     experiment: str | None = None  # null: MLFLOW_EXPERIMENT_NAME, else finetune
     enabled: bool = True  # false: only the runs' files
 
@@ -296,8 +294,7 @@ class WorkersConfig:
     num: int | None = None  # null: one a visible GPU, one on a CPU; slurm: one a run, at most 8
     threads: int | None = None  # CPU threads of each; null: its share of the cores
     gpus_per_worker: int = 1  # above 1 a run is trained by that many processes (DDP)
-    stop_after: str | None = None  # time until checkpoints are written and the command ends with
-    # exit code 75, such as 90m or 3h; null: no limit
+    stop_after: str | None = None  # 90m, 3h: then save, and end with exit code 75; null: never
     join: bool = False  # take runs of this command's sweep that runs elsewhere
     partition: str | None = None  # of Slurm; null: the cluster's default
     account: str | None = None  # of Slurm; null: the user's default
@@ -305,6 +302,11 @@ class WorkersConfig:
     gres: str | None = None  # of Slurm; null: gpu:N by gpus_per_worker, none on a CPU
     extra: list[str] = field(default_factory=list)  # more options of sbatch: [--mem=32G]
     address: str | None = None  # of a Ray cluster; null: RAY_ADDRESS, else a new one here
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the runs are for other machines, which this one only plans for."""
+        return self.launch != "local"
 
 
 @dataclass

@@ -287,9 +287,9 @@ class QuestionPrompt:
             raise Unusable(
                 f"{self.name} has the variable {missing[0]}, which is no column of the questions"
             )
-        optional = {name: own.get(name) for name in self.template.optional if name == "input"}
-        absent = dict.fromkeys(self.template.optional)
-        return {**absent, **optional, **{name: own[name] for name in wanted}, "output": "-"}
+        # A row's own system text or history is no part of its question.
+        optional = {one: own["input"] if one == "input" else None for one in self.template.optional}
+        return {**optional, **{name: own[name] for name in wanted}, "output": "-"}
 
     def delimiter(self, prompt: str) -> str:
         """Return what stands between a prompt and an answer: nothing where it was trained so."""

@@ -53,7 +53,7 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         config: the run's.
         session: what is loaded already; None begins with nothing.
     """
-    session, is_elsewhere = session or Session(), config.workers.launch != "local"
+    session, is_elsewhere = session or Session(), config.workers.is_elsewhere
     problems = find_problems(config)
     wrong = {problem.partition(".")[0] for problem in problems}
     for check, sections in CHECKS.items():

@@ -11,14 +11,14 @@ from typing import cast, get_args
 
 from finetune import distributed, signals
 from finetune.sweeps.lost_runs import write_cut_off, write_failure
-from finetune.sweeps.planning import Point, Sweep
+from finetune.sweeps.planning import Sweep
 from finetune.sweeps.pool import Ended, Pool
 from finetune.sweeps.schedule import Places, Schedule, Unit, Work
 from finetune.sweeps.worker import AnyWorker
 from finetune.sweeps.worker_process import WorkerDied, WorkerKilled
 from finetune.tracking.claims import CLAIM_FILE, Watch
 from finetune.tracking.events import State
-from finetune.tracking.tracker import Tracker
+from finetune.tracking.tracker import Tracker, follow
 
 log = logging.getLogger("finetune")
 
@@ -56,7 +56,7 @@ class Conduct:
             signals.OutOfTime: the deadline has come.
         """
         for place, point in enumerate(self._points):
-            self._follow(point)
+            follow(self._tracker, point.run)
             if point.left is not None:
                 self._announce([place])
                 yield point.left
@@ -189,14 +189,6 @@ class Conduct:
         waiting = {p for one in self._schedule.waiting if one.kind != "base" for p in one.places}
         left = sum(self._points[place].action != "skip" for place in waiting)
         return f" (about {left * fmean(self._took) / 60 / len(self._pool):.0f} min left)"
-
-    def _follow(self, point: Point) -> None:
-        """Track a run; it is trained even if `mlflow.json` cannot be written."""
-        try:
-            self._tracker.follow(point.run)
-        except OSError as error:
-            name = point.run.name
-            log.error("%s: mlflow.json of its sweep cannot be written: %s", name, error)
 
 
 def build_work(sweep: Sweep) -> Work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -63,7 +62,7 @@ def assembled(
         Refused: tasks cannot be started.
     """
     config, waiting = sweep.config, sum(point.is_waiting for point in sweep.points)
-    if config.workers.launch == "local":
+    if not config.workers.is_elsewhere:
         yield Conduct(sweep, tracker, pool)
     elif config.workers.launch == "slurm":
         array = find_queued(sweep) or (submit(sweep, again) if waiting else None)
@@ -103,7 +102,7 @@ def submit(sweep: Sweep, again: Sequence[str]) -> Array:
     config, before = sweep.config, find_array(sweep.folder)
     if before is not None:
         end = describe_end(before) or "its end is not known"
-        logs = os.path.relpath(sweep.folder / f"slurm-{before.job}_*.log")
+        logs = before.logs(sweep.folder)
         log.info("the last array, %s, has left runs: %s; its output: %s", before.job, end, logs)
     num = slurm.count_workers(config.workers, sum(point.is_waiting for point in sweep.points))
     needs_gpu = config.training.device != "cpu"

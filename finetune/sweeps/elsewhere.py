@@ -14,7 +14,7 @@ from finetune.tracking.claims import LOST_SECONDS
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import SweepRecord
-from finetune.tracking.tracker import Tracker
+from finetune.tracking.tracker import Tracker, follow
 
 log = logging.getLogger("finetune")
 
@@ -90,11 +90,5 @@ class Follower:
             for place, run in enumerate(record.runs):
                 if run.is_named and place not in self._runs:
                     self._runs[place] = RunFolder(self._sweep.folder / run.folder)
-                    self._follow(self._runs[place])
+                    follow(self._tracker, self._runs[place])
         yield from self._runs.items()
-
-    def _follow(self, run: RunFolder) -> None:
-        try:
-            self._tracker.follow(run)
-        except OSError as error:
-            log.error("%s: mlflow.json of its sweep cannot be written: %s", run.name, error)

@@ -6,10 +6,8 @@ works on. It keeps no tracker and no claim of the sweep's folder, and ends when 
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from contextlib import suppress
 
 from filelock import Timeout
 
@@ -22,6 +20,7 @@ from finetune.sweeps.live import live_table
 from finetune.sweeps.planning import Point, Sweep
 from finetune.sweeps.pool import Pool
 from finetune.tracking.claims import CLAIM_FILE, claimed
+from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.sweep_record import RunRecord, changed_record
 from finetune.tracking.tracker import NullTracker
 
@@ -102,12 +101,11 @@ def _find_difference(point: Point, run: RunRecord, sweep: Sweep) -> str | None:
 
 def _read_conditions(sweep: Sweep, run: RunRecord) -> str:
     """Return what a run was begun on, as far as its folder says."""
-    with suppress(OSError, ValueError, AttributeError):
-        path = sweep.folder / run.folder / "environment.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
-        named = (found.get("dtype"), found.get("gpu") or "CPU", found.get("host"))
-        return ", ".join(str(one) for one in named if one)
-    return run.folder
+    found = RunFolder(sweep.folder / run.folder).read_json("environment.json")
+    if not isinstance(found, dict):
+        return run.folder
+    named = (found.get("dtype"), found.get("gpu") or "CPU", found.get("host"))
+    return ", ".join(str(one) for one in named if one)
 
 
 def _write_last_report(sweep: Sweep) -> None:

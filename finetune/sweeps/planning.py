@@ -225,7 +225,7 @@ def plan_sweep(jobs: Sequence[Job], name: str, pool: Pool, problems: Sequence[st
     for line in dict.fromkeys(line for plan in plans for line in plan.forecasts):
         log.info("to score: %s", line)
     found = list(points.values())
-    if jobs[0].config.workers.launch != "local":  # its workers group the runs
+    if jobs[0].config.workers.is_elsewhere:  # its workers group the runs
         return Sweep(name, found, [])
     groups = _grouped(found, [limits[point.run.path] for point in found], len(pool))
     return Sweep(name, found, groups)
@@ -236,7 +236,7 @@ def _named(config: Config, name: str, found: Sequence[Inputs]) -> list[Inputs]:
 
     The identity of a run has its device's dtype and versions, which only its worker knows.
     """
-    if config.workers.launch == "local":
+    if not config.workers.is_elsewhere:
         return list(found)
     folder = Path(config.report_dir) / name
     names = find_names(folder)
@@ -272,7 +272,7 @@ def _grouped(points: Sequence[Point], limits: Sequence[Limit], num_workers: int)
 def _point(job: Job, run: RunFolder, plan: CheckedJob) -> Point:
     """Return a job with its run and the action for it."""
     status = run.status()
-    is_elsewhere = job.config.workers.launch != "local"  # what finished is its worker's to judge
+    is_elsewhere = job.config.workers.is_elsewhere  # what finished is its worker's to judge
     if plan.finished or (is_elsewhere and status is not None and status.state == "finished"):
         return Point(job, run, "skip")
     for name, problem in run.find_damage().items():

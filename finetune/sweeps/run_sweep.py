@@ -7,7 +7,6 @@ new one continues with the remaining jobs.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -104,10 +103,9 @@ def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Arr
 
 
 def _print_submitted(sweep: Sweep, array: Array) -> None:
-    here = os.path.relpath(sweep.folder)
     print(f"\nsubmitted: Slurm array {array.job} of {array.workers} workers, which take the runs")
     print(f"watch: python -m finetune.runs --watch {sweep.name}    queue: squeue -j {array.job}")
-    print(f"output: {here}/slurm-{array.job}_*.log    end: scancel {array.job}")
+    print(f"output: {array.logs(sweep.folder)}    end: scancel {array.job}")
     print("the same command again shows the runs, feeds MLflow, and writes the report")
 
 

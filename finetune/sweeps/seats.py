@@ -39,7 +39,7 @@ def find_seats(
         Refused: more workers are asked for than there are GPUs.
     """
     workers = config.workers
-    if workers.launch != "local":  # it checks jobs, and leaves the GPUs to others
+    if workers.is_elsewhere:  # it checks jobs, and leaves the GPUs to others
         return [Seat({VISIBLE: ""})]
     each = max(1, workers.gpus_per_worker)
     gpus = [] if config.training.device == "cpu" else visible_gpus(environment, find)

@@ -33,6 +33,10 @@ class Array:
     workers: int
     cluster: str | None = None  # of several that share one login node
 
+    def logs(self, folder: Path) -> str:
+        """Return the pattern of its tasks' output in a sweep's folder, as seen from here."""
+        return os.path.relpath(folder / f"slurm-{self.job}_*.log")
+
     @property
     def options(self) -> list[str]:
         """Return the options that name it to squeue and scancel."""
@@ -118,7 +122,7 @@ class SlurmTasks:
     def __init__(self, array: Array, folder: Path) -> None:
         """Keep the array, and the sweep's folder, which has the tasks' output."""
         self._array = array
-        self._logs = os.path.relpath(folder / f"slurm-{array.job}_*.log")
+        self._logs = array.logs(folder)
         self._alive = array.workers  # when Slurm answered last
         self._shown = ""
 

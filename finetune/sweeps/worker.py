@@ -102,8 +102,9 @@ class Worker:
         return cast(list[str], self._ask(kind, list(jobs), timeout_seconds))
 
     def _find_finished(self, job: Job, looked: Looked | None = None) -> Inputs | None:
-        is_elsewhere = job.config.workers.launch != "local"
-        if is_elsewhere or self._seat.processes > 1:  # records are of runs of one process here
+        if (
+            job.config.workers.is_elsewhere or self._seat.processes > 1
+        ):  # records are of runs of one process here
             return None
         return self._finished_runs.find(job.config, looked)
 

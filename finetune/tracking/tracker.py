@@ -71,6 +71,14 @@ class Tracker(Protocol):
         """
 
 
+def follow(tracker: Tracker, run: RunFolder) -> None:
+    """Track a run; it is trained even if `mlflow.json` of its sweep cannot be written."""
+    try:
+        tracker.follow(run)
+    except OSError as error:
+        log.error("%s: mlflow.json of its sweep cannot be written: %s", run.name, error)
+
+
 class NullTracker:
     """Track nothing: `tracking.enabled=false`."""
 

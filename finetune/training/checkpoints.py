@@ -117,12 +117,18 @@ def write_checkpoint(
             f"cannot write the checkpoint {final} after {written} bytes ({why}); "
             f"{free} bytes are free there"
         ) from None
-    found = _newest_first(folder)
-    newest = found.index(final)
-    for old in (*found[:newest], *found[newest + keep :]):
-        if best is None or old != _path(folder, best):
+    spared = None if best is None else _path(folder, best)
+    for old in _find_superseded(final, keep):
+        if old != spared:
             _check(claim)
             remove_folder(old)
+
+
+def _find_superseded(final: Path, keep: int) -> list[Path]:
+    """Return the checkpoints of later steps than one just written, and those beyond `keep`."""
+    found = _newest_first(final.parent)
+    newest = found.index(final)
+    return [*found[:newest], *found[newest + keep :]]
 
 
 def _check(claim: Claim | None) -> None:
