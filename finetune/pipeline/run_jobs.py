@@ -90,18 +90,14 @@ def run(
             runs = open_runs(jobs, stack)
         except Timeout:
             return ["held"] * len(jobs)
-        unfinished = [r for r in runs if not is_done(r.config, r.inputs, r.folder, session)]
-        for run in runs:
-            if run not in unfinished:
+        unfinished = []
+        for job, run in zip(jobs, runs, strict=True):
+            if is_done(run.config, run.inputs, run.folder, session):
                 record_scores(run.events, *_write_stored_scores(run, session))
                 run.state = "finished"
-        for job, run in zip(jobs, runs, strict=True):
-            if run in unfinished:
-                run.begin(job)
-        for run in unfinished:
-            with _guarded([run]):
-                run.check_inputs()
-        _run_to(stage, [run for run in unfinished if run.state is None], session)
+            else:
+                unfinished.append((job, run))
+        _run_to(stage, unfinished, session)
         for run in runs:
             if run.state == "finished":
                 _record_finished(run, session)
@@ -110,10 +106,16 @@ def run(
         return [run.state or "trained" for run in runs]
 
 
-def _run_to(stage: Stage, runs: Sequence[ActiveRun], session: Session) -> None:
+def _run_to(stage: Stage, jobs: Sequence[tuple[Job, ActiveRun]], session: Session) -> None:
     """Train, and score the results; each only where that is not done yet."""
+    runs = [run for _, run in jobs]
     try:
-        _train([run for run in runs if not run.is_trained], session)
+        for job, run in jobs:
+            run.begin(job)
+        for run in runs:
+            with _guarded([run]):
+                run.check_inputs()
+        _train([run for run in runs if run.state is None and not run.is_trained], session)
         for run in runs if stage == "evaluate" else ():
             with _guarded([run]):
                 if run.state is None:
