@@ -80,7 +80,8 @@ def run_stock(overrides: list[str]) -> StockPoint:
 
     from benchmarks.evaluation import Stock
     from benchmarks.stock import build_stock
-    from finetune.config.schema import build_config, conf_dir, register
+    from finetune.config.paths import conf_dir
+    from finetune.config.schema import build_config, register
     from finetune.data import dataset
     from finetune.evaluation.harness import score
     from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE

@@ -18,7 +18,8 @@ from finetune.commands import find_command, run_command, version_line
 from finetune.config.command_line import is_multirun, read_command_line
 from finetune.config.composition import COMPOSING_ERRORS, config_dir_of, explain, find_grid_problems
 from finetune.config.overrides import find_override_problems
-from finetune.config.schema import conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import register
 from finetune.config.store_address import without_secrets
 from finetune.escaping import for_terminal, keep_logs_plain
 from finetune.home import complete_environment

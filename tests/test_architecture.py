@@ -158,8 +158,8 @@ PROCESS_CACHES = {
     "identity._lock_digest": "the installation",
     "distributed.join": "a process joins once",
     "schema._pickled_defaults": "the schema",
-    "tasks.find_task_file": "the installation",
-    "tasks.stock_index": "the installation",
+    "task_index.find_task_file": "the installation",
+    "task_index.stock_index": "the installation",
 }
 
 

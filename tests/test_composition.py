@@ -8,7 +8,8 @@ import pytest
 
 from finetune.config.composition import explain, find_missing_values
 from finetune.config.overrides import compose_settings
-from finetune.config.schema import build_config, conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import build_config, register
 from finetune.problems import Refused
 
 register()

@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from finetune.config.paths import conf_dir
 from finetune.config.rules import find_problems
-from finetune.config.schema import Config, build_config, conf_dir, register
+from finetune.config.schema import Config, build_config, register
 
 register()
 FILES = sorted(conf_dir().glob("*/*.yaml"))

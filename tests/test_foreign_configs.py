@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from finetune.config.foreign_configs import find_foreign_problems
 from finetune.config.overrides import find_override_problems
-from finetune.config.schema import conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import register
 
 register()
 GLOBAL = "# @package _global_\n"

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from finetune import chat, export, rerun
 from finetune.config.foreign_runs import find_config_problems, find_rerun_problems
-from finetune.config.schema import Config, ModelConfig, local_path
+from finetune.config.paths import local_path
+from finetune.config.schema import Config, ModelConfig
 from finetune.inference.trained import find_trained
 from finetune.models.base_model import find_model
 from finetune.models.saved_adapter import find_code_problems, find_problems

@@ -8,7 +8,8 @@ import pytest
 from hydra import initialize_config_dir
 
 from finetune.config.overrides import compose_settings, find_override_problems, with_grid
-from finetune.config.schema import conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import register
 from finetune.problems import Refused
 
 register()

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.base import Node
 
 from finetune.config.composition import COMPOSING_ERRORS
-from finetune.config.schema import conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import register
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps import grid

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from finetune.config.overrides import find_override_problems
-from finetune.config.schema import Config, conf_dir, register
+from finetune.config.paths import conf_dir
+from finetune.config.schema import Config, register
 from tests.test_methods import render_matrix
 
 register()

@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune.config import schema
+from finetune.config.paths import local_path
 from finetune.config.rules import find_problems
-from finetune.config.schema import Config, DataConfig, SourceConfig, build_config, local_path
+from finetune.config.schema import Config, DataConfig, SourceConfig, build_config
 from finetune.problems import nearest
 
 

@@ -18,8 +18,10 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
+from finetune.evaluation import task_index
 from finetune.evaluation.harness import score
-from finetune.evaluation.tasks import find_task_file, find_task_problems, load_task
+from finetune.evaluation.task_index import find_task_file, find_task_problems
+from finetune.evaluation.tasks import load_task
 from finetune.models import base_model
 from finetune.pipeline import preflight
 from tests.conftest import TINY, Command, write_rows
@@ -131,7 +133,7 @@ def told(requests: list[Instance]) -> list[Any]:
 )
 def test_tasks_are_found_without_the_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shipped options nor any other task pays for indexing all of lm-eval."""
-    monkeypatch.setattr("finetune.evaluation.tasks.stock_index", lambda: pytest.fail("indexed"))
+    monkeypatch.setattr(task_index, "stock_index", lambda: pytest.fail("indexed"))
     path = find_task_file(name)
     assert path is not None
     assert path.suffix == ".yaml"
@@ -345,7 +347,7 @@ def test_a_task_file_is_told_what_is_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, without the index of all tasks, for a file, a missing file and a folder."""
-    monkeypatch.setattr("finetune.evaluation.tasks.stock_index", lambda: pytest.fail("indexed"))
+    monkeypatch.setattr(task_index, "stock_index", lambda: pytest.fail("indexed"))
     monkeypatch.chdir(tmp_path)
     Path("my_task.yaml").write_text("task: my_task\n", encoding="utf-8")
     Path("own/tasks").mkdir(parents=True)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from finetune.config.grammar import find_override
-from finetune.config.schema import conf_dir
+from finetune.config.paths import conf_dir
 from finetune.config.yaml_files import (
     describe_yaml_error,
     find_file,

@@ -24,7 +24,7 @@ from finetune.config.foreign_values import (
     shortened,
 )
 from finetune.config.hydra_launchers import find_launcher_problem
-from finetune.config.schema import conf_dir
+from finetune.config.paths import conf_dir
 from finetune.config.yaml_files import find_text_fault
 from finetune.problems import nearest
 

@@ -22,7 +22,8 @@ from hydra.core.override_parser.types import (
 
 from finetune.config.grammar import parse, quote_nested
 from finetune.config.hydra_launchers import find_launcher_problem
-from finetune.config.schema import Config, conf_dir
+from finetune.config.paths import conf_dir
+from finetune.config.schema import Config
 from finetune.problems import nearest
 
 SECTIONS: Mapping[str, Any] = get_type_hints(Config)

@@ -35,15 +35,9 @@ from finetune.config.hydra_overrides import (
     is_hydra,
     searched_folders,
 )
+from finetune.config.paths import conf_dir
 from finetune.config.rules import find_problems
-from finetune.config.schema import (
-    Config,
-    SourceConfig,
-    build_config,
-    conf_dir,
-    default_settings,
-    register,
-)
+from finetune.config.schema import Config, SourceConfig, build_config, default_settings, register
 from finetune.config.yaml_files import describe_kind
 from finetune.problems import Refused, first_line, nearest
 

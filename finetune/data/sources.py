@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from finetune.config.inputs import DataSource
-from finetune.config.schema import SourceConfig, local_path
+from finetune.config.paths import local_path
+from finetune.config.schema import SourceConfig
 from finetune.data import data_paths
 from finetune.data.data_paths import LocalData
 from finetune.data.file_formats import find_format, iterate_file, refuse_unknown_split

@@ -22,7 +22,8 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config.schema import TEMPLATE_FILE, local_path
+from finetune.config.paths import local_path
+from finetune.config.schema import TEMPLATE_FILE
 from finetune.data.chat_messages import render_chat
 from finetune.data.chat_tokens import ask_chat, encode_chat
 from finetune.data.plain_tokens import encode_pair, encode_pairs, encode_prompt

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, found by name and built with their questions, from the hub or from local files.
+"""lm-eval's tasks, built with their questions, from the hub or from local files.
 
 lm-eval decides tasks and prompts; a local file only takes the place of a task's data set.
 """
@@ -6,17 +6,13 @@ lm-eval decides tasks and prompts; a local file only takes the place of a task's
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval
 import lm_eval.api.task
 import lm_eval.utils
 from lm_eval.api.instance import Instance
@@ -24,26 +20,21 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import EvaluationConfig
 from finetune.data.questions import QuestionPrompt
-from finetune.data.sources import Row, read_file
 from finetune.evaluation import question_tasks
 from finetune.evaluation.gold_answers import check_golds
+from finetune.evaluation.local_data import local_entries
 from finetune.evaluation.prefix_tree import count_tokens
+from finetune.evaluation.task_index import find_manager
 from finetune.files import digest
 from finetune.models import hub
 from finetune.models.chat_templates import fix_date
-from finetune.problems import nearest
 from finetune.substitution import substituted, updated
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
-OWN_TASKS = ("demo_science", question_tasks.NAME)
-TASK_FILES = (".yaml", ".yml")
-STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
@@ -74,64 +65,6 @@ class LoadedTask:
     def num_characters(self) -> int:
         """The length of all its requests, what they begin with in common counted once."""
         return count_tokens(["".join(map(str, request.args)) for request in self.requests])
-
-
-def find_task_problems(evaluation: EvaluationConfig) -> list[str]:
-    """Return the tasks that lm-eval does not have, each with the nearest one that it has."""
-    problems = []
-    for name in evaluation.tasks:
-        if name.endswith(TASK_FILES) or "/" in name:
-            problems.append(_describe_own_file(name))
-            continue
-        if name in OWN_TASKS or find_task_file(name) is not None:
-            continue
-        known = stock_index().all_tasks
-        if name in known:  # only a tag has no file
-            several = ",".join(sorted(stock_index().task_index[name].tags))
-            problems.append(
-                f"evaluation.tasks: {name} is a tag, which has no score of its own; "
-                f"name its tasks: evaluation.tasks=[{several}]"
-            )
-        else:
-            close = nearest(name, known).partition("Known:")[0]
-            problems.append(
-                f"evaluation.tasks: lm-eval has no task {name!r}; {close}"
-                f"`lm-eval ls tasks` lists all {len(known)}"
-            )
-    return problems
-
-
-def _describe_own_file(name: str) -> str:
-    """Say what is possible today for somebody who names a task file."""
-    if not Path(name).exists():
-        return f"evaluation.tasks: there is no file {name}; name tasks of lm-eval, such as sciq"
-    return (
-        f"evaluation.tasks: {name} is a task file, which is not supported yet; today a task of "
-        "lm-eval can ask your questions, in the columns of its own data set: "
-        "evaluation.tasks=[sciq] +evaluation.data_files.sciq.test=FILE.jsonl"
-    )
-
-
-@lru_cache(maxsize=64)
-def find_task_file(name: str) -> Path | None:
-    """Return the YAML file that defines a stock task or group.
-
-    Looks for its name in the files' text, first where the folder is named like it: lm-eval's own
-    index of its 14,683 entries takes seconds.
-    """
-    stem = name.split("_")[0]
-    defines = re.compile(rf"""^["']?(task|group)["']?: *["']?{re.escape(name)}["']? *$""", re.M)
-    for files in (f"*{stem}*/**/*.yaml", "**/*.yaml"):
-        for path in sorted(STOCK_TASKS.glob(files)):
-            if defines.search(path.read_text(encoding="utf-8")):
-                return path
-    return None
-
-
-@lru_cache(maxsize=1)
-def stock_index() -> TaskManager:
-    """Return lm-eval's index of all its tasks; takes some six seconds."""
-    return TaskManager()
 
 
 def load_task(
@@ -196,8 +129,8 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
         from finetune.demo.task import task_config
 
         return dict(TaskManager(include_defaults=False).load([task_config()]))
-    manager = _find_manager(name)
-    local = _local_entries(name, manager.task_index, evaluation)
+    manager = find_manager(name)
+    local = local_entries(name, manager.task_index, evaluation)
     if not local:
         hub.is_reached()  # else datasets would retry several times
     with updated(manager.task_index, local):
@@ -220,34 +153,6 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
             f"evaluation.tasks=[{','.join(loaded['group_map'][name])}]"
         )
     return loaded
-
-
-def _find_manager(name: str) -> TaskManager:
-    """Return an index that holds a task: its folder's, or all, for a group from several folders."""
-    path = find_task_file(name)
-    assert path is not None, "find_task_problems comes first"
-    manager = TaskManager(include_defaults=False, include_path=str(path.parent))
-    try:
-        _members(name, manager.task_index)
-    except KeyError:
-        return stock_index()
-    return manager
-
-
-def _members(name: str, index: Mapping[str, Entry]) -> list[str]:
-    """Return the tasks of a group, of all groups and tags in it; a task's only one is itself.
-
-    Raises:
-        KeyError: one of them is not in the index.
-    """
-    entry = index[name]
-    if entry.kind is Kind.TAG:
-        return sorted(entry.tags)
-    if entry.kind is not Kind.GROUP or entry.cfg is None:
-        return [name]
-    named = [{"task": one} if isinstance(one, str) else one for one in entry.cfg["task"]]
-    below = [one.get("task") or one["group"] for one in named]
-    return [member for one in below for member in _members(one, index)]
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -312,99 +217,3 @@ def _ask_split(task: Task, split: str) -> None:
     joined = datasets.concatenate_datasets([task.dataset[name] for name in names])
     task.dataset = datasets.DatasetDict({**task.dataset, split: joined})
     task.set_config(key="test_split", value=split)
-
-
-def _local_entries(
-    name: str, index: Mapping[str, Entry], evaluation: EvaluationConfig
-) -> dict[str, Entry]:
-    """Return the stock definitions of a task, or of a group's, that read local files instead.
-
-    Raises:
-        ValueError: a split that is needed has no file, or the tasks are not defined by files.
-    """
-    files, key = evaluation.data_files.get(name), f"evaluation.data_files.{name}"
-    if not files:
-        return {}
-    try:
-        members = _members(name, index)
-    except KeyError as missing:
-        raise ValueError(f"{key}: it contains {missing}, which is not a task; name tasks") from None
-    local, source = {}, LocalSource()
-    for member in members:
-        stock = load_yaml(index[member].yaml_path or "")
-        config = _local_config(stock, files, evaluation.num_fewshot, key)
-        subject = None if member == name else stock.get("dataset_name") or member
-        config["dataset_kwargs"] = {"files": dict(files), "key": key, "subject": subject}
-        config["custom_dataset"] = source
-        local[member] = replace(index[member], yaml_path=None, cfg=config)
-    return local
-
-
-def _local_config(
-    stock: Mapping[str, Any], files: Mapping[str, str], num_fewshot: int | None, key: str
-) -> dict[str, Any]:
-    """Return a stock definition with only the source of its documents replaced.
-
-    Raises:
-        ValueError: it needs a split that has no file.
-    """
-    config = dict(stock)
-    asked = config.get("test_split") or config.get("validation_split")
-    if asked is None:
-        raise ValueError(f"{key}: {config['task']} is defined by code, which reads no local files")
-    fewshot = {"split": config.get("fewshot_split"), **(config.get("fewshot_config") or {})}
-    own = config.get("num_fewshot")
-    shots = own if own == 0 or num_fewshot is None else num_fewshot
-    if asked not in files:
-        raise ValueError(f"{key}: {config['task']} asks its {asked} split; add +{key}.{asked}=FILE")
-    training = config.get("training_split") or config.get("validation_split") or asked
-    solved = fewshot["split"] or (asked if fewshot.get("samples") else training)
-    if shots and solved not in files:
-        raise ValueError(
-            f"{key}: {config['task']} takes its {shots} solved examples from its {solved} split; "
-            f"add +{key}.{solved}=FILE, or set evaluation.num_fewshot=0"
-        )
-    for name in ("dataset_path", "dataset_name"):
-        config.pop(name, None)
-    for name in ("training_split", "validation_split", "test_split"):
-        if config.get(name) not in files:
-            config[name] = None
-    if fewshot["split"] and fewshot["split"] not in files:
-        config["fewshot_config"] = {**fewshot, "split": asked}  # from which none is drawn
-    return config
-
-
-class LocalSource:
-    """Read local files in place of the hub's, each once for all tasks of a group."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[str, list[Row]]] = {}  # by file and subject
-
-    def __call__(self, files: Mapping[str, str], key: str, subject: str | None, **_: Any) -> Any:
-        """Read split -> file into what lm-eval expects of `datasets.load_dataset`.
-
-        Args:
-            files: a split's rows, in the columns of the hub's data set.
-            key: the setting that names them, for errors.
-            subject: take only its rows; None takes all.
-        """
-        import datasets
-
-        splits = {}
-        for split, file in files.items():
-            rows = self._of_subject(file, subject) if subject else read_file(Path(file), name=file)
-            if rows is None:
-                raise ValueError(
-                    f"{key}.{split}={file} has no row whose column `subject` is {subject!r}; "
-                    "a group's file has rows for each of its tasks"
-                )
-            splits[split] = datasets.Dataset.from_list([dict(row) for row in rows])
-        return datasets.DatasetDict(splits)
-
-    def _of_subject(self, file: str, subject: str) -> list[Row] | None:
-        if file not in self._rows:
-            rows: dict[str, list[Row]] = defaultdict(list)
-            for row in read_file(Path(file), name=file):
-                rows[row.get("subject", "")].append(row)
-            self._rows[file] = dict(rows)
-        return self._rows[file].get(subject)

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from finetune.config.inputs import Source
-from finetune.config.schema import ModelConfig, local_path
+from finetune.config.paths import local_path
+from finetune.config.schema import ModelConfig
 from finetune.files import (
     Check,
     Damaged,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from finetune.config.schema import local_path
+from finetune.config.paths import local_path
 
 # What Llama's templates print where there is no clock: a prompt is the same on every day.
 DATE = date(2024, 7, 26)

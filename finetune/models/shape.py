@@ -9,7 +9,8 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune.config.schema import ModelConfig, conf_dir
+from finetune.config.paths import conf_dir
+from finetune.config.schema import ModelConfig
 from finetune.models import base_model
 from finetune.models.quantization import gptq_bytes
 

@@ -24,15 +24,8 @@ from typing import Any
 from finetune import distributed
 from finetune.config import rules
 from finetune.config.inputs import DataSource, Inputs, Source
-from finetune.config.schema import (
-    CONDUCT,
-    TEMPLATE_FILE,
-    Config,
-    ModelConfig,
-    SourceConfig,
-    local_path,
-    marked,
-)
+from finetune.config.paths import local_path
+from finetune.config.schema import CONDUCT, TEMPLATE_FILE, Config, ModelConfig, SourceConfig, marked
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
 from finetune.models import devices

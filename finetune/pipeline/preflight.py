@@ -18,7 +18,7 @@ from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import find_problems
 from finetune.config.schema import Config
-from finetune.evaluation import tasks
+from finetune.evaluation.task_index import find_task_problems
 from finetune.files import digest
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
 from finetune.models.chat_templates import read_chat_template
@@ -277,7 +277,7 @@ def _find_data_problems(config: Config, session: Session) -> list[str]:
 
 def _find_task_problems(config: Config, session: Session) -> list[str]:
     """Return the problems of the tasks: their names, data, splits and chat template."""
-    problems = tasks.find_task_problems(config.evaluation)
+    problems = find_task_problems(config.evaluation)
     if problems:
         return problems
     source = None

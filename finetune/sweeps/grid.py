@@ -35,8 +35,9 @@ from finetune.config.composition import (
 from finetune.config.grammar import rewrite, without_null
 from finetune.config.hydra_launchers import find_composed_problem
 from finetune.config.overrides import find_override_problems, with_grid
+from finetune.config.paths import conf_dir
 from finetune.config.resolvers import OPERATORS, resolvers_put_back
-from finetune.config.schema import conf_dir, register
+from finetune.config.schema import register
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps.planning import build_job, sweep_name
