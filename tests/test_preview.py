@@ -106,12 +106,13 @@ def test_a_packed_run_is_shown_row_by_row(rows: Path) -> None:
 
 def test_held_out_rows_are_named_so(rows: Path) -> None:
     """They come after the rows to train on."""
-    shown = load_preview([*ALPACA, "data.validation_fraction=0.3"])
-    held_out = [origin.row for origin, _, is_held_out in shown.rows if is_held_out]
-    assert len(held_out) == 3
+    shown = load_preview([*ALPACA, "data.validation_fraction=0.3", "data.heldout_fraction=0.2"])
+    uses = [use for _, _, use in shown.rows]
+    assert uses == ["to train on"] * 5 + ["to validate on"] * 2 + ["held out for evaluation"] * 2
     text = StringIO()
     print_preview(shown, 99, Console(file=text, width=100))
-    assert text.getvalue().count("to validate on:") == 3
+    assert text.getvalue().count("to validate on:") == 2
+    assert text.getvalue().count("held out for evaluation:") == 2
 
 
 def test_rows_of_a_validation_file_are_named_by_it(

@@ -17,6 +17,7 @@ from finetune.data.row_prompts import (
     HELD_OUT,
     TRAINED,
     UNUSED,
+    VALIDATION,
     RowPrompt,
     last_prompts,
     sample_prompts,
@@ -45,8 +46,9 @@ def numbers(prompts: list[RowPrompt]) -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "use", "count"),
     [
-        ({"num_examples": None, "validation_fraction": 0.2}, HELD_OUT, 4),
-        ({"num_examples": 10, "validation_fraction": 0.2}, HELD_OUT, 2),
+        ({"num_examples": None, "validation_fraction": 0.2}, VALIDATION, 4),
+        ({"num_examples": 10, "validation_fraction": 0.2}, VALIDATION, 2),
+        ({"num_examples": 10, "validation_fraction": 0.2, "heldout_fraction": 0.15}, HELD_OUT, 3),
         ({"num_examples": 10}, UNUSED, 9),
         ({"num_examples": None}, TRAINED, 19),
         ({"num_examples": None, "trains": False}, UNUSED, 19),

@@ -34,6 +34,9 @@ FORMATS = (
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 OWN_QUESTIONS = "questions"  # the task that asks evaluation.questions
+HELD_OUT = "heldout"  # the task that asks rows that a run does not learn from
+OWN_PROMPTS = (OWN_QUESTIONS, HELD_OUT)  # asked as rows are trained, in no template of lm-eval's
+OWN_TASKS = ("demo_science", *OWN_PROMPTS)  # whose questions are never on the hub
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cuda", "cpu")
 SCHEDULERS = (
@@ -63,6 +66,7 @@ def find_problems(config: Config) -> list[str]:
         *_training_problems(config.training),
         *_early_stopping_problems(config),
         *_evaluation_problems(config.evaluation),
+        *_heldout_problems(config),
         *_sweep_problems(config.sweep),
         *_tracking_problems(config.tracking),
         *_workers_problems(config),
@@ -128,6 +132,13 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     yield from _at_least("data.num_examples", data.num_examples, 1)
     yield from _share("data.validation_fraction", data.validation_fraction)
+    yield from _share("data.heldout_fraction", data.heldout_fraction)
+    shares = data.validation_fraction, data.heldout_fraction
+    if max(shares) < 1 <= sum(shares):
+        yield (
+            f"data.validation_fraction is {data.validation_fraction} and data.heldout_fraction is "
+            f"{data.heldout_fraction}, which leave no rows to train on; lower them"
+        )
     if data.validation_path is not None and data.validation_fraction > 0:
         yield (
             f"data.validation_fraction is {data.validation_fraction} beside data.validation_path; "
@@ -233,6 +244,27 @@ def _question_problems(evaluation: EvaluationConfig) -> Iterator[str]:
             )
         elif not Path(file).expanduser().is_file():
             yield f"evaluation.{name}: there is no file {file}"
+
+
+def _heldout_problems(config: Config) -> Iterator[str]:
+    """Yield why there are no rows for the task `heldout` that nothing has seen."""
+    if HELD_OUT not in config.evaluation.tasks:
+        return
+    if config.training.is_skipped:
+        yield (
+            f"evaluation.tasks has {HELD_OUT}, which asks rows that a training holds out, but "
+            "nothing is trained (training=none); ask such rows by evaluation=questions"
+        )
+    if config.training.is_skipped or config.data.heldout_fraction > 0:
+        return
+    remedy = "set data.heldout_fraction, to 0.1 say"
+    if not _validates(config.data):
+        yield f"evaluation.tasks has {HELD_OUT}, but no rows are held out; {remedy}"
+    elif config.training.early_stopping is not None:
+        yield (
+            f"evaluation.tasks has {HELD_OUT}, but its rows would be those that end the training "
+            f"(training.early_stopping), so their scores would be too good; {remedy}"
+        )
 
 
 def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:

@@ -144,6 +144,7 @@ class DataConfig:
     num_examples: int | None = None  # rows drawn by training.data_seed; null takes all
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
     validation_path: str | None = None  # rows for it, instead of a share; as data.path
+    heldout_fraction: float = 0.0  # share of all rows for evaluation=heldout alone, in any run
     prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
     long_text: str = "split"  # texts over training.max_length: split into pieces, or cut; only text

@@ -20,7 +20,7 @@ from finetune.config.schema import DataConfig, TrainingConfig
 from finetune.data.chat_tokens import find_chat_problems
 from finetune.data.plain_tokens import find_plain_problems
 from finetune.data.row_counts import RowCounts
-from finetune.data.row_draw import Spans, expand_spans, find_spans, share_sizes
+from finetune.data.row_draw import Spans, expand_spans, find_spans, hold_out, share_sizes
 from finetune.data.row_encoding import encode_row, tokenise_rows
 from finetune.data.row_shapes import ROWS_LOOKED_AT, Reading, find_reading, find_unknown_fields
 from finetune.data.sources import Row, RowStream, find_source
@@ -54,6 +54,8 @@ class Examples:
     counts: RowCounts
     train_origins: Sequence[Origin] = ()
     validation_origins: Sequence[Origin] = ()
+    heldout: Sequence[Example] = ()  # neither trained nor validated on
+    heldout_origins: Sequence[Origin] = ()
 
     @property
     def all(self) -> list[Example]:
@@ -205,7 +207,7 @@ def build_examples(
 
     Raises:
         ValueError: no row is left to train on; the message names the first one's fault. Or none is
-            to validate on, where early stopping asks for it.
+            to validate on, where early stopping asks for it, or none held out of a share above 0.
     """
     sources = [_token_source(*one, data, training, tokenizer) for one in read]
     trains = sum(not source.is_validation for source, _ in read)  # the source after them is
@@ -214,21 +216,23 @@ def build_examples(
         if place >= trains or (trains == 1 and data.num_examples is None):
             _ = source.all_tokens  # which checks the rows in the same pass
         counts.append(_count_checked(source))
-    available = [len(source.usable) for source in sources]
+    share = data.heldout_fraction
+    divided = [hold_out(one.usable, share * (n < trains)) for n, one in enumerate(sources)]
+    available = [len(rest) for _, rest in divided]
     weights = [source.settings.weight for source, _ in read[:trains]]
     sizes = share_sizes(weights, available[:trains], data.num_examples) + available[trains:]
     tables: list[pyarrow.Table] = []
     spans: list[Spans] = []  # of the places of each row that is used, in the order drawn
+    heldout: list[Spans] = []
     for place, (source, size, own) in enumerate(zip(sources, sizes, counts, strict=True)):
-        own.missing = max(0, size - len(source.usable))
-        numbers = source.usable
+        kept_out, numbers = divided[place]
+        own.missing = max(0, size - len(numbers))
         if place < trains and (data.num_examples is not None or size < len(numbers)):
-            # Each source draws for itself: the others' weights do not change which rows come first.
-            draw = random.Random(training.order_seed + place)
-            numbers = numbers[draw.sample(range(len(numbers)), min(size, len(numbers)))]
+            numbers = _draw(numbers, size, training.order_seed + place)
         start = sum(map(len, tables))
-        tables.append(source.tokens(numbers))
+        tables.append(source.tokens(np.concatenate([numbers, kept_out])))
         spans.append(start + _count_tokenised(tables[-1], numbers, own))
+        heldout.append(start + _count_tokenised(tables[-1], kept_out, own))
     total = counts[0]
     if len(read) > 1:
         named = zip((str(source) for source, _ in read), counts, strict=True)
@@ -243,11 +247,30 @@ def build_examples(
         if held_out:
             rows = rows[random.Random(training.order_seed).sample(range(len(rows)), len(rows))]
         held_out_rows, rows = rows[:held_out], rows[held_out:]
-    total.validation = len(held_out_rows)
-    train = TokenRows(tables, expand_spans(rows))
-    validation = TokenRows(tables, expand_spans(held_out_rows))
-    examples = Examples(train, validation, total, train.origins, validation.origins)
+    total.validation, total.heldout = len(held_out_rows), sum(map(len, heldout))
+    if share and not total.heldout:
+        raise ValueError(
+            f"data.heldout_fraction={share} of {sum(available)} rows is no row; raise it, or leave "
+            "it out"
+        )
+    parts = rows, held_out_rows, np.concatenate(heldout)
+    examples = _build(*(TokenRows(tables, expand_spans(one)) for one in parts), counts=total)
     return join_rows(examples, training.max_length) if training.sequence_packing else examples
+
+
+def _build(
+    train: TokenRows, validation: TokenRows, heldout: TokenRows, *, counts: RowCounts
+) -> Examples:
+    return Examples(
+        train, validation, counts,
+        train_origins=train.origins, validation_origins=validation.origins,
+        heldout=heldout, heldout_origins=heldout.origins,
+    )  # fmt: skip
+
+
+def _draw(numbers: Integers, size: int, seed: int) -> Integers:
+    """Draw rows of one source by its own seed: the others' weights change none of the first."""
+    return numbers[random.Random(seed).sample(range(len(numbers)), min(size, len(numbers)))]
 
 
 def join_rows(examples: Examples, max_length: int) -> Examples:

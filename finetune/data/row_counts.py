@@ -27,6 +27,7 @@ class RowCounts:
     split: int = 0  # long texts, each trained on as several pieces
     pieces: int = 0  # of these texts
     validation: int = 0  # of the rows used, those to validate on
+    heldout: int = 0  # of the rows used, those that only evaluation=heldout asks
     missing: int = 0  # rows that were asked for beyond those that there are
     sequences: int | None = None  # that the rows to train on were packed into
     fullness: float | None = None  # of these sequences: their tokens over the places for them
@@ -81,8 +82,12 @@ class RowCounts:
         packed = [] if self.fullness is None else [self._packed()]
         read = f"read as {self.shape}: {self.read} rows" if self.shape else f"{self.read} rows read"
         used = [read, f"{self.drawn} used"]
+        if self.validation or self.heldout:
+            used.append(f"{self.drawn - self.validation - self.heldout} train")
         if self.validation:
-            used.append(f"{self.drawn - self.validation} train, {self.validation} validation")
+            used.append(f"{self.validation} validation")
+        if self.heldout:
+            used.append(f"{self.heldout} held out for evaluation")
         noted = [f"{note} (rows: {count})" for note, count in self.notes.items()]
         own = ", ".join([*used, *cut, *missing, *reasons, *noted, *packed, *self._columns()])
         return "; ".join([own, *(f"{name}: {c.summary()}" for name, c in self.sources.items())])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune.data.token_rows import Integers
+
+HELDOUT_SEED = 0  # of no setting: whatever the seed, all runs hold out the same rows
 
 Spans = np.ndarray[Any, np.dtype[np.int64]]  # [row, first and end]
 
@@ -33,6 +36,14 @@ def share_sizes(
     for place in by_remainder[: num_examples - sum(sizes)]:
         sizes[place] += 1
     return sizes
+
+
+def hold_out(numbers: Integers, share: float) -> tuple[Integers, Integers]:
+    """Return a share of a source's rows, drawn without a run's seed, and the others."""
+    places = random.Random(HELDOUT_SEED).sample(range(len(numbers)), round(share * len(numbers)))
+    is_held_out = np.zeros(len(numbers), bool)
+    is_held_out[places] = True
+    return numbers[is_held_out], numbers[~is_held_out]
 
 
 def find_spans(rows: Integers, numbers: Integers) -> Spans:

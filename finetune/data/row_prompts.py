@@ -16,7 +16,8 @@ from finetune.data.templates import Template, load_template
 from finetune.data.token_rows import Integers, Origin, Origins
 from finetune.data.turns import Prompt, Turn, Unusable
 
-HELD_OUT, UNUSED, TRAINED = "held out for validation", "not trained on", "trained on"
+HELD_OUT, VALIDATION = "held out for evaluation", "held out for validation"
+UNUSED, TRAINED = "not trained on", "trained on"
 MOST_TRIED = 1000  # of the last rows, since many may be too long to ask
 CANDIDATES = 64  # of each use, the last ones, since not every row can be asked
 GROWTH = 4  # of the rows that are rendered at a time, since each time is a pass over the source
@@ -68,16 +69,19 @@ def _numbers_by_use(read: Sequence[SourceRows], examples: Examples) -> dict[str,
     """Return how to find the rows of each use, in the order in which they are to be asked."""
 
     def held_out(place: int) -> Integers:
+        return _rows_of(examples.heldout_origins, place)
+
+    def validation(place: int) -> Integers:
         return _rows_of(examples.validation_origins, place)
 
     def trained(place: int) -> Integers:
-        return np.setdiff1d(_rows_of(examples.train_origins, place), held_out(place))
+        return np.setdiff1d(_rows_of(examples.train_origins, place), validation(place))
 
     def unused(place: int) -> Integers:
-        used = np.union1d(held_out(place), trained(place))
-        return np.setdiff1d(_all_numbers(read, place), used)
+        used = [one(place) for one in (held_out, validation, trained)]
+        return np.setdiff1d(_all_numbers(read, place), np.concatenate(used))
 
-    return {HELD_OUT: held_out, UNUSED: unused, TRAINED: trained}
+    return {HELD_OUT: held_out, VALIDATION: validation, UNUSED: unused, TRAINED: trained}
 
 
 def _rows_of(origins: Sequence[Origin], place: int) -> Integers:

@@ -35,7 +35,10 @@ TOKENS = 1  # 0, in release 0.1: prompt and response were tokenised separately
 TABLES = 2  # raised when the tables' columns, or what rows they have, change
 VERSIONS = ("transformers", "tokenizers", "trl", "jinja2")
 # Settings that choose among rows, and leave each row as it is.
-CHOOSING = {"path", "mix", "revision", "num_examples", "validation_fraction", "validation_path"}
+CHOOSING = {
+    "path", "mix", "revision", "num_examples", "validation_fraction", "validation_path",
+    "heldout_fraction",
+}  # fmt: skip
 TOGETHER = 1024  # rows that are tokenised together, or fewer long ones
 FEW = 0.5  # a smaller share of the usable rows is tokenised without the others
 

@@ -85,8 +85,9 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
         one.set_fewshot_seed(seed=SEED)
     with quick_and_quiet(), bootstrap.in_process():
         results = evaluator.evaluate(
-            lm, task.loaded, limit=evaluation.limit, log_samples=True, **chat_settings(evaluation)
-        )
+            lm, task.loaded, limit=evaluation.limit, log_samples=True,
+            **chat_settings(task.name, evaluation),
+        )  # fmt: skip
     assert results is not None
     shots = {results["n-shot"][name] for name in task.tasks}
     items = [

@@ -50,6 +50,18 @@ Answer = tuple[float, bool]  # log-likelihood, whether greedy decoding would say
 Key = tuple[Tokens, Tokens]  # context, continuation
 
 
+class TokenText(str):
+    """A text of a request with its tokens, which are not to be found anew."""
+
+    tokens: tuple[int, ...]
+
+    def __new__(cls, text: str, tokens: Sequence[int]) -> TokenText:
+        """Keep tokens beside their text, which is for people and must not be empty."""
+        made = super().__new__(cls, text or " ")
+        made.tokens = tuple(tokens)
+        return made
+
+
 @dataclass(frozen=True)
 class Scoring:
     """The path that log-likelihoods were computed by, and the results of the check before."""
@@ -106,6 +118,12 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         """Answer requests; lm-eval turns them into tokens as it always does."""
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if isinstance(context, TokenText) and isinstance(continuation, TokenText):
+            return list(context.tokens), list(continuation.tokens)
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -18,11 +18,12 @@ from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
+from finetune.config.rules import OWN_QUESTIONS
 from finetune.config.schema import EvaluationConfig
 from finetune.data.questions import Question, QuestionPrompt, normalise, read_questions
 from finetune.data.turns import Unusable
 
-NAME = "questions"
+NAME = OWN_QUESTIONS
 CHOICE, TEXT = f"{NAME}_choice", f"{NAME}_text"  # of a file with both kinds
 CHOICE_METRICS = ("acc", "acc_norm", "margin")
 TEXT_METRICS = ("exact_match", "contains", "f1")
@@ -56,7 +57,7 @@ def load_questions(
     evaluation: EvaluationConfig,
     prompt: QuestionPrompt,
     *,
-    selects: bool = False,
+    selects: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Build the task, or the group of tasks, of `evaluation.questions`.
 
@@ -183,10 +184,9 @@ class Kind:
         }  # fmt: skip
 
 
-KINDS = (
-    Kind(CHOICE, "multiple_choice", CHOICE_METRICS),
-    Kind(TEXT, "generate_until", TEXT_METRICS),
-)
+CHOICES = Kind(CHOICE, "multiple_choice", CHOICE_METRICS)
+TEXTS = Kind(TEXT, "generate_until", TEXT_METRICS)
+KINDS = (CHOICES, TEXTS)
 
 
 def _build_dataset(splits: dict[str, list[Asked]], **_: Any) -> Any:

@@ -11,11 +11,10 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
+from finetune.config.rules import OWN_TASKS
 from finetune.config.schema import EvaluationConfig
-from finetune.evaluation import question_tasks
 from finetune.problems import nearest
 
-OWN_TASKS = ("demo_science", question_tasks.NAME)
 TASK_FILES = (".yaml", ".yml")
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 

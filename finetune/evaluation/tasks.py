@@ -6,7 +6,7 @@ lm-eval decides tasks and prompts; a local file only takes the place of a task's
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -22,9 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
+from finetune.config.rules import OWN_PROMPTS
 from finetune.config.schema import EvaluationConfig
-from finetune.data.questions import QuestionPrompt
-from finetune.evaluation import question_tasks
 from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.local_data import local_entries
 from finetune.evaluation.prefix_tree import count_tokens
@@ -35,6 +34,7 @@ from finetune.models.chat_templates import fix_date
 from finetune.substitution import substituted, updated
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
+BuildOwn = Callable[[], tuple[dict[str, Any], list[str]]]  # loaded by lm-eval, and notes
 
 
 @dataclass(frozen=True)
@@ -73,34 +73,30 @@ def load_task(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     selects: bool = False,
-    prompt: QuestionPrompt | None = None,
+    build: BuildOwn | None = None,
 ) -> LoadedTask:
     """Build a task with its data and its requests, as `lm_eval.simple_evaluate` would.
 
     Args:
-        name: an lm-eval task or group, demo_science, or questions.
+        name: an lm-eval task or group, or one of OWN_TASKS.
         evaluation: shots, limit, files, chat template or not.
         tokenizer: has the chat template, where one is asked for.
         selects: ask the questions of `evaluation.select_split` instead of the task's own.
-        prompt: that a user's own questions are asked in.
+        build: builds one of OWN_PROMPTS.
 
     Raises:
         ValueError: the task lacks the split or file, cannot be scored, or would choose the best run
             on the questions that it is reported on.
     """
-    if name == question_tasks.NAME:
-        assert prompt is not None, "a user's questions are asked in a prompt"
-        loaded, notes = question_tasks.load_questions(evaluation, prompt, selects=selects)
-    else:
-        loaded, notes = _load(name, evaluation), []
-    chat: dict[str, Any] = {}
-    if evaluation.chat_template and name != question_tasks.NAME:
+    loaded, notes = (_load(name, evaluation), []) if build is None else build()
+    chat: dict[str, Any] = chat_settings(name, evaluation)
+    if chat["apply_chat_template"]:
         assert tokenizer is not None, "a chat template is some tokenizer's"
-        chat = {"chat_template": _chat_template(tokenizer), **chat_settings(evaluation)}
+        chat["chat_template"] = _chat_template(tokenizer)
     with quick_and_quiet():
         for task in loaded["tasks"].values():
             _set_fewshot(task, evaluation)
-            if selects and name != question_tasks.NAME:
+            if selects and build is None:
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
             try:
@@ -164,10 +160,12 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
     )
 
 
-def chat_settings(evaluation: EvaluationConfig) -> dict[str, bool]:
+def chat_settings(name: str, evaluation: EvaluationConfig) -> dict[str, bool]:
+    """Return whether a task is put into the chat template, and how."""
+    is_applied = evaluation.chat_template and name not in OWN_PROMPTS
     return {
-        "apply_chat_template": evaluation.chat_template,
-        "fewshot_as_multiturn": evaluation.chat_template and evaluation.fewshot_as_multiturn,
+        "apply_chat_template": is_applied,
+        "fewshot_as_multiturn": is_applied and evaluation.fewshot_as_multiturn,
     }
 
 

@@ -37,7 +37,6 @@ log = logging.getLogger("finetune")
 RECORD = 2  # raised when a record would hold something else
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".py")
-OWN_TASKS = ("demo_science", "questions")  # whose questions are never on the hub
 MOST_FILES = 10_000  # in a folder of rows; of a larger one nothing is recorded
 
 State = list[int] | str | None  # of a file, or of all files of a folder; None: unknown
@@ -139,7 +138,7 @@ class Seen:
 def _is_local(config: Config, inputs: Inputs) -> bool:
     """Return whether model, rows and questions cannot change but in files of this machine."""
     asked = config.evaluation
-    tasks = all(name in OWN_TASKS or asked.data_files.get(name) for name in asked.tasks)
+    tasks = all(name in rules.OWN_TASKS or asked.data_files.get(name) for name in asked.tasks)
     pinned = [(inputs.source.revision, config.model.revision)]
     pinned += [(one.revision, one.settings.revision) for one in inputs.data]
     return (

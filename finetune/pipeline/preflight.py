@@ -16,7 +16,7 @@ from finetune import distributed
 from finetune.config import optimizers
 from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
-from finetune.config.rules import find_problems
+from finetune.config.rules import HELD_OUT, OWN_PROMPTS, find_problems
 from finetune.config.schema import Config
 from finetune.evaluation.task_index import find_task_problems
 from finetune.files import digest
@@ -280,17 +280,20 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
     problems = find_task_problems(config.evaluation)
     if problems:
         return problems
-    source = None
-    if config.evaluation.chat_template:
+    asked, source = config.evaluation, None
+    if asked.chat_template or not set(OWN_PROMPTS).isdisjoint(asked.tasks):
         try:
             source = base_model.find_model(config.model)
+            tokenizer = session.tokenizer(config.model, source)
         except (OSError, ValueError):
             return []  # a missing model is reported by its own check
-        if session.tokenizer(config.model, source).chat_template is None:
+        if asked.chat_template and tokenizer.chat_template is None:
             return [
                 f"evaluation.chat_template is true, but the tokenizer of {config.model.path} has "
                 "no chat template: set evaluation.chat_template=false or model.chat_template=FILE"
             ]
+    if HELD_OUT in asked.tasks and session.row_problems(config, source):
+        return []  # which are reported by their own check
     try:
         session.tasks(config, source)
     except OSError as error:

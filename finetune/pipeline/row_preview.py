@@ -49,15 +49,18 @@ class Preview:
     summary: str  # what became of the rows
 
     @property
-    def rows(self) -> Iterator[tuple[Origin, Example, bool]]:
-        """Yield origin, tokens and whether it is held out: rows to train on in their order first.
+    def rows(self) -> Iterator[tuple[Origin, Example, str]]:
+        """Yield origin, tokens and use: rows to train on in their order first.
 
         In this order they were drawn; training shuffles them in each epoch.
         """
         found = self.examples
-        yield from ((*one, False) for one in zip(found.train_origins, found.train, strict=True))
-        held_out = zip(found.validation_origins, found.validation, strict=True)
-        yield from ((*one, True) for one in held_out)
+        for origins, examples, use in (
+            (found.train_origins, found.train, "to train on"),
+            (found.validation_origins, found.validation, "to validate on"),
+            (found.heldout_origins, found.heldout, "held out for evaluation"),
+        ):
+            yield from ((*one, use) for one in zip(origins, examples, strict=True))
 
 
 def load_preview(overrides: Sequence[str]) -> Preview:
@@ -92,8 +95,7 @@ def print_preview(preview: Preview, num_rows: int, console: Console) -> None:
         console.print(Text(for_terminal(line)), soft_wrap=True)
     is_coloured = console.color_system is not None and not console.no_color
     marks = "on green" if is_coloured else "in brackets"
-    for origin, example, is_held_out in islice(preview.rows, num_rows):
-        use = "to validate on" if is_held_out else "to train on"
+    for origin, example, use in islice(preview.rows, num_rows):
         title = f"{origin.name(preview.sources)}, {use}: {describe_marks(example)} ({marks})"
         console.print()
         console.print(Rule(Text(for_terminal(title)), align="left", characters="-"))
@@ -107,10 +109,11 @@ def _describe(preview: Preview) -> Iterator[str]:
     yield f"model.path={config.model.path}, data.prompt_template={config.data.prompt_template}"
     yield f"data: {preview.summary}"
     learned = sum(label != IGNORED for _, one, _ in preview.rows for label in one["labels"])
-    parts = [part for part in (examples.train, examples.validation) if len(part)]
+    parts = [p for p in (examples.train, examples.validation, examples.heldout) if len(p)]
     lengths = [int(length) for part in parts for length in example_lengths(part)]
-    held_out = len(examples.validation)
-    split = f"{len(examples.train)} rows to train on, {held_out} to validate on"
+    split = f"{len(examples.train)} rows to train on, {len(examples.validation)} to validate on"
+    if examples.heldout:
+        split += f", {len(examples.heldout)} held out for evaluation"
     share = f"{learned / sum(lengths):.1%} of them learned"
     yield f"{split}; {sum(lengths)} tokens, {share}"
     cut, drawn = examples.counts.truncated, examples.counts.drawn

@@ -8,18 +8,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.inputs import DataSource, Inputs, Source
+from finetune.config.rules import HELD_OUT, OWN_PROMPTS, OWN_QUESTIONS
 from finetune.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from finetune.data import dataset, templates
+from finetune.data.heldout import count_trained, find_heldout
 from finetune.data.leakage import find_leaks
 from finetune.data.questions import QuestionPrompt, find_digests, read_questions
-from finetune.evaluation import question_tasks
-from finetune.evaluation.tasks import LoadedTask, load_task
+from finetune.evaluation import heldout_tasks, question_tasks
+from finetune.evaluation.tasks import BuildOwn, LoadedTask, load_task
 from finetune.models import base_model
 from finetune.models.precision import Precision
 from finetune.models.shape import Shape, describe_shape
@@ -108,28 +111,59 @@ class Session:
             source: the model's, needed where its chat template is applied.
         """
         asked = config.evaluation
-        tokenizer, model = None, None
-        if source is not None and (asked.chat_template or question_tasks.NAME in asked.tasks):
+        reported = [self._task(name, config, source) for name in asked.tasks]
+        selecting = {
+            name: asked.select_questions if name == OWN_QUESTIONS else asked.select_split
+            for name in asked.tasks
+            if name != HELD_OUT
+        }
+        chosen = [name for name, split in selecting.items() if split]
+        return reported + [self._task(name, config, source, selects=True) for name in chosen]
+
+    def _task(
+        self, name: str, config: Config, source: Source | None, *, selects: bool = False
+    ) -> LoadedTask:
+        asked, tokenizer, model = config.evaluation, None, None
+        if source is not None and (asked.chat_template or name in OWN_PROMPTS):
             tokenizer, model = self.tokenizer(config.model, source), asdict(config.model)
+        own: Any = None
+        build: BuildOwn | None = None
+        if name == OWN_QUESTIONS:
+            trained = config.data.prompt_template
+            prompt = QuestionPrompt.load(asked.prompt_template, trained, tokenizer)
+            own = prompt.text, find_digests(asked)
+            build = partial(question_tasks.load_questions, asked, prompt, selects=selects)
+        elif name == HELD_OUT:
+            assert source is not None, "rows have the tokens of some model"
+            found = dataset.find_sources(config.data)
+            own = asdict(config.data), asdict(config.training), [one.digest for one in found]
+            build = partial(self._load_heldout, config, source, found)
+        key = name, selects, asdict(asked), own, model, source if model else None
+        return self._tasks.get(
+            key, lambda: load_task(name, asked, tokenizer, selects=selects, build=build)
+        )
 
-        def task(name: str, *, selects: bool) -> LoadedTask:
-            prompt, own = None, None
-            if name == question_tasks.NAME:
-                trained = config.data.prompt_template
-                prompt = QuestionPrompt.load(asked.prompt_template, trained, tokenizer)
-                own = prompt.text, find_digests(asked)
-            key = name, selects, asdict(asked), own, model, source if model else None
-            return self._tasks.get(
-                key,
-                lambda: load_task(name, asked, tokenizer, selects=selects, prompt=prompt),
+    def _load_heldout(
+        self, config: Config, source: Source, found: Sequence[DataSource]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Build the task `heldout`; it is noted where its rows are trained on as well."""
+        tokenizer, examples = (
+            self.tokenizer(config.model, source),
+            self._build(config, source, found),
+        )
+        rows = find_heldout(dataset.read_sources(found), examples, config.data, tokenizer)
+        if not rows:
+            raise ValueError(
+                f"evaluation.tasks has {HELD_OUT}, but of the rows none is held out; raise "
+                "data.heldout_fraction or data.validation_fraction"
             )
-
-        def selecting(name: str) -> str | None:
-            is_own = name == question_tasks.NAME
-            return asked.select_questions if is_own else asked.select_split
-
-        reported = [task(name, selects=False) for name in asked.tasks]
-        return reported + [task(name, selects=True) for name in asked.tasks if selecting(name)]
+        notes = []
+        if count := count_trained(rows, examples):
+            notes.append(
+                f"{count} of {len(rows)} held-out rows stand in the rows to train on too; remove "
+                "rows that repeat others"
+            )
+        return heldout_tasks.load_heldout(rows, config.evaluation, tokenizer), notes
 
     def meta_model(self, model: ModelConfig, source: Source) -> PreTrainedModel:
         """Return the base without weights, to look at."""
@@ -201,14 +235,19 @@ class Session:
 
     def examples(self, config: Config, inputs: Inputs) -> dataset.Examples:
         """Return the tokenised rows of a run, the last ones kept for its samples."""
-        tokenizer = self.tokenizer(config.model, inputs.source)
+        return self._build(config, inputs.source, inputs.data)
+
+    def _build(
+        self, config: Config, source: Source, found: Sequence[DataSource]
+    ) -> dataset.Examples:
+        tokenizer = self.tokenizer(config.model, source)
 
         def build() -> dataset.Examples:
-            rows = dataset.read_sources(inputs.data)
+            rows = dataset.read_sources(found)
             return dataset.build_examples(rows, config.data, config.training, tokenizer)
 
-        key = asdict(config.data), asdict(config.training), asdict(config.model), inputs.source
-        return self._examples.get((*key, [one.digest for one in inputs.data]), build)
+        key = asdict(config.data), asdict(config.training), asdict(config.model), source
+        return self._examples.get((*key, [one.digest for one in found]), build)
 
     def obstacle(
         self, config: Config, inputs: Inputs, rows: Sequence[list[int]], precision: Precision
