@@ -3,6 +3,10 @@
 Ctrl-C comes from a person. The others come from the machine (a scheduler, a container, its wall
 clock), as does the end of `workers.stop_after`: the same command is to be run again. SIGHUP goes
 on: a closed terminal ends no sweep, but torchrun sends SIGHUP to ranks that it is about to kill.
+
+The first request lets a checkpoint be written; a second Ctrl-C ends at once. A signal of the
+machine's after the first request changes nothing: schedulers repeat SIGTERM, and end a process
+that takes too long by SIGKILL.
 """
 
 from __future__ import annotations
@@ -53,6 +57,15 @@ class OutOfTime(KeyboardInterrupt):
         return f"stopped after workers.stop_after={self.args[0]}"
 
 
+class TakenOver(KeyboardInterrupt):
+    """The loss of a claim while several processes train under it: they can only be ended."""
+
+    exit_code = STOPPED_BY_MACHINE
+
+    def __str__(self) -> str:
+        return "another process has taken over the run"
+
+
 class Deadline:
     """The end of `workers.stop_after`, counted from here."""
 
@@ -73,7 +86,7 @@ class Deadline:
 
 
 class StopHandler:
-    """Raise a request to stop at a signal, unless it repeats the request before it.
+    """Raise a request to stop at the first signal, and at a person's second one.
 
     Args:
         translate: maps a received signal to the request to raise, or to None to ignore it.
@@ -86,7 +99,7 @@ class StopHandler:
 
     def __call__(self, number: int, frame: object) -> None:
         stop, before = self._translate(number), self._last
-        if stop is None:
+        if stop is None or (self.first is not None and exit_code(stop) == STOPPED_BY_MACHINE):
             return
         self._last = time.monotonic()
         if self.first is not None and self._last - before < REPEAT_SECONDS:
@@ -96,7 +109,7 @@ class StopHandler:
 
 
 class StopSignals:
-    """Let the first request to stop end a training after its step, the second one at once."""
+    """Let the first request to stop end a training after its step, a second Ctrl-C at once."""
 
     def __init__(self) -> None:
         self.request: KeyboardInterrupt | None = None
@@ -153,7 +166,9 @@ def end_stopped(stop: KeyboardInterrupt) -> int:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    return stop.exit_code if isinstance(stop, Stopped | OutOfTime) else STOPPED_BY_PERSON
+    if isinstance(stop, Stopped | OutOfTime | TakenOver):
+        return stop.exit_code
+    return STOPPED_BY_PERSON
 
 
 def describe(stop: KeyboardInterrupt) -> str:

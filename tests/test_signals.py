@@ -16,7 +16,7 @@ import pytest
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.signals import OutOfTime, Stopped, StopSignals
+from finetune.signals import OutOfTime, Stopped, StopSignals, TakenOver
 from finetune.sweeps.lost_runs import write_cut_off
 from finetune.sweeps.worker import Worker
 from finetune.sweeps.worker_process import WorkerDied
@@ -79,6 +79,7 @@ def test_a_launcher_stops_its_ranks_by_a_hangup() -> None:
     [
         *((Stopped(number), reason, code) for number, (code, reason) in ENDS.items()),
         (OutOfTime("3h"), "stopped after workers.stop_after=3h", 75),
+        (TakenOver(), "another process has taken over the run", 75),
         (KeyboardInterrupt(), "interrupted by the user", 130),
     ],
 )
@@ -105,16 +106,17 @@ def test_what_is_ignored_stays_ignored(number: signal.Signals) -> None:
     ("again", "seconds", "is_new"),
     [
         (signal.SIGTERM, 0.0, False),  # to the process and to its group
-        (signal.SIGTERM, 0.35, True),
-        (signal.SIGINT, 0.35, True),
-        (signal.SIGUSR1, 0.35, True),
+        (signal.SIGTERM, 0.35, False),  # a scheduler that repeats it: a checkpoint is being written
+        (signal.SIGUSR1, 0.35, False),
+        (signal.SIGINT, 0.0, False),
+        (signal.SIGINT, 0.35, True),  # a person who wants an end now
     ],
 )
 @pytest.mark.parametrize("is_training", [False, True])
 def test_a_request_that_is_sent_twice_counts_once(
     again: signal.Signals, seconds: float, is_new: bool, is_training: bool
 ) -> None:
-    """What comes at once is the same request; what comes later ends at once."""
+    """The machine's counts once, whenever it comes; a person's later one ends at once."""
     with signals.stops_raised():
         training = StopSignals()
         if is_training:
@@ -131,6 +133,17 @@ def test_a_request_that_is_sent_twice_counts_once(
             with pytest.raises(Stopped) if is_new else nullcontext():
                 send(again)
         assert signals.exit_code(signals.first_stop()) == 75
+
+
+def test_a_repeated_signal_of_the_machine_does_not_hide_a_persons() -> None:
+    """Ctrl-C ends at once, however often a scheduler has sent SIGTERM just before."""
+    with signals.stops_raised():
+        with pytest.raises(Stopped):
+            send(signal.SIGTERM)
+        time.sleep(0.35)
+        send(signal.SIGTERM)
+        with pytest.raises(Stopped, match="interrupted by the user"):
+            send(signal.SIGINT)
 
 
 def test_a_worker_leaves_signals_to_the_sweep() -> None:
@@ -171,7 +184,7 @@ def test_a_second_request_desynchronises_the_ranks(monkeypatch: pytest.MonkeyPat
         assert not desynchronised
         time.sleep(signals.REPEAT_SECONDS)
         with pytest.raises(Stopped), distributed.training_together(Config(), inputs, Diverged):
-            send(signal.SIGTERM)
+            send(signal.SIGINT)
         assert len(desynchronised) == 1
 
 
