@@ -23,7 +23,7 @@ from finetune.reporting.results import read_results, write_csv
 from finetune.tracking import run_files
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.mirror import Mirror
-from finetune.tracking.progress import read_progress
+from finetune.tracking.progress import EventTail
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.tracker import MlflowTracker, build_tracker
 from tests.test_report import EQUAL, TASK, sweep
@@ -118,7 +118,7 @@ def read_everything(folder: Path, run: RunFolder) -> str:
     runs.render_list([run])
     list(reproduction.find_other_conditions(run, run))
     reproduction.compare_runs(run, run)
-    read_progress(run)
+    EventTail(run.events).read()
     list(read_events(run.events))
     return "\n".join(results.remarks)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from finetune.sweeps.live import Board, Row, live_table, render_rows, shorten_labels, summarise
 from finetune.tracking.events import EventLog
-from finetune.tracking.progress import Progress, RunState, read_progress
+from finetune.tracking.progress import EventTail, Progress, RunState
 from finetune.tracking.run_folder import RunFolder, Status
 from tests.conftest import TINY, last_of_each
 
@@ -52,7 +52,7 @@ def test_progress_is_read_from_the_events(tmp_path: Path) -> None:
                 f'{{"event": "metric", "key": "train/loss", "value": {2 / step}, "step": {step}, '
                 f'"time": {1000 * step}}}\n'
             )
-    progress = read_progress(run)
+    progress = EventTail(run.events).read()
     assert (progress.step, progress.max_steps, progress.loss) == (3, 100, 2 / 3)
     assert progress.tokens_per_second == pytest.approx(50)
     assert progress.seconds_left == pytest.approx(97)

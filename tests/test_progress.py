@@ -25,7 +25,6 @@ from finetune.tracking.progress import (
     RunState,
     estimate_seconds_left,
     find_state,
-    read_progress,
 )
 from finetune.tracking.run_folder import RunFolder, Status
 
@@ -91,7 +90,7 @@ def test_a_run_that_another_host_resumes_has_the_speed_of_that_host(
         second = followed.look()
         assert (second.state, second.host) == ("running", "node2")
         assert second.progress == Progress(20, 100, 0.25, 50.0, 80.0)
-        assert read_progress(run) == second.progress
+        assert EventTail(run.events).read() == second.progress
 
 
 def test_a_dead_process_of_this_machine_is_known_at_once(tmp_path: Path) -> None:
@@ -136,6 +135,29 @@ def test_a_run_is_named_by_its_status_and_its_claim(
         return
     with claimed(run.claim):
         assert FollowedRun(run).look().state == find_state(run) == state
+
+
+def test_the_worker_that_scores_a_run_is_shown_while_it_does(tmp_path: Path) -> None:
+    """Then the one that trained it again: its environment is that of the training."""
+    run = RunFolder(tmp_path / "run")
+    run.write_json("environment.json", {"versions": {}, "host": "node1", "worker": "GPU 0"})
+    run.write_json("training.json", {})
+    followed = FollowedRun(run)
+    with run.claimed() as claim:
+        log = events.EventLog(run.events, claim)
+        log.worker("GPU 0", "node1")
+        log.close()
+        write_losses(run.events, range(1, 3), claim.token)
+    run.write_status(Status("running", started=1.0))
+    with run.claimed() as claim:
+        log = events.EventLog(run.events, claim)
+        log.worker("GPU 1", "node2")
+        log.close()
+        seen = followed.look()
+        assert (seen.state, seen.worker, seen.host) == ("scoring", "GPU 1", "node2")
+    run.write_status(Status("finished", started=1.0, ended=2.0))
+    seen = followed.look()
+    assert (seen.state, seen.worker, seen.host) == ("finished", "GPU 0", "node1")
 
 
 def test_a_claim_that_is_renewed_is_not_lost(

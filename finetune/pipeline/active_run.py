@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +17,7 @@ from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, flatten
 from finetune.data import dataset, templates
 from finetune.files import keep_regular, slug
+from finetune.home import WORKER
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import name_dtype
 from finetune.pipeline.identity import check_inputs, describe_environment, find_inputs
@@ -36,6 +39,7 @@ class ActiveRun:
     events: EventLog
     started: float
     state: State | None = None
+    is_lost: bool = False  # another process has taken over its claim
 
     @property
     def is_trained(self) -> bool:
@@ -45,6 +49,7 @@ class ActiveRun:
     def begin(self, job: Job) -> None:
         """Record that the run is at work; one that is trained, and not scored yet, goes on."""
         before = self.folder.status()
+        self.events.worker(os.environ.get(WORKER) or "", socket.gethostname())
         _describe(job, self.inputs, self.folder, self.events)
         if before is not None and before.state == "running" and self.folder.is_trained:
             self.started = before.started or self.started
@@ -74,7 +79,7 @@ class ActiveRun:
             self.events.status(state, reason)
         except ClaimLost as lost:  # what the run comes to is the other process's to write
             log.error("%s: %s; nothing more is written here", self.folder.name, lost)
-            self.state = "interrupted"
+            self.state, self.is_lost = "interrupted", True
 
 
 def open_runs(jobs: Sequence[Job], stack: ExitStack) -> list[ActiveRun]:

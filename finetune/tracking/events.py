@@ -33,6 +33,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "artifact": {"path": (str,), "folder": (str,)},
     "status": {"state": (str,), "reason": (str, type(None)), "time": (int,)},
+    "worker": {"name": (str,), "host": (str,)},
 }  # fmt: skip
 
 
@@ -41,10 +42,11 @@ class EventLog:
 
     One JSON object a line, its kind in `event`: metric (key, value, step, time), param and tag
     (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
-    to the run's folder and to the artifact root), status (state, reason, time). Times are
-    milliseconds since the epoch. A step, score, parameter, tag or data set that the log already
-    holds is not written again, so a resumed run has each once. Each line has its writer's claim:
-    of two processes that hold the run one after the other, the later one's lines count.
+    to the run's folder and to the artifact root), status (state, reason, time), worker (name, host:
+    of the process that has taken the run). Times are milliseconds since the epoch. A step, score,
+    parameter, tag or data set that the log already holds is not written again, so a resumed run has
+    each once. Each line has its writer's claim: of two processes that hold the run one after the
+    other, the later one's lines count.
 
     Args:
         path: of the log.
@@ -112,6 +114,10 @@ class EventLog:
 
     def status(self, state: State, reason: str | None = None) -> None:
         self._write("status", state=state, reason=reason, time=_now_ms())
+
+    def worker(self, name: str, host: str) -> None:
+        """Record who works on the run from here on; MLflow is not sent it."""
+        self._write("worker", name=name, host=host)
 
     def check_claim(self) -> None:
         """Make sure that this process still holds the run.

@@ -42,7 +42,7 @@ class RunState:
     """A run as one look found it."""
 
     state: str = "waiting"  # or a status, or trained (to be scored), scoring, lost
-    worker: str = ""  # that ran it last
+    worker: str = ""  # that works on it, or trained it last
     host: str = ""
     process: tuple[str, int] | None = None  # host and number of the one that works on it
     progress: Progress = Progress()
@@ -63,6 +63,7 @@ class EventTail:
         self._writer: str | None = None  # of the newest loss
         self._losses: deque[Measured] = deque(maxlen=SPEED_STEPS)  # of that writer
         self._tags: dict[str, str] = {}
+        self.place: tuple[str, str] | None = None  # worker and host that began last
 
     def read(self) -> Progress:
         """Read what was appended, and return the progress."""
@@ -92,7 +93,9 @@ class EventTail:
         end = raw.rfind(b"\n") + 1
         self._offset += end
         for event in drop_superseded(parse_events(raw[:end]), self._claims):
-            if event["event"] == "tag":
+            if event["event"] == "worker":
+                self.place = (event["name"], event["host"])
+            elif event["event"] == "tag":
                 self._tags[event["key"]] = event["value"]
             elif event["event"] == "metric" and event["key"] == "train/loss":
                 self._take_loss(event)
@@ -125,11 +128,6 @@ def _count(tag: str | None) -> int | None:
     return int(tag) or None if tag is not None and tag.isdecimal() else None
 
 
-def read_progress(run: RunFolder) -> Progress:
-    """Read a run's progress and speed from its event log."""
-    return EventTail(run.events).read()
-
-
 class FollowedRun:
     """Follows one run; a look at one that changes nothing costs a look at its status file."""
 
@@ -159,10 +157,11 @@ class FollowedRun:
         is_trained = (self._run.path / "training.json").exists()
         state = name_state(status, claim, is_trained=is_trained)
         progress, holder = self._events.read(), claim.holder
+        place = (self._events.place if state in WORKING else None) or self._place
         if state != "running":  # what it took has been taken
             progress = replace(progress, tokens_per_second=None, seconds_left=None)
         return RunState(
-            state, *self._place, progress=progress, reason=status.reason,
+            state, *place, progress=progress, reason=status.reason,
             process=(holder.hostname, holder.pid) if holder and state in WORKING else None,
             seconds=status.ended - status.started if status.ended and status.started else None,
         )  # fmt: skip
