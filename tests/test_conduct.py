@@ -217,6 +217,24 @@ def test_what_another_process_works_on_is_waited_for(
     assert caplog.text.count("waiting for its end") == 1
 
 
+def test_a_run_that_is_taken_over_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim was lost in mid-training; of its group the other run has failed, and once only."""
+    monkeypatch.setattr("finetune.sweeps.pool.POLL_SECONDS", 0.05)
+    took: list[list[str]] = []
+
+    def lose(kind: Kind, names: list[str]) -> list[str]:
+        took.extend([names] if kind == "train" else [])
+        return ["held", "failed"] if names == ["0", "1"] and kind == "train" else ["finished"]
+
+    sweep = build_sweep(tmp_path, [[0, 1]])
+    sweep = replace(sweep, points=[replace(one, base_scores=()) for one in sweep.points])
+    states, _ = conduct(sweep, lose)
+    assert sorted(states) == ["failed", "finished"]
+    assert took == [["0", "1"], ["0"]]
+
+
 def test_what_failed_in_another_process_is_not_tried_here(tmp_path: Path) -> None:
     """It has had its turn in this sweep."""
     sweep = build_sweep(tmp_path, [[0], [1]])

@@ -100,6 +100,13 @@ def test_a_unit_that_is_given_back_waits_again() -> None:
     assert not schedule.is_over
 
 
+def test_runs_of_a_unit_may_have_several_ends() -> None:
+    """One is trained, one has failed, one was taken over and waits for the other process."""
+    schedule = Schedule(Work(groups=[(0, 1, 2)]))
+    schedule.end(take(schedule), trained=[0], held=[2])
+    assert schedule.waiting == [Unit("evaluate", (0,)), Unit("train", (2,))]
+
+
 def test_nothing_begins_once_it_is_closed() -> None:
     """Under `sweep.fail_fast`; what is at work ends, and nothing is waited for without end."""
     schedule = Schedule(Work(groups=[(0,), (1,), (2,)], bases={0: "b", 1: "b"}))

@@ -85,7 +85,7 @@ def test_a_halted_worker_leaves_its_successors_run_as_it_is(
         out, err = first.communicate(timeout=60)
     finally:
         first.kill()
-    assert out.split() == ["interrupted"], err
+    assert out.split() == ["held"], err
     if moment != "end":  # at which its own record had been closed
         assert "another process has taken over" in run.log.read_text(encoding="utf-8")
     after = content(run)

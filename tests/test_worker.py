@@ -12,12 +12,13 @@ from typing import NoReturn
 
 import pytest
 
+from finetune import distributed, signals
 from finetune.config.schema import Config, ModelConfig
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps import planning, worker, worker_process
 from finetune.sweeps.pool import Pool
-from finetune.sweeps.worker import Worker
+from finetune.sweeps.worker import LaunchedWorker, Worker
 from finetune.sweeps.worker_process import WorkerDied
 
 # Put into the worker by PYTHONPATH: what becomes of its start, once it imports what torch needs.
@@ -115,6 +116,31 @@ class Dead:
 
     def kill(self) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_blocked", "code"),
+    [
+        ("interrupted", False, 130),
+        ("held", True, 75),
+        ("held", False, None),
+        ("failed", True, None),
+    ],
+)
+def test_under_a_launcher_a_lost_claim_is_no_interruption_by_the_user(
+    monkeypatch: pytest.MonkeyPatch, outcome: str, is_blocked: bool, code: int | None
+) -> None:
+    """Where the other ranks still train the run, the processes end and are to be started again."""
+    monkeypatch.setattr(worker, "do_work", lambda *_: [outcome])
+    monkeypatch.setattr(distributed, "is_desynchronised", lambda: is_blocked)
+    launched = LaunchedWorker()
+    monkeypatch.setattr(launched, "_session", None)
+    if code is None:
+        assert launched.run("train", [JOB]) == [outcome]
+        return
+    with pytest.raises(KeyboardInterrupt) as stop:
+        launched.run("train", [JOB])
+    assert signals.exit_code(stop.value) == code
 
 
 def test_a_dead_worker_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

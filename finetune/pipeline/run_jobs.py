@@ -103,7 +103,7 @@ def run(
                 _record_finished(run, session)
         if any(run.state not in (None, "finished") for run in runs):
             session.release()
-        return [run.state or "trained" for run in runs]
+        return ["held" if run.is_lost else run.state or "trained" for run in runs]
 
 
 def _run_to(stage: Stage, jobs: Sequence[tuple[Job, ActiveRun]], session: Session) -> None:
@@ -111,7 +111,8 @@ def _run_to(stage: Stage, jobs: Sequence[tuple[Job, ActiveRun]], session: Sessio
     runs = [run for _, run in jobs]
     try:
         for job, run in jobs:
-            run.begin(job)
+            with _guarded([run]):
+                run.begin(job)
         for run in runs:
             with _guarded([run]):
                 run.check_inputs()

@@ -79,7 +79,7 @@ class Conduct:
         """
         reason, is_ended = signals.describe(stop), False
         if not self._pool.is_idle:
-            log.info("%s: waiting for a checkpoint; a second signal stops without one", reason)
+            log.info("%s: waiting for a checkpoint; Ctrl-C, again, stops without one", reason)
         try:
             is_ended = self._pool.interrupt(stop, INTERRUPT_SECONDS)
         finally:
@@ -133,11 +133,10 @@ class Conduct:
             self._used[place] += ended.seconds / len(unit.places)
         if isinstance(outcome, Exception):
             yield from self._settle_fault(unit, outcome)
-        elif "held" in outcome:
-            self._schedule.give_back(unit)
         else:
             found = dict(zip(unit.places, outcome, strict=False))  # none for a base
-            self._schedule.end(unit, [p for p, one in found.items() if one == "trained"])
+            held = [place for place, one in found.items() if one == "held"]
+            self._schedule.end(unit, [p for p, one in found.items() if one == "trained"], held)
             for place, state in found.items():
                 if state == "finished" and self._points[place].action != "skip":
                     self._took.append(self._used[place])

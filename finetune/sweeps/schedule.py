@@ -98,22 +98,24 @@ class Schedule:
         """Return the base that a worker has loaded once it has done a unit."""
         return self._model(unit)
 
-    def end(self, unit: Unit, trained: Collection[int] = ()) -> None:
+    def end(self, unit: Unit, trained: Collection[int] = (), held: Collection[int] = ()) -> None:
         """Take note that a unit is over.
 
         Args:
             unit: that was taken; a base whose scoring failed is over too, and its points' own
                 scoring tries it again.
             trained: the places of its runs that now wait for their scores.
+            held: the places of its runs that another process works on; they wait for its end.
         """
         self._at_work.remove(unit)
         if unit.kind == "base":
             self._missing.pop(self._work.bases[unit.places[0]], None)
         if not self.is_closed:
             self._waiting += [Unit("evaluate", (place,)) for place in trained]
+            self._waiting += [replace(unit, places=tuple(held))] if held else []
 
     def give_back(self, unit: Unit, parts: Sequence[Places] | None = None) -> None:
-        """Let a unit wait again whose worker was lost or whose runs another process holds.
+        """Let a unit wait again whose worker was lost, or whose run another process holds.
 
         Args:
             unit: that was taken.

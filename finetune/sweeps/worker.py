@@ -271,12 +271,15 @@ class LaunchedWorker:
         """Train or score runs, or score their base, to its end.
 
         Raises:
-            KeyboardInterrupt: they were interrupted, checkpoints written.
+            KeyboardInterrupt: they were interrupted, checkpoints written; or another process has
+                taken over their run, and the other ranks are blocked in its training.
         """
         assert timeout_seconds is None, "launchers.find_problems refuses it"
         outcome = do_work(kind, jobs, self._session)
         if "interrupted" in outcome:
             raise signals.first_stop()
+        if "held" in outcome and distributed.is_desynchronised():
+            raise signals.TakenOver
         return outcome
 
     def interrupt(self, stop: KeyboardInterrupt) -> None:
