@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.composition import explain, find_missing_values
-from finetune.config.overrides import compose_settings
+from finetune.config.composition import explain, find_value_problems
+from finetune.config.overrides import compose_settings, find_override_problems
 from finetune.config.paths import conf_dir
 from finetune.config.schema import build_config, register
 from finetune.problems import Refused
@@ -127,6 +127,45 @@ def test_a_right_file_composes(tmp_path: Path, text: bytes) -> None:
     assert explained(tmp_path, text, "lora/mine") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line", "value"),
+    [
+        ("workers/mine", "launch: slurm\ntime: 4:00:00\n", 2, "time is 4:00:00"),
+        ("workers/mine", "stop_after: 2:30:00\n", 1, "stop_after is 2:30:00"),
+        ("lora/mine", "target_modules:\n- q_proj\n- 1:30\n", 3, "1:30"),
+        (
+            "experiment/mine",
+            GLOBAL + "workers: {launch: slurm, time: 1:30.5}\n",
+            2,
+            "time is 1:30.5",
+        ),
+    ],
+)
+def test_a_time_that_yaml_reads_as_a_number_is_refused(
+    tmp_path: Path, name: str, text: str, line: int, value: str
+) -> None:
+    """By YAML 1.1 4:00:00 is 14400, which Slurm would take for ten days."""
+    path = tmp_path / f"{name}.yaml"
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    (problem,) = find_override_problems(
+        [name.replace("/", "=")], multirun=False, config_dir=str(tmp_path)
+    )
+    assert problem.startswith(f"{path}, line {line}: {value}, which YAML reads as a number; put ")
+    assert problem.endswith(f'put it in quotes: "{value.rpartition(" ")[2]}"')
+
+
+@pytest.mark.parametrize(
+    "text", ['time: "4:00:00"\n', "time: '4:00:00'\n", "time: 04:00:00\n", "time: 2-01:00:00\n"]
+)
+def test_a_time_that_yaml_reads_as_text_passes(tmp_path: Path, text: str) -> None:
+    """In quotes, or of a form that is no number."""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "mine.yaml").write_text(text, encoding="utf-8")
+    chosen = ["workers=mine", "workers.launch=slurm"]
+    assert find_override_problems(chosen, multirun=False, config_dir=str(tmp_path)) == []
+
+
 def test_a_typed_interpolation_that_leads_nowhere_is_one_line() -> None:
     """Also from the command line."""
     with pytest.raises(Refused) as caught:
@@ -185,7 +224,7 @@ def test_a_value_that_is_left_to_be_set_must_be(
     path = tmp_path / f"{file}.yaml"
     path.parent.mkdir()
     path.write_text(text)
-    found = find_missing_values([file.replace("/", "="), *typed], str(tmp_path))
+    found = find_value_problems([file.replace("/", "="), *typed], str(tmp_path))
     assert len(found) == len(expected)
     for problem, key in zip(found, expected, strict=True):
         assert problem.startswith(f"{path}: {key}")

@@ -22,6 +22,7 @@ from finetune.config.grammar import find_override
 from finetune.config.paths import conf_dir
 from finetune.config.yaml_files import (
     describe_yaml_error,
+    find_clock_times,
     find_file,
     find_file_problems,
     read_defaults,
@@ -62,10 +63,11 @@ def explain(
     return list(dict.fromkeys([*found, *([said] if is_new else [])]))
 
 
-def find_missing_values(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Return each `???` of a chosen file that neither the command line nor a file replaces.
+def find_value_problems(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Return values of chosen files that would silently become others.
 
-    OmegaConf would silently use the default of the schema.
+    For each `???` that neither the command line nor a file replaces, OmegaConf would use the
+    default of the schema; 4:00:00 would become 14400.
     """
     folders = [*([Path(config_dir)] if config_dir else []), *_searched(arguments), conf_dir()]
     files = chosen_files(arguments, folders)
@@ -76,7 +78,8 @@ def find_missing_values(arguments: Sequence[str], config_dir: str | None = None)
             grid = f"{GRID}."
             given |= {k.removeprefix(grid) for k, v in values[path].items() if v != MISSING_VALUE}
     templates = conf_dir() / "data"  # data=local waits for data.path, and says so
-    return [
+    times = [problem for path in values for problem in find_clock_times(path)]
+    return times + [
         f"{path}: {key} has no value; set it there, or type {key}=VALUE"
         for path, own in values.items()
         for key, value in own.items()

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import find_word_problem
-from finetune.config.composition import AS_A_SWEEP, COMPOSING_ERRORS, explain, find_missing_values
+from finetune.config.composition import AS_A_SWEEP, COMPOSING_ERRORS, explain, find_value_problems
 from finetune.config.foreign_configs import find_foreign_problems
 from finetune.config.grammar import (
     NO_EXPERIMENT,
@@ -70,7 +70,7 @@ def find_override_problems(
         return foreign  # nothing of it may be composed
     folders = [conf_dir(), *filter(Path.is_dir, own)]
     has_packages = any(f"{SEARCHPATH}=" in a and "pkg://" in a for a in arguments)
-    problems = find_missing_values(arguments, config_dir)
+    problems = find_value_problems(arguments, config_dir)
     sound: list[Override] = []
     for argument in arguments:
         try:

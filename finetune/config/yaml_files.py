@@ -21,6 +21,7 @@ from finetune.problems import nearest
 Found = Iterator[tuple[int, str]]  # the line, and what is wrong there
 
 PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)\s*$", re.MULTILINE)
+CLOCK_TIME = re.compile(r"\d:[0-5]?\d")
 GLOBAL, GROUP = "_global_", "_group_"
 HYDRA = "hydra"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -170,6 +171,30 @@ def _duplicates(node: MappingNode) -> Found:
         if name in first:
             yield line, f"{name} is set twice, first in line {first[name]}; keep one of the two"
         first.setdefault(name, line)
+
+
+def find_clock_times(path: Path) -> list[str]:
+    """Return values such as 4:00:00 that are not in quotes: YAML 1.1 reads them as 14400."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = get_yaml_loader()(text).get_single_node() if CLOCK_TIME.search(text) else None
+    except (OSError, ValueError, yaml.YAMLError):  # which composing reports
+        return []
+    return [_placed(path, line, fault) for line, fault in _clock_times(node)]
+
+
+def _clock_times(node: Node | None) -> Found:
+    """Yield the numbers of the base 60 below a node."""
+    for part in node.value if isinstance(node, MappingNode | SequenceNode) else ():
+        value = part[1] if isinstance(part, tuple) else part
+        yield from _clock_times(value)
+        if isinstance(value, ScalarNode) and value.style is None and ":" in value.value:
+            if value.tag.rpartition(":")[2] not in ("int", "float"):
+                continue
+            name = f"{_text(part[0])} is " if isinstance(part, tuple) else ""
+            quoted = f'"{value.value}"'
+            fault = f"{name}{value.value}, which YAML reads as a number; put it in quotes: {quoted}"
+            yield value.start_mark.line + 1, fault
 
 
 def find_kind_problem(name: str, value: Any, kind: Any) -> str | None:
