@@ -24,6 +24,7 @@ from finetune.home import complete_environment
 from finetune.problems import Refused
 from finetune.reporting.handles import Results, Run, view_results
 from finetune.reporting.results import read_results as read_sweep
+from finetune.sweeps.crew import Launch
 from finetune.sweeps.grid import Grid, compose_grid
 from finetune.sweeps.live import is_watched
 from finetune.sweeps.pool import build_pool
@@ -302,7 +303,7 @@ def _conduct(grid: Grid) -> Ending:
     deadline = build_deadline(grid.jobs[0].config)
     with _stops_raised(), build_pool(grid.jobs, is_quiet=is_watched()) as pool:
         sweep = check_sweep(grid.jobs, grid.name, pool)
-        ending = conduct(sweep, grid.arguments, pool, again=grid.again, deadline=deadline)
+        ending = conduct(sweep, grid.arguments, Launch(pool, grid.again), deadline)
         if ending.unsent:
             log.warning("%s", ending.unsent)
         if ending.stopped is not None:

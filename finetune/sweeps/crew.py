@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from finetune.config.schema import Config
 from finetune.problems import Refused
@@ -27,6 +28,15 @@ from finetune.tracking.tracker import Tracker
 log = logging.getLogger("finetune")
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The means by which a sweep's workers are started."""
+
+    pool: Pool  # the workers of this process
+    again: Sequence[str]  # the arguments of the sweep's command, its flags among them
+    array: Array | None = None  # of Slurm, where it is known to be in the queue
+
+
 class Nobody:
     """The tasks of a sweep in which nothing is left to do."""
 
@@ -47,33 +57,31 @@ def find_problems(config: Config) -> list[str]:
 
 
 @contextmanager
-def assembled(
-    sweep: Sweep, tracker: Tracker, pool: Pool, again: Sequence[str]
-) -> Iterator[Conduct | Follower]:
+def assembled(sweep: Sweep, tracker: Tracker, launch: Launch) -> Iterator[Conduct | Follower]:
     """Yield who works on the runs, started where it is not yet; tasks of Ray end with the block.
 
     Args:
         sweep: as planned and recorded.
         tracker: told of each run.
-        pool: the workers of this process.
-        again: the arguments of the sweep's command, its flags among them.
+        launch: starts the workers.
 
     Raises:
         Refused: tasks cannot be started.
     """
-    config, waiting = sweep.config, sum(point.is_waiting for point in sweep.points)
+    config = sweep.config
     if not config.workers.is_elsewhere:
-        yield Conduct(sweep, tracker, pool)
-    elif config.workers.launch == "slurm":
-        array = find_queued(sweep) or (submit(sweep, again) if waiting else None)
-        yield Follower(sweep, tracker, SlurmTasks(array, sweep.folder) if array else Nobody())
-    elif not waiting:
+        yield Conduct(sweep, tracker, launch.pool)
+    elif not sweep.num_waiting:
         yield Follower(sweep, tracker, Nobody())
+    elif config.workers.launch == "slurm":
+        array = launch.array or find_queued(sweep) or submit(sweep, launch.again)
+        yield Follower(sweep, tracker, SlurmTasks(array, sweep.folder))
     else:
         with ray_tasks.connected(config) as tasks:
-            share = ray_tasks.plan_share(config, tasks.nodes, waiting)
+            share = ray_tasks.plan_share(config, tasks.nodes, sweep.num_waiting)
             _retry_failed(sweep)
-            tasks.start(ray_tasks.build_join(again, config.workers, sweep.folder, share), share)
+            join = ray_tasks.build_join(launch.again, config.workers, sweep.folder, share)
+            tasks.start(join, share)
             yield Follower(sweep, tracker, tasks)
 
 
@@ -104,7 +112,7 @@ def submit(sweep: Sweep, again: Sequence[str]) -> Array:
         end = describe_end(before) or "its end is not known"
         logs = before.logs(sweep.folder)
         log.info("the last array, %s, has left runs: %s; its output: %s", before.job, end, logs)
-    num = slurm.count_workers(config.workers, sum(point.is_waiting for point in sweep.points))
+    num = slurm.count_workers(config.workers, sweep.num_waiting)
     needs_gpu = config.training.device != "cpu"
     _retry_failed(sweep)
     return slurm.submit(config.workers, sweep.folder, again, num, needs_gpu=needs_gpu)

@@ -109,6 +109,11 @@ class Sweep:
         return self.points[0].job.config
 
     @property
+    def num_waiting(self) -> int:
+        """The number of runs that are left to do."""
+        return sum(point.is_waiting for point in self.points)
+
+    @property
     def folder(self) -> Path:
         return Path(self.config.report_dir) / self.name
 

@@ -81,22 +81,24 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
             return 0
         if sweep.config.workers.join:
             return join(sweep, pool, deadline)
-        if sweep.config.workers.launch == "slurm" and (array := _submit(sweep, arguments, again)):
-            _print_submitted(sweep, array)
-            return 0
-        ending = conduct(sweep, arguments, pool, again=again, deadline=deadline)
+        array = None
+        if sweep.config.workers.launch == "slurm" and sweep.num_waiting:
+            array = crew.find_queued(sweep)
+            if array is None:
+                _print_submitted(sweep, _submit(sweep, arguments, again))
+                return 0
+        launch = crew.Launch(pool, again, array)
+        ending = conduct(sweep, arguments, launch, deadline)
         _print_ending(sweep.config, ending)
         return ending.exit_code if ending.stopped is None else signals.end_stopped(ending.stopped)
 
 
-def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Array | None:
-    """Submit workers to Slurm where runs are left to do and none is in the queue.
+def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Array:
+    """Submit workers to Slurm.
 
     Raises:
         Refused: the sweep runs in another process, or Slurm does not take them.
     """
-    if not any(point.is_waiting for point in sweep.points) or crew.find_queued(sweep):
-        return None
     with _claimed_folder(sweep.folder):
         _record(sweep, arguments)
         return crew.submit(sweep, again)
@@ -139,9 +141,7 @@ def check_sweep(jobs: Sequence[Job], name: str, pool: Pool) -> Sweep:
 def conduct(
     sweep: Sweep,
     arguments: Sequence[str],
-    pool: Pool,
-    *,
-    again: Sequence[str],
+    launch: crew.Launch,
     deadline: signals.Deadline | None = None,
 ) -> Ending:
     """Run the planned jobs, and report; at a request to stop checkpoints are written.
@@ -149,8 +149,7 @@ def conduct(
     Args:
         sweep: as planned.
         arguments: the overrides as typed.
-        pool: the workers of this process.
-        again: all arguments of the command, by which workers elsewhere join the sweep.
+        launch: starts the workers.
         deadline: at which all is to stop.
 
     Raises:
@@ -161,7 +160,7 @@ def conduct(
     with _claimed_folder(sweep.folder):
         log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
         tracker = _begin(sweep, arguments)
-        with crew.assembled(sweep, tracker, pool, again) as workers:
+        with crew.assembled(sweep, tracker, launch) as workers:
             states, stopped = _run(sweep, workers, deadline)
         ending = _report(sweep, tracker, states)
     if stopped is None:

@@ -27,7 +27,7 @@ from finetune.signals import STOPPED_BY_MACHINE
 from finetune.sweeps.slurm_queue import RECORD, Array, call, cancel
 
 SCRIPT_FILE = "slurm.sh"  # as submitted, to be read
-MOST_WORKERS = 8  # of an array, unless workers.num says otherwise
+DEFAULT_TASKS = 8  # of an array, where workers.num is null and at least as many runs wait
 # Before the wall clock ends, workers are signalled to write checkpoints; Slurm rounds this time up
 # by as much as a minute.
 SAVE_SECONDS = 180
@@ -139,7 +139,7 @@ def read_time(text: str) -> float | None:
 
 def count_workers(workers: WorkersConfig, waiting: int) -> int:
     """Return the number of tasks for this many waiting runs."""
-    return workers.num or max(1, min(waiting, MOST_WORKERS))
+    return workers.num or max(1, min(waiting, DEFAULT_TASKS))
 
 
 def submit(

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from finetune.files import Damaged, read_json
+from finetune.files import Damaged, read_json, set_aside
 
 log = logging.getLogger("finetune")
 
@@ -53,12 +54,33 @@ class TaskState:
 
 
 def find_array(folder: Path) -> Array | None:
-    """Return the array that was last submitted for a sweep; None if there is no record of it."""
+    """Return the array that was last submitted for a sweep; None if there is no record of it.
+
+    A damaged record is set aside: a new array takes nothing that the lost one works on.
+    """
+    path = folder / RECORD
     try:
-        stored = read_json(folder / RECORD, dict)
-        return None if stored is None else Array(**stored)
-    except (Damaged, TypeError):
+        stored = read_json(path, dict)
+        return None if stored is None else _parse_array(stored)
+    except Damaged as damage:
+        set_aside(path, str(damage))
         return None
+
+
+def _parse_array(stored: dict[str, Any]) -> Array:
+    """Return a recorded array.
+
+    Raises:
+        Damaged: a field is missing, or of another kind.
+    """
+    job, workers, cluster = (stored.get(name) for name in ("job", "workers", "cluster"))
+    if (
+        not (isinstance(job, str) and job.isdecimal())
+        or not isinstance(workers, int)
+        or not isinstance(cluster, str | None)
+    ):
+        raise Damaged("it names no array of Slurm")
+    return Array(job, workers, cluster)
 
 
 def list_states(array: Array) -> list[TaskState]:
