@@ -26,6 +26,7 @@ from finetune.config.schema import (
 )
 from finetune.config.store_address import has_secret
 from finetune.problems import nearest
+from finetune.statistics.objective import VALIDATION, Objective
 
 FORMATS = (
     AUTO_FORMAT, "alpaca", "dolly", "sharegpt", "openai", "lists", "prompt_completion",
@@ -67,6 +68,7 @@ def find_problems(config: Config) -> list[str]:
         *_early_stopping_problems(config),
         *_evaluation_problems(config.evaluation),
         *_heldout_problems(config),
+        *_objective_problems(config),
         *_sweep_problems(config.sweep),
         *_tracking_problems(config.tracking),
         *_workers_problems(config),
@@ -265,6 +267,29 @@ def _heldout_problems(config: Config) -> Iterator[str]:
             f"evaluation.tasks has {HELD_OUT}, but its rows would be those that end the training "
             f"(training.early_stopping), so their scores would be too good; {remedy}"
         )
+
+
+def _objective_problems(config: Config) -> Iterator[str]:
+    """Yield metrics that no task of the run has."""
+    asked = config.evaluation
+    try:
+        objective = Objective.parse(asked.objective)
+    except ValueError as error:
+        yield str(error)
+        return
+    if asked.objective and objective.is_loss:
+        if not _validates(config.data):
+            yield (
+                f"evaluation.objective is {VALIDATION}, but there are no rows to validate on; set "
+                "data.validation_fraction, to 0.1 say"
+            )
+        return
+    for name in objective.weights:
+        if name.task not in asked.tasks:
+            yield (
+                f"evaluation.objective names {name}, but evaluation.tasks is {asked.tasks}; "
+                f"{nearest(name.task, asked.tasks)}"
+            )
 
 
 def _sweep_problems(sweep: SweepConfig) -> Iterator[str]:

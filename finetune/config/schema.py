@@ -255,6 +255,8 @@ class EvaluationConfig:
     # in the hub's columns; a group's rows (mmlu) name their task in the column subject
     select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
     # split then only reports; null chooses and reports on the same questions
+    objective: list[str] = field(default_factory=list)  # metrics that choose the best run, as
+    # arc_easy/acc_norm, averaged with weights, as 2*arc_easy/acc; []: the first task's first
     questions: str | None = None  # file of your own questions, which the task questions asks
     select_questions: str | None = None  # file of those that choose the best run, as select_split
     fewshot_questions: str | None = None  # file of solved examples; null: others of the same file

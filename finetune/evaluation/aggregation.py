@@ -41,6 +41,24 @@ def find_definitions(task: LoadedTask, reported: Iterable[str]) -> dict[str, Met
     return found
 
 
+def list_metrics(task: LoadedTask) -> dict[str, bool | None]:
+    """Return the metrics that a task or group will report, and whether higher is better in each."""
+    members = task.tasks.values()
+    pairs = [
+        (metric, kind.name) for o in members for metric in o.aggregation() for kind in o._filters
+    ]
+    group = task.loaded["groups"].get(task.name)
+    if group is not None:  # of its tasks' metrics it has those it aggregates
+        kinds = {one.metric: one.filter_list for one in group.aggregate_metric_list}
+        pairs = [(m, kind) for m, kind in pairs if m in kinds and kind in (kinds[m] or [kind])]
+    return {
+        metric if kind == "none" else f"{metric}_{kind}": _definition(
+            task, metric, None
+        ).higher_is_better
+        for metric, kind in pairs
+    }
+
+
 def _grouping(task: LoadedTask, metric: str) -> Grouping | None:
     """Return how a group weights its tasks; None outside a group."""
     group = task.loaded["groups"].get(task.name)

@@ -18,7 +18,9 @@ from finetune.config.inputs import Inputs
 from finetune.config.methods import INITIALISATIONS, METHODS
 from finetune.config.rules import HELD_OUT, OWN_PROMPTS, find_problems
 from finetune.config.schema import Config
+from finetune.evaluation.aggregation import list_metrics
 from finetune.evaluation.task_index import find_task_problems
+from finetune.evaluation.tasks import LoadedTask
 from finetune.files import digest
 from finetune.models import adapters, base_model, devices, kernels, quantization, saved_adapter
 from finetune.models.chat_templates import read_chat_template
@@ -34,7 +36,8 @@ from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import CheckedJob
 from finetune.pipeline.scores import build_scorers, forecasts, is_done
 from finetune.pipeline.session import Session, base_key
-from finetune.problems import first_line
+from finetune.problems import first_line, nearest
+from finetune.statistics.objective import Objective
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
 from finetune.training.multi_adapter import find_precision_obstacle
@@ -295,7 +298,7 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
     if HELD_OUT in asked.tasks and session.row_problems(config, source):
         return []  # which are reported by their own check
     try:
-        session.tasks(config, source)
+        return _find_objective_problems(config, session.tasks(config, source))
     except OSError as error:
         return [
             f"evaluation.tasks={','.join(config.evaluation.tasks)}: {error}; where the hub is out "
@@ -305,7 +308,25 @@ def _find_task_problems(config: Config, session: Session) -> list[str]:
         return [f"evaluation.tasks={','.join(config.evaluation.tasks)}: {first_line(error)}"]
     except TemplateError as error:
         return [f"evaluation.chat_template: the template of {config.model.path} fails: {error}"]
-    return []
+
+
+def _find_objective_problems(config: Config, loaded: Sequence[LoadedTask]) -> list[str]:
+    """Return the metrics of `evaluation.objective` that its tasks do not have, or cannot rank."""
+    objective = Objective.parse(config.evaluation.objective)
+    if not objective.weights or objective.is_loss:
+        return []
+    tasks = {task.name: list_metrics(task) for task in loaded if not task.selects}
+    directions = {}
+    for name in objective.weights:
+        known = tasks[name.task]
+        if name.name not in known:
+            return [f"evaluation.objective names {name}; {nearest(name.name, list(known))}"]
+        directions[name] = known[name.name]
+    ways = {None: "no direction", True: "higher is better", False: "lower is better"}
+    if len(set(directions.values())) == 1 and None not in directions.values():
+        return []
+    shown = ", ".join(f"{name} ({ways[way]})" for name, way in directions.items())
+    return [f"evaluation.objective names {shown}; name metrics that have one direction"]
 
 
 # Each check with the sections whose values it takes to be in their ranges.

@@ -18,7 +18,7 @@ from finetune.reporting.outcomes import read_outcomes
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.results import Results, read_results, write_csv
 from finetune.reporting.score_tables import build_score_table, describe_methods
-from finetune.reporting.verdict import show_difference, verdict
+from finetune.reporting.verdict import describe_choice, show_difference, verdict
 from finetune.statistics.comparison import compare_seeds
 from finetune.statistics.metric_names import MetricName
 from finetune.tracking.run_folder import RunFolder
@@ -61,6 +61,7 @@ def _content(results: Results) -> dict[str, Any]:
         "command": f"python -m finetune {shlex.join(results.record.command)}".rstrip()
         + (" --multirun" if results.record.swept else ""),
         "verdict": verdict(results),
+        "choice": describe_choice(results),
         "swept": results.record.swept,
         "tables": [build_score_table(results, metric) for metric in results.metrics],
         "methods": describe_methods(results),

@@ -15,10 +15,12 @@ from typing import Any
 from finetune.escaping import for_csv
 from finetune.files import Damaged, read_json, write_atomic
 from finetune.reporting.mixtures import find_machine_mixtures, find_mixtures
-from finetune.reporting.run_comparison import ScoredRuns, compare_runs
+from finetune.reporting.run_comparison import ScoredRuns, compare_objective, compare_runs
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import STDERR, MetricName
 from finetune.statistics.metrics import Metric
+from finetune.statistics.objective import MEAN, VALIDATION, Objective
+from finetune.statistics.objective_comparison import average_metric
 from finetune.tracking.run_folder import REMEDY, RunFolder
 from finetune.tracking.score_files import ModelScore, TaskScores
 from finetune.tracking.sweep_record import SweepRecord
@@ -26,7 +28,6 @@ from finetune.tracking.sweep_record import SweepRecord
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
 MEAN_LOSS = "train/mean_loss"
-VALIDATION = "validation/loss"
 
 Row = dict[str, Any]  # one row of results.csv
 
@@ -45,13 +46,22 @@ class Results:
     refused: set[str] = field(default_factory=set)  # metrics of unequal questions
 
     @cached_property
-    def main_metric(self) -> str | None:
-        """The task/metric that ranks the runs: the first task's acc, or its first metric.
+    def objective(self) -> Objective | None:
+        """The metrics of `evaluation.objective`; None where it is not set."""
+        return Objective.parse(self.record.objective) if self.record.objective else None
 
-        It has a direction, and all runs that have it answered the same questions.
+    @cached_property
+    def main_metric(self) -> str | None:
+        """The task/metric that ranks the runs: of `evaluation.objective`, where that names one.
+
+        Else the first task's acc, or its first metric. It has a direction, and all runs that have
+        it answered the same questions.
         """
-        ranked = (name for name, metric in self.metrics.items() if self._ranks(name, metric))
-        return next(ranked, None)
+        names = list(self.metrics)
+        if self.objective is not None and not self.objective.is_loss:
+            names = [self.objective.column]
+        ranked = (name for name in names if name in self.metrics)
+        return next((name for name in ranked if self._ranks(name, self.metrics[name])), None)
 
     def _ranks(self, name: str, metric: Metric) -> bool:
         has_direction = metric.higher_is_better is not None
@@ -59,11 +69,16 @@ class Results:
 
     @property
     def selects(self) -> str | None:
-        """The column of results.csv that chooses the best run, on `evaluation.select_split`."""
+        """The column of results.csv that chooses the best run, on other questions or rows.
+
+        Those are of `evaluation.select_split`, or those to validate on.
+        """
         if self.main_metric is None:
             return None
-        column = MetricName.parse(self.main_metric).selection
-        return column if all(column in row for row in self.compared_rows()) else None
+        is_loss = self.objective is not None and self.objective.is_loss
+        column = VALIDATION if is_loss else MetricName.parse(self.main_metric).selection
+        has_all = all(row.get(column) is not None for row in self.compared_rows())
+        return column if has_all else None
 
     def scored_rows(self, name: str) -> list[Row]:
         """Return the rows of the runs that have a score in a metric."""
@@ -81,14 +96,18 @@ class Results:
     def leaders(self) -> list[Row]:
         """Return the rows with the best main metric, in its direction; several are a tie.
 
-        Without a main metric they are those with the lowest validation loss. The first is the best
+        Without a main metric they are those with the lowest validation loss, unless an objective
+        names another. The first is the best
         run: ties are broken by validation loss, then by the order of the grid.
         """
+        if self.main_metric is None and self.objective is not None and not self.objective.is_loss:
+            return []  # it names what no run has
         if self.main_metric is None:
             column, metric, rows = VALIDATION, Metric("mean", False), self.validated_rows()
         else:
             column = self.selects or self.main_metric
-            metric, rows = self.metrics[self.main_metric], self.compared_rows()
+            metric = LOSS if column == VALIDATION else self.metrics[self.main_metric]
+            rows = self.compared_rows()
         if not rows:
             return []
         best = metric.best([row[column] for row in rows])
@@ -151,6 +170,7 @@ def read_results(folder: Path) -> Results:
         if lost:  # why the row has no scores
             row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
     labels = [results.label(row) for row in rows]
+    by_task = {}
     for task in record.tasks:
         pairs = zip(labels, scores, strict=True)
         known = {label: one for label, found in pairs if (one := found[task]) is not None}
@@ -165,6 +185,9 @@ def read_results(folder: Path) -> Results:
             if mixtures.questions_differ:
                 results.refused.add(str(column))
             _compare(results, scored, column, metric)
+        by_task[task] = scored
+    if results.objective is not None and results.objective.column == str(MEAN):
+        _add_average(results, results.objective, by_task)
     results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
 
@@ -266,32 +289,72 @@ def _selection_columns(task: str, chosen: ModelScore) -> Row:
 
 def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Metric) -> None:
     """Compare all runs that have a base score, and add intervals and p to their rows."""
-    column = str(name)
-    scores = {
-        row["run"]: (row[name.base], row[column])
-        for row in results.rows
-        if column in row and name.base in row
-    }
+    scores = _find_pairs(results, name)
     if not scores or not all(isfinite(value) for pair in scores.values() for value in pair):
         return
     try:
         comparison = compare_runs(scored, name, metric, scores)
     except ValueError as error:
-        results.remarks.append(f"{column} is not compared: {error}")
-        results.refused.add(column)
+        results.remarks.append(f"{name} is not compared: {error}")
+        results.refused.add(str(name))
         return
     if comparison is None:
         results.remarks.append(
-            f"{column} is shown, but not compared: its outcomes are missing, or stored by an older "
+            f"{name} is shown, but not compared: its outcomes are missing, or stored by an older "
             "version; run the same command again to score it"
         )
         return
-    results.comparisons[column] = comparison
+    _add_comparison(results, name, comparison)
+
+
+def _find_pairs(results: Results, name: MetricName) -> dict[str, tuple[float, float]]:
+    """Return the scores of base and tuned model, by run."""
+    column = str(name)
+    return {
+        row["run"]: (row[name.base], row[column])
+        for row in results.rows
+        if row.get(column) is not None and row.get(name.base) is not None
+    }
+
+
+def _add_comparison(results: Results, name: MetricName, comparison: Comparison) -> None:
+    results.comparisons[str(name)] = comparison
     for row in results.rows:
         found = comparison.differences.get(row["run"])
         if found is not None:
             row[f"{name.difference}_low"], row[f"{name.difference}_high"] = found.low, found.high
             row[name.p], row[name.p_adjusted] = found.p, found.p_adjusted
+
+
+def _add_average(results: Results, objective: Objective, scored: Mapping[str, ScoredRuns]) -> None:
+    """Add the weighted mean of several metrics as one of its own, which ranks the runs."""
+    names = {str(name) for name in objective.weights}
+    metric = average_metric(objective, results.metrics) if names <= set(results.metrics) else None
+    if metric is None:
+        return
+    for row in results.rows:
+        columns = {str(MEAN): "", MEAN.base: "base", MEAN.selection: "selection"}
+        found = {column: objective.average(row, part) for column, part in columns.items()}
+        row.update({column: value for column, value in found.items() if value is not None})
+        if found[str(MEAN)] is not None and found[MEAN.base] is not None:
+            row[MEAN.difference] = row[str(MEAN)] - row[MEAN.base]
+    results.metrics = {str(MEAN): metric, **results.metrics}
+    runs = set(_find_pairs(results, MEAN))
+    try:
+        if not results.refused.isdisjoint(names):
+            raise ValueError("its metrics were scored on different questions")
+        comparison = compare_objective(scored, objective, results.metrics, runs) if runs else None
+    except ValueError as error:
+        results.remarks.append(f"{MEAN} is not compared: {error}")
+        results.refused.add(str(MEAN))
+        return
+    if comparison is not None:
+        _add_comparison(results, MEAN, comparison)
+    elif runs:
+        results.remarks.append(
+            f"{MEAN} is shown, but not compared: only means over questions are averaged with an "
+            "interval"
+        )
 
 
 def write_csv(results: Results) -> None:

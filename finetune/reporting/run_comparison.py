@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose, isfinite
 
@@ -11,6 +11,8 @@ from finetune.reporting.outcomes import find_answers, read_resamples
 from finetune.statistics.comparison import Comparison, compare, compare_stored
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
+from finetune.statistics.objective import Objective
+from finetune.statistics.objective_comparison import Sides, compare_average
 from finetune.tracking.run_folder import RunFolder
 
 Scores = Mapping[str, tuple[float, float]]  # by run, what lm-eval reported of base and tuned
@@ -45,6 +47,31 @@ def compare_runs(
     """
     compared = _compare_known if metric.is_known else _compare_opaque
     return compared(scored, name, metric, scores)
+
+
+def compare_objective(
+    scored: Mapping[str, ScoredRuns],
+    objective: Objective,
+    metrics: Mapping[str, Metric],
+    runs: Collection[str],
+) -> Comparison | None:
+    """Compare runs with their bases in a weighted mean; None where that has no interval.
+
+    Args:
+        scored: the runs of each task.
+        objective: the metrics and weights.
+        metrics: their definitions.
+        runs: those that have all scores.
+
+    Raises:
+        ValueError: the runs were scored on different questions.
+    """
+    answers: dict[str, dict[MetricName, Sides]] = {name: {} for name in runs}
+    for name in objective.weights:
+        for run in runs:
+            one = find_answers(scored[name.task].tables[run], name.name)
+            answers[run][name] = (one.base, one.tuned)
+    return compare_average(objective, metrics, answers)
 
 
 def compare_run(run: RunFolder, task: str, name: str, metric: Metric) -> Comparison | None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from finetune.reporting.results import MEAN_LOSS, VALIDATION, Results, Row
+from finetune.reporting.results import MEAN_LOSS, Results, Row
 from finetune.reporting.tables import add_row, build_table
 from finetune.reporting.verdict import show_detectable, show_difference
 from finetune.statistics.comparison import Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
+from finetune.statistics.objective import VALIDATION
 
 NO_DIFFERENCE = "no detectable difference"
 

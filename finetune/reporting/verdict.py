@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.reporting.results import VALIDATION, Results, Row
+from finetune.reporting.results import Results, Row
 from finetune.statistics.comparison import LEVEL, Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
+from finetune.statistics.objective import MEAN, VALIDATION
 
 NOTHING = "No run has been scored yet, so there is nothing to compare."
 
@@ -50,8 +51,23 @@ def show_detectable(comparison: Comparison) -> str:
 
 def show_direction(metric: str, results: Results) -> str:
     """Return a metric's name, with its direction where a reader may not expect it."""
-    is_lower = results.metrics[metric].higher_is_better is False
-    return f"{metric} (lower is better)" if is_lower else metric
+    notes = ["lower is better"] if results.metrics[metric].higher_is_better is False else []
+    if metric == str(MEAN) and results.objective is not None:
+        notes.insert(0, results.objective.describe())
+    return f"{metric} ({', '.join(notes)})" if notes else metric
+
+
+def describe_choice(results: Results) -> str:
+    """Return a sentence on what chooses the best run; empty where nothing does."""
+    if results.main_metric is None:
+        return ""
+    chosen = results.selects or results.main_metric
+    if results.objective is not None:
+        return f"The best run is chosen by evaluation.objective: {results.objective.describe()}."
+    return (
+        f"The best run is chosen by {chosen}, the first metric of the first task; "
+        "evaluation.objective names another, or several."
+    )
 
 
 def _p_value(value: float) -> str:
@@ -89,7 +105,7 @@ def _tie(results: Results, metric: str) -> str:
         reason = "has the lowest validation loss of them"
     else:
         reason = "comes first in the grid"
-    where = "the selection" if results.selects else metric
+    where = "the selection" if results.selects else show_direction(metric, results)
     return f"A tie in {where}: {shown}; {labels[0]} is named since it {reason}."
 
 
@@ -142,7 +158,8 @@ def _verdict_on_chosen(results: Results, best: Row, metric: str) -> str:
     else:
         claim = f"No significant improvement in {name}: {label} differs by {change}."
     grid = len(comparison.differences)
-    chosen = f"It was chosen from {grid} runs on other questions."
+    by = "by the validation loss" if results.selects == VALIDATION else "on other questions"
+    chosen = f"It was chosen from {grid} runs {by}."
     return f"{claim} {chosen} {show_detectable(comparison)}"
 
 
@@ -164,6 +181,11 @@ def _verdict_without_base(results: Results, metric: str) -> str:
 def _verdict_without_ranking(results: Results) -> str:
     """Return the run with the lowest validation loss, where no task ranks the runs."""
     validated = results.validated_rows()
+    if results.objective is not None and not results.leaders():
+        return (
+            f"No run has the scores of evaluation.objective ({results.objective.describe()}), so "
+            "the runs are not ranked."
+        )
     if not validated:
         return _why_unranked(results) or NOTHING
     lowest = results.leaders()[0]
@@ -188,8 +210,9 @@ def _other_tasks(results: Results, main: str) -> Sequence[str]:
     tasks = {MetricName.parse(main).task}
     if main in results.comparisons and not results.comparisons[main].has_changes:
         tasks.clear()  # another metric of the task may have changed
-    names = []
-    for name in results.metrics:
+    names: list[str] = []
+    first = [] if results.objective is None else list(map(str, results.objective.weights))
+    for name in sorted(results.metrics, key=lambda name: name not in first):
         task = MetricName.parse(name).task
         if task not in tasks and name != main and _says_more(results, name, main):
             tasks.add(task)

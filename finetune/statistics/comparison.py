@@ -84,6 +84,7 @@ def compare(
     metric: Metric | None = None,
     members: Mapping[str, str] | None = None,
     *,
+    weights: Mapping[str, float] | None = None,
     resamples: int = RESAMPLES,
 ) -> Comparison:
     """Compare every run with its base, question by question.
@@ -92,6 +93,7 @@ def compare(
         pairs: by run, the outcomes of its base and of the tuned model; at least one run.
         metric: what the outcomes are aggregated to; the mean where none is named.
         members: the task of each question, where several tasks are a group.
+        weights: of the tasks; None takes the metric's.
         resamples: sign flips of the adjusted p of a mean.
 
     Raises:
@@ -108,7 +110,7 @@ def compare(
     if metric.is_mean:
         differences, detectable = _compare_means(list(pairs), befores, afters, resamples)
     else:
-        strata = Strata.build(metric, [(members or {}).get(one) for one in questions])
+        strata = Strata.build(metric, [(members or {}).get(one) for one in questions], weights)
         drawn = resample_all(metric, list(zip(before, after, strict=True)), strata)
         detectable, differences = None, _compare_resampled(list(pairs), drawn, befores, afters)
     if metric.higher_is_better is False:

@@ -202,13 +202,27 @@ class Strata:
     weights: Vector
 
     @classmethod
-    def build(cls, metric: Metric, members: Sequence[str | None]) -> Strata:
-        """Sort questions by task; without a group there is a single task."""
+    def build(
+        cls,
+        metric: Metric,
+        members: Sequence[str | None],
+        weights: Mapping[str, float] | None = None,
+    ) -> Strata:
+        """Sort questions by task; without a group there is a single task.
+
+        Args:
+            metric: says how the tasks are weighted.
+            members: the task of each question.
+            weights: of the tasks, in place of the metric's.
+        """
         if metric.grouping is None:
             return cls([np.arange(len(members))], np.ones(1))
         names = np.array([str(member) for member in members])
-        places = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
+        found = {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+        places = list(found.values())
         sizes = np.array([len(one) if metric.grouping == "by_size" else 1 for one in places])
+        if weights is not None:
+            sizes = np.array([weights[name] for name in found])
         return cls(places, sizes / sizes.sum())
 
 

@@ -136,7 +136,8 @@ class Sweep:
             )
             for p in self.points
         ]
-        return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs)
+        objective = list(self.config.evaluation.objective)
+        return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs, objective)
 
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
@@ -201,6 +202,11 @@ def plan_sweep(jobs: Sequence[Job], name: str, pool: Pool, problems: Sequence[st
         Refused: there is a problem.
     """
     all_problems, plans = list(problems), []
+    if len({tuple(job.config.evaluation.objective) for job in jobs}) > 1:
+        all_problems.append(
+            "evaluation.objective differs between jobs, but it chooses among them; give all the "
+            "same: evaluation.objective=[TASK/METRIC,...]"
+        )
     for job in jobs:
         try:
             plans.append(pool.prepare(job))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -44,6 +44,7 @@ class SweepRecord:
     swept: list[str]
     tasks: list[str]
     runs: list[RunRecord]
+    objective: list[str] = field(default_factory=list)  # none: the first task's first metric
 
     def write(self, folder: Path) -> None:
         """Write the record; the names that workers have given runs meanwhile are kept."""
@@ -89,7 +90,7 @@ class SweepRecord:
     def is_sound(self) -> bool:
         """Return whether every field has its type."""
         texts = [self.name, *(run.folder for run in self.runs)]
-        lists = [self.command, self.swept, self.tasks]
+        lists = [self.command, self.swept, self.tasks, self.objective]
         if not all(isinstance(one, list) for one in lists):
             return False
         texts += [one for names in lists for one in names]
