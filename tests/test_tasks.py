@@ -353,10 +353,10 @@ def test_a_task_file_is_told_what_is_possible(
     Path("own/tasks").mkdir(parents=True)
     for name in ("my_task.yaml", str(tmp_path / "my_task.yaml"), "own/tasks"):
         (problem,) = find_task_problems(EvaluationConfig([name]))
-        assert problem.startswith(
-            f"evaluation.tasks: {name} is a task file, which is not supported"
-        )
-        assert "+evaluation.data_files.sciq.test=FILE.jsonl" in problem
+        what = "folder" if name == "own/tasks" else "file"
+        assert problem.startswith(f"evaluation.tasks: {name} is a {what}; name the folder and")
+        named = f"{Path(name).parent} evaluation.tasks=[my_task]"
+        assert problem.endswith(named if what == "file" else "own/tasks evaluation.tasks=[TASK]")
     (problem,) = find_task_problems(EvaluationConfig(["no/such.yml"]))
     assert problem.startswith("evaluation.tasks: there is no file no/such.yml")
 

@@ -200,6 +200,8 @@ def find_reason_to_type(name: str, value: Any) -> str | None:
         return "reads more than other settings, such as secrets of the environment"
     if name == "model.trust_remote_code" and value is not False:
         return "runs Python code that comes with a model"
+    if name == "evaluation.trust_task_code" and value is not False:
+        return "runs Python code that comes with task files"
     if name == "tracking.uri" and not (value is None or LOCAL_STORE.fullmatch(text)):
         return "sends runs and credentials to a server, or writes elsewhere"
     if name == "workers.extra":

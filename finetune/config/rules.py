@@ -219,6 +219,11 @@ def _evaluation_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         yield from _at_least("evaluation.batch_tokens", evaluation.batch_tokens, 1)
     yield from _one_of("evaluation.dtype", evaluation.dtype, DTYPES)
     yield from _question_problems(evaluation)
+    if evaluation.trust_task_code and evaluation.include_path is None:
+        yield (
+            "evaluation.trust_task_code is true, but evaluation.include_path names no folder of "
+            "task files; set evaluation.include_path=FOLDER"
+        )
     for task, splits in evaluation.data_files.items():
         if task not in evaluation.tasks:
             yield (

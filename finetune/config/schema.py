@@ -253,6 +253,8 @@ class EvaluationConfig:
     fewshot_as_multiturn: bool = True  # few-shot examples as turns of it; false: in one turn
     data_files: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> split -> file,
     # in the hub's columns; a group's rows (mmlu) name their task in the column subject
+    include_path: str | None = None  # folder of your own lm-eval task files, before lm-eval's
+    trust_task_code: bool = False  # run Python code that they name by !function or class
     select_split: str | None = None  # chooses the best run, e.g. train+validation; the reported
     # split then only reports; null chooses and reports on the same questions
     objective: list[str] = field(default_factory=list)  # metrics that choose the best run, as

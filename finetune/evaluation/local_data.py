@@ -14,6 +14,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from finetune.config.schema import EvaluationConfig
 from finetune.data.sources import Row, read_file
 from finetune.evaluation.task_index import members_of
+from finetune.files import known_digest
 
 
 def local_entries(
@@ -33,7 +34,8 @@ def local_entries(
         raise ValueError(f"{key}: it contains {missing}, which is not a task; name tasks") from None
     local, source = {}, LocalSource()
     for member in members:
-        stock = load_yaml(index[member].yaml_path or "")
+        path, own = index[member].yaml_path, index[member].cfg
+        stock = load_yaml(path) if path else dict(own or {})
         config = _local_config(stock, files, evaluation.num_fewshot, key)
         subject = None if member == name else stock.get("dataset_name") or member
         config["dataset_kwargs"] = {"files": dict(files), "key": key, "subject": subject}
@@ -110,3 +112,9 @@ class LocalSource:
                 rows[row.get("subject", "")].append(row)
             self._rows[file] = dict(rows)
         return self._rows[file].get(subject)
+
+
+def find_file_digests(evaluation: EvaluationConfig, name: str) -> list[str]:
+    """Return the digests of the files that take the place of a task's data set."""
+    files = [Path(file) for file in evaluation.data_files.get(name, {}).values()]
+    return [known_digest(path) for path in files if path.is_file()]

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.utils import hash_string
 
+from finetune.evaluation.task_templates import sandboxed
 from finetune.evaluation.tasks import LoadedTask
 
 Key = tuple[str | None, str, int]  # task in a group, hash of the prompt, and its how-manieth
@@ -22,10 +23,11 @@ def describe_questions(task: LoadedTask) -> dict[Key, dict[str, Any]]:
     seen: Counter[tuple[str | None, str]] = Counter()
     for name, one in task.tasks.items():
         member = None if name == task.name else name
-        for doc, prompt in _questions(one):
-            hashed = hash_string(prompt)
-            seen[member, hashed] += 1
-            found[member, hashed, seen[member, hashed]] = _describe(one, doc, prompt)
+        with sandboxed():
+            for doc, prompt in _questions(one):
+                hashed = hash_string(prompt)
+                seen[member, hashed] += 1
+                found[member, hashed, seen[member, hashed]] = _describe(one, doc, prompt)
     return found
 
 

@@ -6,15 +6,13 @@ lm-eval decides tasks and prompts; a local file only takes the place of a task's
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval.api.task
-import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import get_sample_size
@@ -27,11 +25,16 @@ from finetune.config.schema import EvaluationConfig
 from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.local_data import local_entries
 from finetune.evaluation.prefix_tree import count_tokens
-from finetune.evaluation.task_index import find_manager
+from finetune.evaluation.task_folder import KEY, find_contents, is_local
+from finetune.evaluation.task_index import find_folder, find_manager
+from finetune.evaluation.task_rows import ROW_ERRORS, Misfit, describe_error, find_misfit, watched
+from finetune.evaluation.task_templates import quick_and_quiet, sandboxed
 from finetune.files import digest
 from finetune.models import hub
 from finetune.models.chat_templates import fix_date
-from finetune.substitution import substituted, updated
+from finetune.substitution import updated
+
+log = logging.getLogger("finetune")
 
 SEED = 1234  # lm-eval's own default, for few-shot sampling among others
 BuildOwn = Callable[[], tuple[dict[str, Any], list[str]]]  # loaded by lm-eval, and notes
@@ -99,24 +102,49 @@ def load_task(
             if selects and build is None:
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
-            try:
-                task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
-            except ValueError as error:
-                if "larger than population" not in str(error):  # random.sample's words
-                    raise
-                shots = task.config.num_fewshot
-                raise ValueError(
-                    f"evaluation.num_fewshot is {shots}, but {task.task_name} has fewer solved "
-                    "examples; lower it"
-                ) from None
+            _build_requests(task, name, evaluation, {"limit": limit, **chat})
         notes += check_golds(loaded["tasks"], name, evaluation)
-    contents = [
+    contents: list[Any] = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()
     ]
+    contents += find_contents(evaluation, name)
     return LoadedTask(
         name, loaded, digest(json.dumps(contents, default=str)), selects, "; ".join(notes)
     )
+
+
+def _build_requests(
+    task: Task, name: str, evaluation: EvaluationConfig, asked: dict[str, Any]
+) -> None:
+    """Build a task's requests.
+
+    Raises:
+        ValueError: there are too few solved examples, or a row that the task cannot ask.
+    """
+    try:
+        task.build_all_requests(rank=0, world_size=1, **asked)
+    except ROW_ERRORS as error:
+        if "larger than population" in str(error):  # random.sample's words
+            shots = task.config.num_fewshot
+            raise ValueError(
+                f"evaluation.num_fewshot is {shots}, but {task.task_name} has fewer solved "
+                "examples; lower it"
+            ) from None
+        misfit = find_misfit(task)
+        if misfit is None:
+            raise  # the chat template's
+        raise ValueError(f"{_source(name, evaluation, misfit.split)}: {misfit}") from None
+
+
+def _source(name: str, evaluation: EvaluationConfig, split: str | None) -> str:
+    """Return the setting that names the rows of a task's split."""
+    if files := evaluation.data_files.get(name):
+        return f"evaluation.data_files.{name}" + (
+            f".{split}={files[split]}" if split in files else ""
+        )
+    definition = find_folder(evaluation).find(name)
+    return f"{KEY}: {definition.path}: {name}" if definition else f"evaluation.tasks={name}"
 
 
 def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
@@ -125,18 +153,12 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
         from finetune.demo.task import task_config
 
         return dict(TaskManager(include_defaults=False).load([task_config()]))
-    manager = find_manager(name)
+    manager = find_manager(name, evaluation)
     local = local_entries(name, manager.task_index, evaluation)
-    if not local:
+    if not local and not is_local(name, evaluation):
         hub.is_reached()  # else datasets would retry several times
-    with updated(manager.task_index, local):
-        try:
-            loaded = dict(manager.load([name]))
-        except IndexError:  # of lm-eval's look at the first row
-            raise ValueError(
-                f"evaluation.data_files.{name}: the gold answer of the first row is none of its "
-                "choices; write one of them, or its index from 0"
-            ) from None
+    with updated(manager.task_index, local), sandboxed():
+        loaded = _build(name, manager, evaluation)
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ValueError(
@@ -144,11 +166,49 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
                 "images or audio, which is not supported; remove it"
             )
     if name in loaded["groups"] and not loaded["groups"][name].has_aggregation:
+        own = find_folder(evaluation).find(name)
+        if own is not None:
+            raise ValueError(
+                f"{KEY}: {own.path}: {name}: aggregate_metric_list is missing, without which a "
+                "group has no score of its own; add it, or name its tasks"
+            )
         raise ValueError(
             f"evaluation.tasks: {name} is a group that has no score of its own; name its tasks: "
             f"evaluation.tasks=[{','.join(loaded['group_map'][name])}]"
         )
     return loaded
+
+
+def _build(name: str, manager: TaskManager, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Let lm-eval build a task or group.
+
+    Raises:
+        ValueError: rows or definition are of another kind than it takes.
+        OSError: the hub does not have its data, or is out of reach.
+    """
+    is_own = bool(evaluation.data_files.get(name)) or bool(find_folder(evaluation).used(name))
+    read: list[Task] = []
+    try:
+        with watched(checks_names=is_own) as read:
+            return dict(manager.load([name]))
+    except Misfit as misfit:
+        raise ValueError(f"{_source(name, evaluation, misfit.split)}: {misfit}") from None
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of lm-eval, the hub's libraries, or trusted code
+        log.debug("a task cannot be built", exc_info=error)
+        found = find_misfit(read[-1]) if read else None
+        if found is not None:
+            raise ValueError(f"{_source(name, evaluation, found.split)}: {found}") from None
+        source = _source(name, evaluation, None)
+        if isinstance(error, IndexError):  # of lm-eval's look at the first row
+            raise ValueError(
+                f"{source}: the gold answer of the first row is none of its choices; write one of "
+                "them, or its index from 0"
+            ) from None
+        if not is_own or (isinstance(error, ValueError) and name in evaluation.data_files):
+            raise
+        raise ValueError(f"{source}: lm-eval cannot build it: {describe_error(error)}") from None
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -173,17 +233,6 @@ def _definition(task: Task) -> dict[str, Any]:
     """Return the definition of a task without its questions and their location."""
     source = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata")
     return {name: value for name, value in task.dump_config().items() if name not in source}
-
-
-@contextmanager
-def quick_and_quiet() -> Iterator[None]:
-    """Let lm-eval compile each template once instead of once a question, and show no bar for it."""
-    templates, bar = lm_eval.utils.env.from_string, lm_eval.api.task.tqdm
-    with (
-        substituted(lm_eval.utils.env, "from_string", lru_cache(maxsize=256)(templates)),
-        substituted(lm_eval.api.task, "tqdm", partial(bar, disable=True)),
-    ):
-        yield
 
 
 def _set_fewshot(task: Task, evaluation: EvaluationConfig) -> None:

@@ -26,6 +26,7 @@ from finetune.config import rules
 from finetune.config.inputs import DataSource, Inputs, Source
 from finetune.config.paths import local_path
 from finetune.config.schema import CONDUCT, TEMPLATE_FILE, Config, ModelConfig, SourceConfig, marked
+from finetune.evaluation.task_folder import find_read, is_local
 from finetune.files import Damaged, digest, read_json, write_atomic
 from finetune.home import cache_dir
 from finetune.models import devices
@@ -138,12 +139,16 @@ class Seen:
 def _is_local(config: Config, inputs: Inputs) -> bool:
     """Return whether model, rows and questions cannot change but in files of this machine."""
     asked = config.evaluation
-    tasks = all(name in rules.OWN_TASKS or asked.data_files.get(name) for name in asked.tasks)
+    tasks = all(
+        name in rules.OWN_TASKS or asked.data_files.get(name) or is_local(name, asked)
+        for name in asked.tasks
+    )
     pinned = [(inputs.source.revision, config.model.revision)]
     pinned += [(one.revision, one.settings.revision) for one in inputs.data]
     return (
         tasks
         and not config.model.trust_remote_code
+        and not asked.trust_task_code
         and all(
             commit is None or COMMIT.fullmatch(typed or "") is not None for commit, typed in pinned
         )
@@ -173,6 +178,9 @@ def _watched(config: Config, inputs: Inputs, scores: Sequence[Path]) -> list[tup
     if (asked.prompt_template or "").endswith(TEMPLATE_FILE):
         files.append(str(local_path(asked.prompt_template or "")))
     found += [("file", Path(file)) for file in files]
+    if asked.include_path is not None:
+        found.append(("rows", Path(asked.include_path).expanduser()))
+        found += [("rows", path) for name in asked.tasks for path in find_read(asked, name)]
     return [(kind, path.absolute()) for kind, path in found]
 
 

@@ -22,6 +22,8 @@ from finetune.data.heldout import count_trained, find_heldout
 from finetune.data.leakage import find_leaks
 from finetune.data.questions import QuestionPrompt, find_digests, read_questions
 from finetune.evaluation import heldout_tasks, question_tasks
+from finetune.evaluation.local_data import find_file_digests
+from finetune.evaluation.task_folder import find_contents
 from finetune.evaluation.tasks import BuildOwn, LoadedTask, load_task
 from finetune.models import base_model
 from finetune.models.precision import Precision
@@ -138,6 +140,8 @@ class Session:
             found = dataset.find_sources(config.data)
             own = asdict(config.data), asdict(config.training), [one.digest for one in found]
             build = partial(self._load_heldout, config, source, found)
+        else:
+            own = find_contents(asked, name), find_file_digests(asked, name)
         key = name, selects, asdict(asked), own, model, source if model else None
         return self._tasks.get(
             key, lambda: load_task(name, asked, tokenizer, selects=selects, build=build)
