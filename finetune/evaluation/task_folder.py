@@ -201,6 +201,8 @@ def _define(file: Path) -> Definition | None:
         return None
     name = config.get("group") if "class" not in config else None
     name = name or config.get("task")
+    if name is None:  # a class or group without a name is for other files to include
+        return None
     if not isinstance(name, str):
         raise ValueError(f"{file}: task is {name!r}; it must be the task's name")
     return Definition(name, file, config, tuple(read), tuple(functions))

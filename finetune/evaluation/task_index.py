@@ -180,6 +180,16 @@ def find_manager(name: str, evaluation: EvaluationConfig) -> TaskManager:
     return own
 
 
+def find_notes(name: str, evaluation: EvaluationConfig) -> Iterator[str]:
+    """Yield that a task of the user's folder takes the place of one of lm-eval's, as it does there.
+
+    lm-eval only warns of it.
+    """
+    own = find_folder(evaluation).find(name)
+    if own is not None and find_task_file(name) is not None:
+        yield f"{name} is the task of {own.path}, not lm-eval's"
+
+
 def _build_entries(met: Mapping[str, Definition], folder: TaskFolder) -> dict[str, Entry]:
     """Return lm-eval's entries of own tasks; without functions it reads no file again."""
     entries = {}

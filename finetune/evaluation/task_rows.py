@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from finetune.substitution import substituted
 
 # What builds requests of a row, in the order in which lm-eval asks for it.
 FIELDS = ("process_docs", "doc_to_text", "doc_to_choice", "doc_to_target")
+TESTS = re.compile(r"\b(if|or|default|is)\b")
 # What lm-eval's templates and functions raise on rows that they were not written for.
 ROW_ERRORS = (
     TemplateError, LookupError, AttributeError, TypeError, ValueError, AssertionError, SyntaxError,
@@ -98,6 +100,8 @@ def watched(*, checks_names: bool) -> Iterator[list[Task]]:
             raise Misfit(split, f"{task.task_name} asks its {split} split; the data have {have}")
         if checks_names and split is not None and find_unknown_names(task, split):
             raise Misfit(split, describe_misfit(task, split, ""))
+        if checks_names and split is not None and (fault := _find_null(task, split)) is not None:
+            raise Misfit(split, describe_misfit(task, split, fault))
 
     with substituted(ConfigurableTask, "download", note):
         yield read
@@ -119,6 +123,24 @@ def find_unknown_names(task: Task, split: str) -> list[str]:
     named = [config[name] for name in FIELDS[1:]]
     names = [one for one in named if isinstance(one, str) and one.isidentifier()]
     return [one for one in names if one not in (*columns, *constants)]
+
+
+def _find_null(task: Task, split: str) -> str | None:
+    """Return the first row without a value that lm-eval would write as the text None."""
+    config, rows = vars(task.config), task.dataset[split]
+    if callable(config["process_docs"]):
+        return None
+    plain = [one for name in FIELDS[1:] if not _has_test(one := config[name])]
+    for column in dict.fromkeys(name for one in plain for name in _read_by(one)):
+        if column in rows.column_names and rows.data.column(column).null_count:
+            number = rows[column][:].index(None) + 1
+            return f"row {number} has no {column}"
+    return None
+
+
+def _has_test(field: Any) -> bool:
+    """Return whether a template or function may treat a missing value by itself."""
+    return callable(field) or (isinstance(field, str) and TESTS.search(field) is not None)
 
 
 def describe_misfit(task: Task, split: str, fault: str) -> str:

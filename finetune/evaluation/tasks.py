@@ -26,7 +26,7 @@ from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.local_data import local_entries
 from finetune.evaluation.prefix_tree import count_tokens
 from finetune.evaluation.task_folder import KEY, find_contents, is_local
-from finetune.evaluation.task_index import find_folder, find_manager
+from finetune.evaluation.task_index import find_folder, find_manager, find_notes
 from finetune.evaluation.task_rows import ROW_ERRORS, Misfit, describe_error, find_misfit, watched
 from finetune.evaluation.task_templates import quick_and_quiet, sandboxed
 from finetune.files import digest
@@ -103,7 +103,7 @@ def load_task(
                 _ask_split(task, evaluation.select_split or "")
             limit = get_sample_size(task, evaluation.limit)  # a share is of each task's questions
             _build_requests(task, name, evaluation, {"limit": limit, **chat})
-        notes += check_golds(loaded["tasks"], name, evaluation)
+        notes += [*check_golds(loaded["tasks"], name, evaluation), *find_notes(name, evaluation)]
     contents: list[Any] = [
         [task.VERSION, _definition(task), [(one.args, one.doc) for one in task.instances]]
         for task in loaded["tasks"].values()

@@ -1,0 +1,406 @@
+"""Own lm-eval tasks: found in their folder, checked before the start, asked as lm-eval asks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+
+from finetune.config.schema import EvaluationConfig
+from finetune.evaluation import task_index
+from finetune.evaluation.harness import score
+from finetune.evaluation.task_folder import find_contents, read_folder
+from finetune.evaluation.task_index import find_task_problems
+from finetune.evaluation.tasks import load_task
+from tests.conftest import write_rows
+from tests.test_harness import plain_lm, tiny_lm
+
+CHOICES = {
+    "task": "colours", "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "c.jsonl"}},
+    "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_choice": "choices", "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+        for metric in ("acc", "acc_norm")
+    ],
+}  # fmt: skip
+ANSWERS = {
+    "task": "capitals", "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "a.jsonl"}}, "output_type": "generate_until",
+    "test_split": "test", "doc_to_text": "Q: {{question}}\nA:", "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                     "ignore_case": True, "ignore_punctuation": True}],
+    "filter_list": [{"name": "strip", "filter": [{"function": "remove_whitespace"},
+                                                 {"function": "take_first"}]}],
+}  # fmt: skip
+GROUP = {
+    "group": "all_mine", "task": ["colours", "capitals"],
+    "aggregate_metric_list": [{"metric": "acc", "filter_list": ["none"]}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks and their rows, beside which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        task_index, "stock_index", lambda: TaskManager(include_defaults=False)
+    )  # the real one takes seconds
+    write_rows(
+        tmp_path / "c.jsonl",
+        [{"question": f"colour {i}?", "choices": ["red", "blue", f"grey {i}"], "answer": i % 3}
+         for i in range(5)],
+    )  # fmt: skip
+    write_rows(
+        tmp_path / "a.jsonl", [{"question": f"capital {i}?", "answer": f"T{i}"} for i in range(4)]
+    )
+    write_yaml("colours", CHOICES)
+    write_yaml("sub/capitals", ANSWERS)
+    return tmp_path
+
+
+def write_yaml(name: str, config: Mapping[str, Any] | str, text: str = "") -> Path:
+    path = Path("mine", f"{name}.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = (config if isinstance(config, str) else yaml.safe_dump(dict(config))) + text
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mine(*tasks: str, **settings: Any) -> EvaluationConfig:
+    return EvaluationConfig(list(tasks), include_path="mine", **settings)
+
+
+def without(config: Mapping[str, Any], *keys: str, **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys} | changes
+
+
+@pytest.mark.parametrize("shots", [None, 1])
+@pytest.mark.parametrize("name", ["colours", "capitals"])
+def test_requests_and_scores_are_those_of_lm_eval(
+    folder: Path, name: str, shots: int | None
+) -> None:
+    """Prompts, choices and every metric equal simple_evaluate's with the same include_path."""
+    settings = mine(name, num_fewshot=shots)
+    assert find_task_problems(settings) == []
+    lm = tiny_lm()
+    ours = score(lm, load_task(name, settings), settings)
+    direct = lm_eval.simple_evaluate(
+        model=plain_lm(lm), tasks=[name], num_fewshot=shots, bootstrap_iters=0, log_samples=True,
+        task_manager=TaskManager(include_defaults=False, include_path="mine"),
+    )  # fmt: skip
+    assert direct is not None
+    assert [one.prompt_hash for one in ours.items] == [
+        one["prompt_hash"] for one in direct["samples"][name]
+    ]
+    expected = {k: v for k, v in direct["results"][name].items() if k.startswith(("acc,", "exact"))}
+    for key, value in expected.items():
+        metric, _, kind = key.partition(",")
+        if "stderr" not in key:
+            assert ours.metrics[metric if kind == "none" else f"{metric}_{kind}"] == value
+
+
+def test_a_group_has_the_tasks_that_lm_eval_gives_it(folder: Path) -> None:
+    """Included files, tags, inline tasks and a group's own settings are merged as lm-eval does."""
+    write_yaml("base", without(CHOICES, "task"))
+    write_yaml("more", {"include": "base.yaml", "task": "greys", "tag": ["tints"]})
+    inline = without(CHOICES, doc_to_text="{{question}}", task="bare")
+    nested = {"group": "below", "task": [{"task": "greys", "doc_to_text": "{{question}}?"}]}
+    write_yaml("group", without(GROUP, task=["colours", nested, inline], num_fewshot=1))
+    settings = mine("all_mine")
+    assert find_task_problems(settings) == []
+    manager = TaskManager(include_defaults=False, include_path="mine")
+    stock = manager.load(["all_mine"])["tasks"]
+    ours = load_task("all_mine", settings)
+    assert list(ours.tasks) == list(stock) == ["colours", "greys", "all_mine::bare"]
+    for name, task in ours.tasks.items():
+        assert task.config.doc_to_text == stock[name].config.doc_to_text
+        assert task.config.num_fewshot == stock[name].config.num_fewshot == 1
+    (problem,) = find_task_problems(mine("tints"))
+    assert problem.endswith("name its tasks: evaluation.tasks=[greys]")
+
+
+@pytest.mark.parametrize("output", ["loglikelihood", "loglikelihood_rolling"])
+def test_each_type_of_output_is_scored(folder: Path, output: str) -> None:
+    """Of a text's end, and of a whole text, too."""
+    write_yaml("texts", without(ANSWERS, "generation_kwargs", "metric_list", "filter_list",
+                                task="texts", output_type=output))  # fmt: skip
+    settings = mine("texts")
+    assert find_task_problems(settings) == []
+    metrics = score(tiny_lm(), load_task("texts", settings), settings).metrics
+    assert ("acc" in metrics) == (output == "loglikelihood")
+    assert ("word_perplexity" in metrics) == (output == "loglikelihood_rolling")
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "an unknown key": (
+        without(CHOICES, doc_to_txt="x"),
+        "doc_to_txt is not a key of an lm-eval task; did you mean",
+    ),
+    "no data": (without(CHOICES, "dataset_path"), "colours: dataset_path is missing"),
+    "no prompt": (without(CHOICES, "doc_to_text"), "colours: doc_to_text is missing"),
+    "no target": (without(CHOICES, "doc_to_target"), "colours: doc_to_target is missing"),
+    "no choices": (
+        without(CHOICES, "doc_to_choice"),
+        "doc_to_choice is missing, which output_type",
+    ),
+    "no split": (without(CHOICES, "test_split"), "test_split is missing, or validation_split"),
+    "an unknown metric": (
+        without(CHOICES, metric_list=[{"metric": "accc"}]),
+        "accc is not a metric that output_type: multiple_choice has; did you mean",
+    ),
+    "a metric of another type": (
+        without(CHOICES, metric_list=[{"metric": "bleu"}]),
+        "bleu is not a metric that output_type: multiple_choice has",
+    ),
+    "an unknown aggregation": (
+        without(CHOICES, metric_list=[{"metric": "acc", "aggregation": "meen"}]),
+        "metric_list: acc: aggregation is meen; did you mean 'mean'?",
+    ),
+    "a metric of the hub": (
+        without(CHOICES, metric_list=[{"metric": "acc", "hf_evaluate": True}]),
+        "hf_evaluate runs code of the hub",
+    ),
+    "an unknown filter": (
+        without(CHOICES, filter_list=[{"name": "f", "filter": [{"function": "regexp"}]}]),
+        "filter_list: function is regexp; did you mean 'regex'?",
+    ),
+    "an unknown type": (without(CHOICES, output_type="choice"), "output_type is choice; "),
+    "a missing file": (
+        without(CHOICES, dataset_kwargs={"data_files": {"test": "no.jsonl"}}),
+        "there is no file no.jsonl, which lm-eval looks for in the folder that",
+    ),
+    "a file without its split": (
+        without(CHOICES, dataset_kwargs={"data_files": "c.jsonl"}),
+        "test_split is test, but dataset_kwargs names data_files for",
+    ),
+    "a pickle": (
+        without(CHOICES, dataset_path="pandas"),
+        "dataset_path is pandas; local files may be json",
+    ),
+    "a missing folder": (without(CHOICES, dataset_path="./no"), "dataset_path: there is no ./no"),
+    "prompts from elsewhere": (
+        without(CHOICES, use_prompt="promptsource:x"),
+        "use_prompt takes prompts from elsewhere",
+    ),
+    "a broken file": (
+        "task: colours\n  dataset_path: json\n",
+        "mine/colours.yaml, line 2: it is broken YAML: ",
+    ),
+    "no mapping": ("task colours\n", "mine/colours.yaml: it holds no mapping of KEY: VALUE lines"),
+    "no name": (
+        without(CHOICES, task=["a"]),
+        "mine/colours.yaml: task is ['a']; it must be the task's name",
+    ),
+    "no file to include": (
+        without(CHOICES, include="no.yaml"),
+        "include: there is no file mine/no.yaml",
+    ),
+    "an include of itself": (
+        without(CHOICES, include="colours.yaml"),
+        "colours.yaml: it is included twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_lm_eval_would_say_late_or_never_is_one_line(folder: Path, case: str) -> None:
+    """The file, the task, the fault and the remedy, before anything is loaded."""
+    config, said = FAULTS[case]
+    write_yaml("colours", config)
+    problems = find_task_problems(mine("colours"))
+    assert said in problems[0]
+    assert problems[0].startswith("evaluation.include_path: ")
+    assert "\n" not in problems[0]
+
+
+def test_a_data_file_beside_the_yaml_file_is_named(folder: Path) -> None:
+    """lm-eval looks for it where the command runs; the path that works is said."""
+    shutil.move("c.jsonl", "mine/c.jsonl")
+    (problem,) = find_task_problems(mine("colours"))
+    assert "there is no file c.jsonl" in problem
+    assert problem.endswith("; write mine/c.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("process_docs: !function code.run\n", "!function code.run"),
+        ("doc_to_text: !function code.run\n", "!function code.run"),
+        ("metadata: {deep: [{a: !function code.run}]}\n", "!function code.run"),
+        ("fewshot_delimiter: !function code.run\nfewshot_delimiter: x\n", "!function code.run"),
+        ("class: !function code.Task\n", "!function code.Task"),
+        ("class: code.Task\n", "class: code.Task"),
+    ],
+)
+@pytest.mark.parametrize("included", [False, True])
+def test_code_is_refused_unless_it_is_trusted(
+    folder: Path, text: str, what: str, included: bool
+) -> None:
+    """`!function` anywhere, overwritten or included too, and tasks in Python; nothing is run."""
+    Path("mine/code.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    own = "" if "doc_to_text" in text else "doc_to_text: x\n"
+    base = yaml.safe_dump(without(CHOICES, "doc_to_text")) + own + text
+    if included:
+        write_yaml("base", base.replace("task: colours\n", ""))
+        write_yaml("colours", {"include": "base.yaml", "task": "colours"})
+    else:
+        write_yaml("colours", base)
+    (problem,) = find_task_problems(mine("colours"))
+    assert f"runs Python code ({what}); if you trust it, type " in problem
+    assert problem.endswith("evaluation.trust_task_code=true")
+    assert not Path("ran").exists()
+    assert find_task_problems(mine("capitals")) == []  # which does not use it
+
+
+def test_trusted_code_runs_and_is_part_of_the_digest(folder: Path) -> None:
+    """A function is imported from the file beside the YAML file; its change makes a new score."""
+    code = Path("mine/code.py")
+    code.write_text("def ask(doc):\n    return doc['question']\n", encoding="utf-8")
+    write_yaml("colours", without(CHOICES, "doc_to_text"), "doc_to_text: !function code.ask\n")
+    settings = mine("colours", trust_task_code=True)
+    assert find_task_problems(settings) == []
+    task = load_task("colours", settings)
+    assert task.requests[0].args[0] == "colour 0?"
+    code.write_text(f"{code.read_text(encoding='utf-8')}\nX = 1\n", encoding="utf-8")
+    assert load_task("colours", settings).digest != task.digest
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ question.__init__.__globals__ }}",
+     "{{ cycler.__init__.__globals__.os.popen('touch ran').read() }}"],
+)  # fmt: skip
+def test_templates_are_rendered_in_a_sandbox(folder: Path, template: str) -> None:
+    """A template cannot reach Python's internals, as it can in lm-eval."""
+    write_yaml("colours", without(CHOICES, doc_to_text=template))
+    with pytest.raises(ValueError, match=r"colours: row 1: doc_to_text: .* is unsafe"):
+        load_task("colours", mine("colours"))
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"doc_to_text": "{{questoin}}"}, "the column questoin is missing; colours reads the "
+         "columns questoin, choices, answer, and the rows have question, choices, answer"),
+        ({"doc_to_text": "questoin"}, "the column questoin is missing"),
+        ({"doc_to_target": "gold"}, "the column gold is missing"),
+        ({"doc_to_choice": "options"}, "the column options is missing"),
+        ({"doc_to_text": "{{question"}, "colours: row 1: doc_to_text: "),
+        ({"dataset_kwargs": {"data_files": {"test": "broken.jsonl"}}}, "lm-eval cannot build it: "),
+        ({"dataset_kwargs": {"data_files": {"test": "gap.jsonl"}}}, "row 2 has no question"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_told_with_their_columns(
+    folder: Path, change: dict[str, Any], said: str
+) -> None:
+    """Columns that the templates name and the rows lack, and those that they have."""
+    Path("broken.jsonl").write_text('{"question": \n', encoding="utf-8")
+    row = {"question": "q", "choices": ["a", "b"], "answer": 0}
+    write_rows(Path("gap.jsonl"), [row, without(row, "question")])
+    write_yaml("colours", without(CHOICES, **change))
+    settings = mine("colours")
+    assert find_task_problems(settings) == []
+    with pytest.raises(ValueError, match=r"evaluation.include_path: mine/colours.yaml") as raised:
+        load_task("colours", settings)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_there_and_has_tasks(folder: Path) -> None:
+    """A missing folder, a file in its place, none, or a .yml only, which lm-eval does not read."""
+    Path("empty").mkdir()
+    Path("other").mkdir()
+    Path("other/task.yml").write_text("task: x\n", encoding="utf-8")
+    for name, said in {
+        "no": "evaluation.include_path=no is not there",
+        "c.jsonl": "evaluation.include_path=c.jsonl is a file, not a folder",
+        "empty": "evaluation.include_path=empty has no .yaml file",
+        "other": "evaluation.include_path=other has no .yaml file, which lm-eval's tasks "
+        "are; rename task.yml to task.yaml",
+    }.items():
+        (problem,) = find_task_problems(EvaluationConfig(["colours"], include_path=name))
+        assert problem.startswith(said)
+
+
+def test_names_are_found_in_the_folder_first(folder: Path) -> None:
+    """The nearest name is said; two files of one name and a name of ours are refused."""
+    (problem,) = find_task_problems(mine("colour"))
+    assert "neither mine nor lm-eval has a task 'colour'; did you mean 'colours'?" in problem
+    write_yaml("again", CHOICES)
+    (problem,) = find_task_problems(mine("colours"))
+    assert "mine/again.yaml and mine/colours.yaml define colours; rename one" in problem
+    assert find_task_problems(mine("capitals")) == []
+    write_yaml("ours", without(CHOICES, task="questions"))
+    (problem,) = find_task_problems(mine("questions"))
+    assert "the name questions is taken" in problem
+
+
+def test_a_task_of_lm_eval_may_be_replaced_and_it_is_said(folder: Path) -> None:
+    """As with lm-eval's --include_path, the folder's comes first."""
+    write_yaml("arc", without(CHOICES, task="arc_easy"))
+    settings = mine("arc_easy")
+    assert find_task_problems(settings) == []
+    task = load_task("arc_easy", settings)
+    assert task.requests[0].args[0] == "Q: colour 0?\nA:"
+    assert task.notes == "arc_easy is the task of mine/arc.yaml, not lm-eval's"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"group": "all_mine", "task": ["colours"]}, None),
+        (without(GROUP, task="colours"), "task is 'colours'; a group's is a list of tasks"),
+        (without(GROUP, task=["colour"]), "has a task 'colour'; did you mean 'colours'?"),
+        (without(GROUP, task=["all_mine"]), "the group all_mine contains itself"),
+        (without(GROUP, aggregate_metric_list=[{"metric": "acc", "weigth_by_size": True}]),
+         "weigth_by_size is not a key; did you mean 'weight_by_size'?"),
+    ],
+)  # fmt: skip
+def test_a_group_is_checked_with_its_tasks(folder: Path, config: Any, said: str | None) -> None:
+    """Its list, its aggregation and each name in it; without an aggregation it has no score."""
+    write_yaml("group", config)
+    problems = find_task_problems(mine("all_mine"))
+    if said is None:
+        assert problems == []
+        with pytest.raises(ValueError, match="all_mine: aggregate_metric_list is missing"):
+            load_task("all_mine", mine("all_mine"))
+    else:
+        assert said in problems[0]
+
+
+@pytest.mark.parametrize("changed", ["c.jsonl", "mine/colours.yaml", "mine/base.yaml"])
+def test_a_changed_file_never_finds_an_old_score(folder: Path, changed: str) -> None:
+    """The digest is of the task files, those that they include, and the data; not of others."""
+    write_yaml("base", without(CHOICES, "task", description="Choose."))
+    write_yaml("colours", {"include": "base.yaml", "task": "colours"})
+    settings = mine("colours")
+    before = load_task("colours", settings).digest
+    Path("mine/sub/capitals.yaml").unlink()
+    assert load_task("colours", settings).digest == before
+    path = Path(changed)
+    text = path.read_text(encoding="utf-8")
+    more = json.dumps({"question": "x?", "choices": ["a", "b", "c"], "answer": 0})
+    path.write_text(text + (f"{more}\n" if changed == "c.jsonl" else "num_fewshot: 0\n"))
+    assert load_task("colours", settings).digest != before
+
+
+def test_files_of_something_else_are_passed_over(folder: Path) -> None:
+    """A folder may hold other YAML, of which lm-eval takes no notice either."""
+    write_yaml("values", "- a\n- b\n")
+    write_yaml("stack", "Resources: !Ref thing\n")
+    write_yaml(".hidden/colours", CHOICES)
+    found = read_folder("mine")
+    assert sorted(found.definitions) == ["capitals", "colours"]
+    assert found.broken == []
+    assert len(find_contents(mine("colours"), "colours")) == 2
