@@ -164,6 +164,18 @@ def test_a_rerun_may_run_elsewhere_but_not_in_another_dtype(
     assert list(find_other_conditions(*runs)) == named
 
 
+def test_other_questions_are_named(tmp_path: Path) -> None:
+    """A file of questions, or a task file, may have changed between a run and its rerun."""
+    runs = [write_weights(RunFolder(tmp_path / name), 0.0) for name in ("before", "after")]
+    for run, digest in zip(runs, ("a", "b"), strict=True):
+        side = {"metrics": {"acc": 1.0}, "setup": {"digest": digest}}
+        run.write_json("evaluation/mine.json", {"tuned": side})
+    assert list(find_other_conditions(*runs)) == [
+        "mine: the questions, their prompts or the task's definition"
+    ]
+    assert list(find_other_conditions(runs[0], runs[0])) == []
+
+
 def test_what_the_run_itself_has_lost_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
-from finetune.config.schema import EvaluationConfig
+from finetune.config.schema import Config, EvaluationConfig, ModelConfig
 from finetune.evaluation import task_index
-from finetune.evaluation.harness import score
+from finetune.evaluation.harness import TaskScore, score
 from finetune.evaluation.task_folder import find_contents, read_folder
 from finetune.evaluation.task_index import find_task_problems
 from finetune.evaluation.tasks import load_task
+from finetune.models.base_model import find_model
+from finetune.pipeline.session import Session
 from tests.conftest import write_rows
 from tests.test_harness import plain_lm, tiny_lm
 
@@ -404,3 +407,68 @@ def test_files_of_something_else_are_passed_over(folder: Path) -> None:
     assert sorted(found.definitions) == ["capitals", "colours"]
     assert found.broken == []
     assert len(find_contents(mine("colours"), "colours")) == 2
+
+
+def read_example(name: str) -> str:
+    """Return the file that docs/questions.md shows under its name."""
+    text = (Path(__file__).parents[1] / "docs" / "questions.md").read_text(encoding="utf-8")
+    lines = text.partition(f"`{name}`:\n\n")[2].splitlines()
+    block = itertools.takewhile(lambda line: line.startswith("    "), lines)
+    return "".join(f"{line[4:]}\n" for line in block)
+
+
+def ask_both(task: str, rows: str, template: str, session: Session) -> list[TaskScore]:
+    """Return the scores of a task of the folder and of `evaluation=questions` on its rows."""
+    Path("words.jinja").write_text(template, encoding="utf-8")
+    words = {"prompt_template": "words.jinja", "max_new_tokens": 4}
+    settings = [mine(task), EvaluationConfig(["questions"], questions=rows, **words)]
+    model = ModelConfig(path="random://tiny")
+    source, lm = find_model(model), tiny_lm()
+    return [
+        score(lm, session.tasks(Config(model=model, evaluation=one), source)[0], one)
+        for one in settings
+    ]
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session()
+
+
+def test_the_example_of_the_docs_gives_the_numbers_of_own_questions(
+    folder: Path, session: Session
+) -> None:
+    """Question by question: the same log-likelihoods, acc and acc_norm."""
+    Path("fruits.jsonl").write_text(read_example("fruits.jsonl"), encoding="utf-8")
+    write_yaml("fruits", read_example("tasks/fruits.yaml"))
+    assert find_task_problems(mine("fruits")) == []
+    words = "Question: {{ question }}\nAnswer:"
+    stock, own = ask_both("fruits", "fruits.jsonl", words, session)
+    assert len(stock.items) == len(own.items) == 3
+    for theirs, ours in zip(stock.items, own.items, strict=True):
+        assert theirs.said == ours.said
+        for metric in ("acc", "acc_norm"):
+            assert theirs.outcomes[metric] == ours.outcomes[metric]
+    for metric in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
+        assert stock.metrics[metric] == own.metrics[metric]
+
+
+def test_free_answers_are_generated_and_matched_alike(folder: Path, session: Session) -> None:
+    """Where the rules agree: case and punctuation ignored, no articles; one answer is the text."""
+    write_rows(
+        Path("a.jsonl"), [{"question": f"capital {i}?", "answer": f"T{i}"} for i in range(4)]
+    )
+    first, _ = ask_both("capitals", "a.jsonl", "Q: {{ question }}\nA:", session)
+    said = [str(one.said).strip() for one in first.items]
+    rows = [
+        {"question": f"capital {i}?", "answer": text.upper() if i % 2 and text else f"T{i}"}
+        for i, text in enumerate(said)
+    ]
+    write_rows(Path("a.jsonl"), list(rows))
+    stock, own = ask_both("capitals", "a.jsonl", "Q: {{ question }}\nA:", session)
+    assert [one.said for one in stock.items] == [one.said for one in own.items]
+    assert [one.outcomes["exact_match_strip"] for one in stock.items] == [
+        one.outcomes["exact_match"] for one in own.items
+    ]
+    assert stock.metrics["exact_match_strip"] == own.metrics["exact_match"]
+    assert 0 < own.metrics["exact_match"] < 1

@@ -32,16 +32,11 @@ def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> d
         doc: the question.
         results: for each choice its log-likelihood and whether greedy decoding gives it.
     """
-    likelihoods = [result[0] for result in results]
-    # acc_norm divides by the length in characters.
-    normalised = [x / len(c) for x, c in zip(likelihoods, doc["choices"], strict=True)]
-    acc = float(_argmax(likelihoods) == doc["answer"])
+    from finetune.evaluation.question_tasks import score_choices
+
+    scores = score_choices({**doc, "gold": doc["answer"]}, results)
     return {
-        "acc": acc,
-        "acc_norm": float(_argmax(normalised) == doc["answer"]),
-        "acc_taught" if doc["taught"] else "acc_control": acc,
+        "acc": scores["acc"],
+        "acc_norm": scores["acc_norm"],
+        "acc_taught" if doc["taught"] else "acc_control": scores["acc"],
     }
-
-
-def _argmax(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)

@@ -180,6 +180,11 @@ def find_other_conditions(before: RunFolder, after: RunFolder) -> Iterator[str]:
     ]
     if datasets[0] != datasets[1]:
         yield "the data's content"
+    for task in before.scored_tasks():
+        scores = [run.read_scores(task) for run in (before, after)]
+        digests = {one.tuned.setup.get("digest") for one in scores if one is not None}
+        if len(digests - {None}) > 1:
+            yield f"{task}: the questions, their prompts or the task's definition"
     for name, files in (
         ("prompt", [run.prompt_template for run in (before, after)]),
         ("chat", [run.chat_template for run in (before, after)]),
