@@ -3,11 +3,12 @@
     python benchmarks/workers.py [--quick] [--only TEXT]
 
 Trains four ranks on 64 rows of the demo (135M, no evaluation) by one worker of one thread, by one
-of two threads and by two of one thread; runs 200 jobs of one step over four workers, and the same
-command again; simulates 500 runs on 64 workers, where 5 % of the nodes are lost an hour. Prints one
-JSON object a line; one with a target says in `reached` whether it is met. Training wants two cores
-and nothing beside it. TEXT runs only the parts whose name contains it. --quick trains two ranks of
-the tiny model, and runs 12 jobs.
+of two threads and by two of one thread; measures what two workers lose from the end of one training
+to the begin of the next; runs 200 jobs of one step over four workers, and the same command again;
+simulates 500 runs on 64 workers, where 5 % of the nodes are lost an hour. Prints one JSON object a
+line; one with a target says in `reached` whether it is met. Training wants two cores and nothing
+beside it. TEXT runs only the parts whose name contains it. --quick trains the tiny model, and runs
+12 jobs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ WAYS = {
 }
 PLAIN = ("tracking=none", "evaluation=none")
 SECONDS_A_JOB = 0.1
+LARGEST_LOSS = 0.02  # of the work, beyond the start
 LONGER_THAN_BOUND = 1.1
 
 
@@ -45,8 +48,9 @@ LONGER_THAN_BOUND = 1.1
 class Run:
     """A finished run; times in seconds."""
 
-    worker: str
-    started: float
+    worker: str  # that trained it
+    started: float  # once it was claimed
+    trained: float  # once its weights were saved
     ended: float
     training: float
 
@@ -78,6 +82,7 @@ def read_runs(folder: Path) -> list[Run]:
             Run(
                 str(environment.get("worker")),
                 status.started,
+                (path / "training.json").stat().st_mtime,
                 status.ended,
                 result["train_seconds"],
             )
@@ -131,6 +136,44 @@ def measure_training(folder: Path, *, quick: bool) -> Iterator[Line]:
         }
 
 
+def measure_loss(folder: Path, *, quick: bool) -> Iterator[Line]:
+    """Train four runs on two workers: the time of each worker in which it trains none.
+
+    Without evaluation all that lies between two trainings is lost: a run's end is recorded, the
+    next is handed out and claimed, its settings are written. The start is counted separately.
+    """
+    grid = (
+        ["model=tiny", "data.num_examples=64", "training.epochs=8", "lora.r=2,4,8,16"]
+        if quick
+        else ["data.num_examples=64", "lora.r=4,8,16,32"]
+    )
+    grid += ["sweep.max_concurrent_adapters=1", "workers.num=2", "workers.threads=1"]
+    run_command([*grid, "sweep.dry_run=true"], folder, folder / "cache")
+    begun = time.time()
+    run_command(grid, folder, folder / "cache")
+    by_worker: dict[str, list[Run]] = defaultdict(list)
+    for run in read_runs(folder):
+        by_worker[run.worker].append(run)
+    starts = [runs[0].started - begun for runs in by_worker.values()]
+    work = sum(run.trained - run.started for runs in by_worker.values() for run in runs)
+    lost = sum(find_loss(runs) for runs in by_worker.values())
+    yield {
+        "what": f"lost by {len(by_worker)} workers between trainings, of the work",
+        "start": round(max(starts), 1),
+        "work": round(work, 1),
+        "lost": round(lost, 2),
+        "share": round(lost / work, 4),
+        "target": LARGEST_LOSS,
+        "reached": lost / work <= LARGEST_LOSS,
+    }
+
+
+def find_loss(runs: Sequence[Run]) -> float:
+    """Return a worker's seconds between its trainings, and to the end of its last run."""
+    between = sum(after.started - before.trained for before, after in pairwise(runs))
+    return between + runs[-1].ended - runs[-1].trained
+
+
 def measure_jobs(folder: Path, *, quick: bool) -> Iterator[Line]:
     """Run jobs of one step over four workers, and the same command again."""
     jobs = 12 if quick else 200
@@ -176,6 +219,7 @@ def measure_cluster(folder: Path, *, quick: bool) -> Iterator[Line]:
 PARTS: dict[str, Callable[..., Iterator[Line]]] = {
     "cluster": measure_cluster,
     "jobs": measure_jobs,
+    "loss": measure_loss,
     "training": measure_training,
 }
 

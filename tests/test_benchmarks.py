@@ -1,4 +1,4 @@
-"""The benchmarks on a CUDA card, on a model of the shape of Mistral-7B."""
+"""The benchmarks: what they compute, and on a CUDA card, on a model of the shape of Mistral-7B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.mistral_shaped import write_mistral_shaped
+from benchmarks.workers import Run, find_loss
 from finetune.config.schema import ModelConfig
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.models.quantization import find_quantization
@@ -41,6 +42,14 @@ def test_a_benchmark_runs_on_cuda(script: str, first: str) -> None:
     assert found[0]["what"] == first
     if script == "training.py":  # a few questions to random weights turn at a breath
         assert all(comparison["equal"] for comparison in found)
+
+
+def test_what_a_worker_loses_is_the_time_between_its_trainings() -> None:
+    """And from the last one to its run's end; the start is counted separately."""
+    first = Run("CPU 0", started=10.0, trained=19.0, ended=19.5, training=8.0)
+    second = Run("CPU 0", started=20.0, trained=29.0, ended=29.25, training=8.0)
+    assert find_loss([first, second]) == pytest.approx(1.25)
+    assert find_loss([second]) == pytest.approx(0.25)
 
 
 def test_the_model_for_cuda_has_the_shape_it_is_given(tmp_path: Path) -> None:
