@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +20,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from finetune import signals
 from finetune.config.schema import OptimizerConfig, TrainingConfig, build_config
 from finetune.files import file_digest
 from finetune.pipeline import run_jobs
 from finetune.pipeline.jobs import Job
+from finetune.signals import REPEAT_SECONDS
 from finetune.tracking.claims import ClaimLost
 from finetune.tracking.events import EventLog
 from finetune.tracking.run_folder import RunFolder
@@ -41,6 +43,7 @@ from finetune.training.checkpoints import (
 from finetune.training.steps import find_resume
 from finetune.training.trainer import build_arguments
 from tests.conftest import TINY, Command, last_of_each
+from tests.takeover import build_job
 from tests.test_trainer import train as train_alone
 from tests.trainings import CPU, Setting, train
 
@@ -371,6 +374,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert losses(tmp_path) == losses(whole)
     assert [step for step, _ in losses(tmp_path)] == list(range(1, 49))
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("method", ["plain", "dora"])  # one by each of the two loops
+def test_a_run_goes_on_at_the_step_of_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """Its checkpoint is written though the signal is repeated meanwhile, as schedulers do."""
+    job = build_job(tmp_path, method)
+    job.config.training.checkpoint_every = 1000
+    job.config.evaluation.tasks = []
+    record, write = EventLog.metrics, steps_module.write_checkpoint
+
+    def stop_at_5(log: EventLog, values: Mapping[str, float], step: int) -> None:
+        record(log, values, step)
+        if step == 5 and "train/loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    def write_slowly(*given: Any, **named: Any) -> None:
+        time.sleep(REPEAT_SECONDS * 1.2)
+        signal.raise_signal(signal.SIGTERM)
+        write(*given, **named)
+
+    with monkeypatch.context() as patch, signals.stops_raised():
+        patch.setattr(EventLog, "metrics", stop_at_5)
+        patch.setattr(steps_module, "write_checkpoint", write_slowly)
+        assert run_jobs.run([job], stage="train") == ["interrupted"]
+    (run,) = map(RunFolder, tmp_path.iterdir())
+    status = run.status()
+    assert status is not None
+    assert status.reason == "stopped by SIGTERM"
+    last = run.metric("train/loss")[-1].step
+    assert last in (5, 6)  # the Trainer logs a step once it has looked for a stop
+    assert newest_step(run.checkpoints) == last
+    caplog.set_level("INFO", "finetune")
+    assert run_jobs.run([job], stage="train") == ["trained"]
+    assert f"resuming at step {last}" in caplog.text
+    assert [point.step for point in run.metric("train/loss")] == list(range(1, 13))
 
 
 @pytest.mark.slow
