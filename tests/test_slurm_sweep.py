@@ -1,67 +1,38 @@
-"""Sweeps on a real Slurm node: preempted, cancelled, followed and reported by the same command."""
+"""Sweeps on a real Slurm node: preempted, out of time, cancelled, followed by the same command."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune.sweeps.slurm_queue import Array, find_array, list_states
 from finetune.tracking.run_folder import RunFolder
+from tests.sweep_commands import (
+    TWO_RUNS,
+    are_training,
+    assert_same_adapters,
+    processes_in,
+    resumed_at,
+    run,
+    start,
+    states,
+    stopped_at,
+    wait_for,
+)
+from tests.sweep_commands import reference as reference
 from tests.test_slurm_cluster import node as node
 
-# Long enough to be met in training; one thread, whose sums have the same bits everywhere.
-GRID = (
-    "model=tiny", "tracking=none", "data.num_examples=200", "evaluation.limit=12",
-    "training.max_length=400", "training.epochs=12", "lora.r=2,4",
-    "sweep.max_concurrent_adapters=1", "workers.threads=1", "training.device=cpu", "--multirun",
-)  # fmt: skip
-SLURM = ("workers=slurm", "workers.num=2")
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "finetune", *GRID, *arguments], cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def run(folder: Path, *arguments: str, expected: int = 0) -> str:
-    """Return what the command printed."""
-    command = start(folder, *arguments)
-    printed, _ = command.communicate(timeout=400)
-    assert command.returncode == expected, printed
-    return printed
-
-
-def wait_for(is_so: Callable[[], bool], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.2)
-
-
-def adapters(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each run's adapter, by the name of its folder."""
-    return {
-        path.parts[-3]: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.glob("outputs/*/adapter/adapter_model.safetensors")
-    }
-
-
-def last_steps(folder: Path) -> list[int]:
-    """Return the last step of each run that trains."""
-    runs = [RunFolder(path.parent) for path in folder.glob("outputs/*/events.jsonl")]
-    losses = [run.metric("train/loss") for run in runs]
-    return [points[-1].step for points in losses if points]
+SLURM = (TWO_RUNS, "workers=slurm", "workers.num=2")
 
 
 def array_of(folder: Path) -> Array:
@@ -71,50 +42,64 @@ def array_of(folder: Path) -> Array:
     return array
 
 
-def states(run: Path) -> list[str]:
-    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    return [event["state"] for event in events if event["event"] == "status"]
+@contextmanager
+def slowed(folder: Path) -> Iterator[None]:
+    """Halt a sweep's workers for most of the time, as a slow machine does."""
+    is_over = threading.Event()
+
+    def halt() -> None:
+        while not is_over.is_set():
+            workers = [one for process in processes_in(folder) for one in children_of(process)]
+            with suppress(psutil.NoSuchProcess):
+                for worker in workers:
+                    worker.suspend()
+            is_over.wait(0.5)
+            with suppress(psutil.NoSuchProcess):
+                for worker in workers:
+                    worker.resume()
+            is_over.wait(0.03)
+
+    thread = threading.Thread(target=halt)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
-def resumed(run: Path) -> list[int]:
-    """Return the steps at which a run went on."""
-    return [
-        int(n) for n in re.findall(r"resuming at step (\d+)", (run / "finetune.log").read_text())
-    ]
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return process.children()
+    return []
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Return the adapters of the sweep without Slurm."""
-    folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_CACHE", str(folder / "cache"))
-        run(folder, "workers.num=2")
-        yield adapters(folder)
+def assert_no_step_is_lost(folder: Path) -> None:
+    """Make sure that a run went on at the step at which it was stopped, and did each step once."""
+    assert states(folder) == ["running", "interrupted", "running", "finished"]
+    assert resumed_at(folder) == stopped_at(folder)
+    steps = [point.step for point in RunFolder(folder).metric("train/loss")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # another process may have the node
 def test_a_preempted_sweep_is_the_local_one(
-    tmp_path: Path, alone: dict[str, str], node: None
+    tmp_path: Path, reference: dict[str, str], node: None
 ) -> None:
     """Both tasks are preempted in mid-training and requeued; no step is lost, nor a bit."""
     printed = run(tmp_path, *SLURM, "workers.partition=low")
     assert printed.count("named by its first worker") == 2
     assert "submitted: Slurm array" in printed
-    wait_for(lambda: len(last_steps(tmp_path)) == 2 and min(last_steps(tmp_path)) > 20)
+    wait_for(lambda: are_training(tmp_path, 2, beyond=5))
     urgent = ["--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
     subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
     following = run(tmp_path, *SLURM, "workers.partition=low")
     assert "report.html" in following
     assert following.count(": finished") == 2
-    assert adapters(tmp_path) == alone
+    assert_same_adapters(tmp_path, reference, 2)
     for folder in tmp_path.glob("outputs/*"):
-        assert states(folder) == ["running", "interrupted", "running", "finished"]
-        (at,) = resumed(folder)
-        assert at > 20
-        steps = [point.step for point in RunFolder(folder).metric("train/loss")]
-        assert steps == list(range(1, len(steps) + 1))
+        assert_no_step_is_lost(folder)
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["worker"].startswith("task ")
     assert run(tmp_path, *SLURM, "workers.partition=low").count("finished already") == 2
@@ -123,11 +108,11 @@ def test_a_preempted_sweep_is_the_local_one(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # another process may have the node
 def test_what_a_user_cancels_is_submitted_again(
-    tmp_path: Path, alone: dict[str, str], node: None
+    tmp_path: Path, reference: dict[str, str], node: None
 ) -> None:
     """Scancel saves checkpoints; Ctrl-C of the command that follows leaves the array at work."""
     run(tmp_path, *SLURM)
-    wait_for(lambda: len(last_steps(tmp_path)) == 2 and min(last_steps(tmp_path)) > 20)
+    wait_for(lambda: are_training(tmp_path, 2, beyond=20))
     array = array_of(tmp_path)
     subprocess.run(["scancel", array.job], check=True)
     wait_for(lambda: list_states(array) == [])
@@ -143,9 +128,30 @@ def test_what_a_user_cancels_is_submitted_again(
     assert following.returncode == 130, printed
     assert re.search(r"Slurm array \d+ goes on; scancel \d+ ends it", printed)
     run(tmp_path, *SLURM)
-    assert adapters(tmp_path) == alone
-    assert [states(folder)[-1] for folder in folders] == ["finished"] * 2
-    assert all(len(resumed(folder)) == 1 for folder in folders)
+    assert_same_adapters(tmp_path, reference, 2)
+    for folder in folders:
+        assert_no_step_is_lost(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # another process may have the node
+def test_a_sweep_whose_time_is_up_goes_on_at_the_same_step(
+    tmp_path: Path, reference: dict[str, str], node: None
+) -> None:
+    """Slurm's signal comes before the end of the wall clock; the tasks ask to be requeued."""
+    command = (*SLURM, "workers.time=3:00")
+    run(tmp_path, *command)
+    wait_for(lambda: are_training(tmp_path, 2, beyond=0))
+    folders = list(tmp_path.glob("outputs/*"))
+    with slowed(tmp_path):
+        wait_for(lambda: all(stopped_at(folder) for folder in folders))
+    run(tmp_path, *command)
+    assert_same_adapters(tmp_path, reference, 2)
+    for folder in folders:
+        assert_no_step_is_lost(folder)
+        assert "stopped by SIGTERM" in (folder / "events.jsonl").read_text()
+    logs = [path.read_text() for path in tmp_path.glob("multirun_reports/*/slurm-*_*.log")]
+    assert [log.count("requeued: the runs continue") for log in logs] == [1, 1]
 
 
 @pytest.mark.slow
