@@ -384,7 +384,7 @@ def test_a_run_goes_on_at_the_step_of_the_signal(
     job = build_job(tmp_path, method)
     job.config.training.checkpoint_every = 1000
     job.config.evaluation.tasks = []
-    record, write = EventLog.metrics, steps_module.write_checkpoint
+    record, write = EventLog.metrics, write_checkpoint
 
     def stop_at_5(log: EventLog, values: Mapping[str, float], step: int) -> None:
         record(log, values, step)
