@@ -284,6 +284,31 @@ def test_what_the_hub_may_change_is_not_recorded(config: Config, session: Sessio
     assert records.look(config, at_hub, []) is not None
 
 
+def test_own_tasks_are_recorded_with_all_that_they_are_read_from(
+    config: Config, session: Session, tmp_path: Path
+) -> None:
+    """Task files and their data are watched; with a data set of the hub or code, nothing is."""
+    inputs, records = inputs_of(config, session), FinishedRuns()
+    rows = write_rows(tmp_path / "asked.jsonl", [{"question": "q"}])
+    task = tmp_path / "tasks" / "mine.yaml"
+    task.parent.mkdir()
+    local = f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {rows}}}\n"
+    task.write_text(local, encoding="utf-8")
+    config.evaluation.tasks, config.evaluation.include_path = ["mine"], str(task.parent)
+    seen = records.look(config, inputs, [])
+    assert seen is not None
+    assert {str(rows), str(task), str(task.parent)} <= {one.path for one in seen}
+    for path, text in ((rows, '{"question": "other"}\n'), (task, f"{local}num_fewshot: 1\n")):
+        path.write_text(text, encoding="utf-8")
+        assert records.look(config, inputs, []) != seen
+        seen = records.look(config, inputs, [])
+    task.write_text("task: mine\ndataset_path: somebody/mine\n", encoding="utf-8")
+    assert records.look(config, inputs, []) is None
+    task.write_text(local, encoding="utf-8")
+    config.evaluation.trust_task_code = True
+    assert records.look(config, inputs, []) is None
+
+
 def test_a_glob_that_finds_more_files_is_another_state(tmp_path: Path) -> None:
     """As a file of rows that becomes a link to another."""
     for name in ("a.jsonl", "b.jsonl"):

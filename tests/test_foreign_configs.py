@@ -133,6 +133,7 @@ REFUSED = {
     "number as key": ("lora/e.yaml", "1: 2\n"),
     # values
     "trust": ("model/e.yaml", "trust_remote_code: true\n"),
+    "trust of task code": ("evaluation/e.yaml", "trust_task_code: true\n"),
     "trust as text": ("model/e.yaml", "trust_remote_code: 'yes'\n"),
     "trust of another": ("model/e.yaml", "trust_remote_code: ${training.sequence_packing}\n"),
     "server": ("tracking/e.yaml", "uri: http://example.org\n"),
@@ -191,6 +192,7 @@ def test_all_else_is_refused(tmp_path: Path, name: str) -> None:
         ("model", "{trust_remote_code: true}"),
         ("evaluation.tasks", "[evil.yaml]"),
         ("workers.extra", "['--prolog=evil']"),
+        ("evaluation.trust_task_code", "false,true"),
         ("workers.address", "null,ray://example.org:10001"),
         ("lora.r", "["),
         ("model", {"trust_remote_code": "true"}),

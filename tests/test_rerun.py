@@ -208,6 +208,20 @@ def test_a_rerun_is_made_of_the_runs_own_settings(tmp_path: Path) -> None:
     refuse_foreign(run, ["model.trust_remote_code=true"])
 
 
+def test_a_rerun_asks_for_code_of_tasks_again(tmp_path: Path) -> None:
+    """The folder of task files is the run's; what would run has to be typed."""
+    run = RunFolder(tmp_path / "run")
+    config = Config()
+    config.evaluation.include_path, config.evaluation.trust_task_code = "mine", True
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    typed = "evaluation.trust_task_code=true"
+    run.write_text("overrides.yaml", f"- evaluation.include_path=mine\n- {typed}\n")
+    with pytest.raises(Refused, match=r"runs Python code that comes with task files; .* type it"):
+        refuse_foreign(run, [])
+    refuse_foreign(run, [typed])
+    assert build_job(run, tmp_path / "into").config.evaluation.include_path == "mine"
+
+
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, finetune: Command) -> None:
     """One line and exit code 2."""
     done = finetune(str(tmp_path), module="finetune.rerun")

@@ -63,6 +63,7 @@ def test_the_defaults_have_no_problem() -> None:
         ("model.dtype", "float"),
         ("peft.method", "lorra"),
         ("evaluation.data_files", {"arc_easy": {"test": __file__}}),
+        ("evaluation.trust_task_code", True),
         ("evaluation.data_files", {"demo_science": {"test": "no/such/file"}}),
     ],
 )

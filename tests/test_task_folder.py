@@ -420,7 +420,7 @@ def read_example(name: str) -> str:
 def ask_both(task: str, rows: str, template: str, session: Session) -> list[TaskScore]:
     """Return the scores of a task of the folder and of `evaluation=questions` on its rows."""
     Path("words.jinja").write_text(template, encoding="utf-8")
-    words = {"prompt_template": "words.jinja", "max_new_tokens": 4}
+    words: dict[str, Any] = {"prompt_template": "words.jinja", "max_new_tokens": 4}
     settings = [mine(task), EvaluationConfig(["questions"], questions=rows, **words)]
     model = ModelConfig(path="random://tiny")
     source, lm = find_model(model), tiny_lm()
@@ -472,3 +472,69 @@ def test_free_answers_are_generated_and_matched_alike(folder: Path, session: Ses
     ]
     assert stock.metrics["exact_match_strip"] == own.metrics["exact_match"]
     assert 0 < own.metrics["exact_match"] < 1
+
+
+PYTHON_TASK = """
+from lm_eval.api.task import ConfigurableTask
+
+class Mine(ConfigurableTask):
+    def __init__(self, config=None):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def doc_to_text(self, doc, doc_to_text=None):
+        return "Mine: " + doc["question"]
+"""
+
+
+def test_a_task_in_python_is_built_where_it_is_trusted(folder: Path) -> None:
+    """Its class is imported from beside the YAML file, and takes the file's other settings."""
+    Path("mine/code.py").write_text(PYTHON_TASK, encoding="utf-8")
+    write_yaml("colours", CHOICES, "class: !function code.Mine\n")
+    settings = mine("colours", trust_task_code=True)
+    assert find_task_problems(settings) == []
+    assert load_task("colours", settings).requests[0].args[0] == "Mine: colour 0?"
+    write_yaml("colours", CHOICES, "class: !function code.Nobody\n")
+    with pytest.raises(ValueError, match=r"lm-eval cannot build it: .* 'Nobody'"):
+        load_task("colours", settings)
+
+
+def test_a_task_of_lm_eval_may_be_included(folder: Path) -> None:
+    """With its functions, which are as trusted as lm-eval; its data set is replaced."""
+    stock = task_index.find_task_file("hellaswag")
+    row = {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c", "d"], "label": "0"}
+    write_rows(Path("h.jsonl"), [row])
+    write_yaml(
+        "swag",
+        {"include": str(stock), "task": "swag", "dataset_path": "json", "training_split": None,
+         "dataset_kwargs": {"data_files": {"validation": "h.jsonl"}}},
+    )  # fmt: skip
+    assert find_task_problems(mine("swag")) == []
+    assert load_task("swag", mine("swag")).requests[0].args == ("x: a B", " c")
+
+
+def test_files_may_take_the_place_of_an_own_tasks_data(folder: Path) -> None:
+    """`evaluation.data_files` works for a task of the folder too, as where the hub is away."""
+    write_yaml("colours", without(CHOICES, "dataset_kwargs", dataset_path="somebody/colours"))
+    settings = mine("colours", data_files={"colours": {"test": "c.jsonl"}})
+    assert find_task_problems(settings) == []
+    assert load_task("colours", settings).requests[0].args[0] == "Q: colour 0?\nA:"
+
+
+def test_a_group_of_lm_eval_keeps_its_tasks(folder: Path) -> None:
+    """A task of the folder that such a group contains would change it without a word."""
+    write_yaml("mmlu", without(CHOICES, task="mmlu_anatomy"))
+    with pytest.raises(ValueError, match="lm-eval's mmlu_stem contains mmlu_anatomy, which mine"):
+        load_task("mmlu_stem", mine("mmlu_stem"))
+    write_yaml("group", without(GROUP, task=["colours", "mmlu_virology"]))
+    assert find_task_problems(mine("all_mine")) == []
+    manager = task_index.find_manager("all_mine", mine("all_mine"))
+    assert {"all_mine", "colours", "mmlu_virology"} <= set(manager.task_index)
+
+
+def test_other_questions_choose_the_best_run(folder: Path) -> None:
+    """`evaluation.select_split` names a split of the task's own data files."""
+    files = {"data_files": {"test": "c.jsonl", "dev": "d.jsonl"}}
+    write_rows(Path("d.jsonl"), [{"question": "dev?", "choices": ["a", "b"], "answer": 1}])
+    write_yaml("colours", without(CHOICES, dataset_kwargs=files))
+    task = load_task("colours", mine("colours", select_split="dev"), selects=True)
+    assert {one.args[0] for one in task.requests} == {"Q: dev?\nA:"}
