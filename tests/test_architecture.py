@@ -158,6 +158,7 @@ PROCESS_CACHES = {
     "identity._lock_digest": "the installation",
     "distributed.join": "a process joins once",
     "schema._pickled_defaults": "the schema",
+    "task_folder._parse_known": "a file's content, by its size and times",
     "task_index.find_task_file": "the installation",
     "task_index.stock_index": "the installation",
 }

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from finetune.config.schema import Config, EvaluationConfig, ModelConfig
 from finetune.evaluation import task_index
 from finetune.evaluation.harness import TaskScore, score
+from finetune.evaluation.task_checks import KEYS
 from finetune.evaluation.task_folder import find_contents, read_folder
 from finetune.evaluation.task_index import find_task_problems
 from finetune.evaluation.tasks import load_task
@@ -190,6 +191,15 @@ FAULTS: dict[str, tuple[Any, str]] = {
         without(CHOICES, dataset_path="pandas"),
         "dataset_path is pandas; local files may be json",
     ),
+    "a broken template": (
+        without(CHOICES, doc_to_text="{% for x in y %}"),
+        "doc_to_text: its template is broken: ",
+    ),
+    "a function as text": (
+        without(CHOICES, process_docs="code.run"),
+        "process_docs is 'code.run'; it is written as !function",
+    ),
+    "a list as text": (without(CHOICES, test_split=["test"]), "test_split is ['test']; it must be"),
     "a missing folder": (without(CHOICES, dataset_path="./no"), "dataset_path: there is no ./no"),
     "prompts from elsewhere": (
         without(CHOICES, use_prompt="promptsource:x"),
@@ -224,6 +234,21 @@ def test_what_lm_eval_would_say_late_or_never_is_one_line(folder: Path, case: st
     assert said in problems[0]
     assert problems[0].startswith("evaluation.include_path: ")
     assert "\n" not in problems[0]
+
+
+@pytest.mark.parametrize("value", [[3], {"a": 1}, 1.5, "{{x}}"])
+def test_a_value_of_another_kind_never_ends_in_a_traceback(folder: Path, value: Any) -> None:
+    """Whatever stands in a task file, it is asked, or refused in one line that names it."""
+    for key in (*KEYS, "tag", "group", "class"):
+        write_yaml("colours", {**CHOICES, key: value})
+        problems = find_task_problems(mine("colours"))
+        try:
+            if not problems and key != "dataset_path":  # of the hub
+                load_task("colours", mine("colours"))
+        except ValueError as error:
+            problems.append(str(error))
+        assert all(one.startswith("evaluation.") for one in problems), key
+        assert all("\n" not in one for one in problems), key
 
 
 def test_a_data_file_beside_the_yaml_file_is_named(folder: Path) -> None:
@@ -299,7 +324,7 @@ def test_templates_are_rendered_in_a_sandbox(folder: Path, template: str) -> Non
         ({"doc_to_text": "questoin"}, "the column questoin is missing"),
         ({"doc_to_target": "gold"}, "the column gold is missing"),
         ({"doc_to_choice": "options"}, "the column options is missing"),
-        ({"doc_to_text": "{{question"}, "colours: row 1: doc_to_text: "),
+        ({"description": "{{topic}}"}, "colours: row 1: description: 'topic' is undefined"),
         ({"dataset_kwargs": {"data_files": {"test": "broken.jsonl"}}}, "lm-eval cannot build it: "),
         ({"dataset_kwargs": {"data_files": {"test": "gap.jsonl"}}}, "row 2 has no question"),
     ],

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.filters
+import lm_eval.utils
+from jinja2 import TemplateSyntaxError
 from lm_eval.api.registry import aggregation_registry, filter_registry, metric_registry
 from lm_eval.config.task import TaskConfig
 
@@ -19,11 +21,12 @@ from finetune.config.schema import EvaluationConfig
 from finetune.evaluation.task_folder import (
     TRUST,
     Definition,
+    Function,
     Leaf,
     find_code_problems,
     find_local_files,
 )
-from finetune.problems import nearest
+from finetune.problems import first_line, nearest
 
 KEYS = (*(one.name for one in fields(TaskConfig)), "group", "task_list")
 REQUIRED = ("dataset_path", "doc_to_text", "doc_to_target")
@@ -37,6 +40,11 @@ COMPUTED: dict[str, tuple[str, ...]] = {
     ),
     "generate_until": (),
 }  # fmt: skip
+FUNCTIONS = ("process_docs", "process_results", "custom_dataset")
+MAPPINGS = ("dataset_kwargs", "generation_kwargs", "fewshot_config")
+SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+TEXTS = (*SPLITS, "description", "gen_prefix", "target_delimiter", "fewshot_delimiter")
+TEMPLATES = ("description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix")
 # What `dataset_path` may name beside the hub: formats whose files hold no code.
 FORMATS = ("json", "csv", "parquet", "arrow", "text", "xml")
 DEFAULT_SPLIT = "train"  # of data files without the name of a split
@@ -94,9 +102,10 @@ def _find_faults(config: Mapping[str, Any], *, is_replaced: bool, trusted: bool)
         if key not in KEYS:
             yield f"{key} is not a key of an lm-eval task; {_closest(key, KEYS)}"
     output = config.get("output_type", "generate_until")
-    if output not in COMPUTED:
+    if output not in tuple(COMPUTED):
         yield f"output_type is {output}; {nearest(output, tuple(COMPUTED))}"
         return
+    yield from _find_kind_faults(config)
     yield from _find_missing(config, output, is_replaced=is_replaced)
     if config.get("use_prompt") is not None and not trusted:
         yield f"use_prompt takes prompts from elsewhere, which is only read with {TRUST}=true"
@@ -104,6 +113,27 @@ def _find_faults(config: Mapping[str, Any], *, is_replaced: bool, trusted: bool)
     yield from _find_filter_faults(config)
     if not is_replaced:
         yield from _find_data_faults(config, trusted=trusted)
+
+
+def _find_kind_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield values of another kind than lm-eval takes, and templates that are broken."""
+    for key in FUNCTIONS:
+        if key in config and not _is_function(config[key]):
+            yield f"{key} is {config[key]!r}; it is written as !function FILE.NAME"
+    for key in MAPPINGS:
+        if not isinstance(config.get(key), Mapping | None):
+            yield f"{key} is {config[key]!r}; it must be a mapping of KEY: VALUE lines"
+    for key in TEXTS:
+        if not isinstance(config.get(key), str | None):
+            yield f"{key} is {config[key]!r}; it must be text"
+    shots = config.get("num_fewshot")
+    if shots is not None and (not isinstance(shots, int) or shots < 0):
+        yield f"num_fewshot is {shots!r}; it must be a number of examples"
+    for key in TEMPLATES:
+        try:
+            lm_eval.utils.env.parse(value) if isinstance(value := config.get(key), str) else None
+        except TemplateSyntaxError as error:
+            yield f"{key}: its template is broken: {first_line(error)}"
 
 
 def _find_missing(config: Mapping[str, Any], output: str, *, is_replaced: bool) -> Iterator[str]:
@@ -124,7 +154,7 @@ def _find_metric_faults(config: Mapping[str, Any], output: str) -> Iterator[str]
     if listed is None:
         return
     if not isinstance(listed, list) or not all(
-        isinstance(one, Mapping) and one.get("metric") for one in listed
+        isinstance(one, Mapping) and isinstance(one.get("metric"), str) for one in listed
     ):
         yield "metric_list must be a list of mappings, such as - metric: acc"
         return
@@ -142,17 +172,18 @@ def _find_metric_faults(config: Mapping[str, Any], output: str) -> Iterator[str]
             yield f"metric_list: {name} {what}; {nearest(name, computed)}"
         elif by is None and name not in metric_registry and not _is_function(name):
             yield f"metric_list: {name} needs aggregation: mean, say, and higher_is_better"
-        if by is not None and not _is_function(by) and by not in aggregation_registry:
-            known = tuple(aggregation_registry)
+        known = tuple(aggregation_registry)
+        if by is not None and not _is_function(by) and by not in known:
             yield f"metric_list: {name}: aggregation is {by}; {nearest(by, known)}"
 
 
 def _is_function(value: Any) -> bool:
-    return type(value) is not str  # a Function, or what a trusted file imported
+    return isinstance(value, Function)
 
 
 def _find_filter_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    for one in config.get("filter_list") or []:
+    listed = config.get("filter_list") or []
+    for one in listed if isinstance(listed, list) else [listed]:
         steps = one.get("filter") if isinstance(one, Mapping) else None
         if not isinstance(steps, list) or "name" not in one:
             yield "filter_list must be a list of mappings, each with a name and a list filter"
@@ -174,11 +205,12 @@ def _find_data_faults(config: Mapping[str, Any], *, trusted: bool) -> Iterator[s
         yield f"dataset_path is {source}; local files may be {', '.join(FORMATS)}"
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         yield f"dataset_path: there is no {source}"
-    named = (config.get("dataset_kwargs") or {}).get("data_files")
+    kwargs = config.get("dataset_kwargs")
+    named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
     if source not in FORMATS or named is None:
         return
     splits = list(named) if isinstance(named, Mapping) else [DEFAULT_SPLIT]
-    for key in ("test_split", "validation_split", "training_split", "fewshot_split"):
+    for key in SPLITS:
         split = config.get(key)
         if split is not None and split not in splits:
             yield (

@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,11 @@ def _define(file: Path) -> Definition | None:
         return None
     if not isinstance(name, str):
         raise ValueError(f"{file}: task is {name!r}; it must be the task's name")
+    tags = config.get("tag") or []
+    if not isinstance(tags, str) and not (
+        isinstance(tags, list) and all(isinstance(one, str) for one in tags)
+    ):
+        raise ValueError(f"{file}: tag is {tags!r}; it must be a name, or a list of names")
     return Definition(name, file, config, tuple(read), tuple(functions))
 
 
@@ -237,18 +243,28 @@ def _merge(file: Path, read: list[Path], functions: list[Function]) -> dict[str,
 
 
 def _parse(file: Path, functions: list[Function]) -> dict[str, Any]:
+    """Return a file's mapping, and add the functions that it names."""
+    state = file.stat()
+    content, named = _parse_known(file, state.st_size, state.st_mtime_ns)
+    functions += named
+    return dict(content)
+
+
+@lru_cache(maxsize=4096)
+def _parse_known(file: Path, size: int, modified_ns: int) -> tuple[dict[str, Any], list[Function]]:
+    functions: list[Function] = []
     try:
-        content = yaml.load(file.read_bytes(), _make_loader(file, functions))  # noqa: S506  # a safe loader
+        content = yaml.load(read_bytes(file), _make_loader(file, functions))  # noqa: S506  # safe
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         fault = getattr(error, "problem", None) or first_line(error)
         raise ValueError(f"{file}{line}: it is broken YAML: {fault}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # of a value, such as a date
         raise ValueError(f"{file}: it is broken YAML: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: it holds no mapping of KEY: VALUE lines")
-    return content
+    return content, functions
 
 
 def _make_loader(file: Path, functions: list[Function]) -> type[Any]:

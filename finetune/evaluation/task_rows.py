@@ -22,6 +22,7 @@ from finetune.substitution import substituted
 
 # What builds requests of a row, in the order in which lm-eval asks for it.
 FIELDS = ("process_docs", "doc_to_text", "doc_to_choice", "doc_to_target")
+AROUND = ("description", "gen_prefix")  # templates, too, of what stands around a question
 TESTS = re.compile(r"\b(if|or|default|is)\b")
 # What lm-eval's templates and functions raise on rows that they were not written for.
 ROW_ERRORS = (
@@ -173,16 +174,27 @@ def _find_row_fault(task: Task, split: str) -> str | None:
         return f"process_docs: {describe_error(error)}"
     if len(docs) == 0:
         return f"the {split} split has no rows"
+    if "multiple_input" not in vars(task):  # lm-eval has not come to the rows yet
+        return None
     task.features = list(docs.features)
     for number, doc in enumerate(docs, start=1):
-        for name in FIELDS[1:]:
-            if name == "doc_to_choice" and task.config.doc_to_choice is None:
-                continue
+        for name in (*FIELDS[1:], *AROUND):
             try:
-                getattr(task, name)(doc)
+                _render(task, name, doc)
             except ROW_ERRORS as error:
                 return f"row {number}: {name}: {describe_error(error)}"
     return None
+
+
+def _render(task: Task, name: str, doc: Mapping[str, Any]) -> None:
+    """Take one field of a row as lm-eval does, for the error that it may raise."""
+    template = getattr(task.config, name)
+    if name in AROUND:
+        task.resolve_field(doc, template)
+    elif name != "doc_to_choice" or template is not None:
+        value = getattr(task, name)(doc)
+        if name == "doc_to_text" and not isinstance(value, str) and not task.multiple_input:
+            raise ValueError(f"it gives {value!r}, which is no text")
 
 
 def describe_error(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from finetune.config.rules import OWN_PROMPTS
+from finetune.config.rules import OWN_PROMPTS, OWN_TASKS
 from finetune.config.schema import EvaluationConfig
 from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.local_data import local_entries
@@ -132,9 +132,12 @@ def _build_requests(
                 "examples; lower it"
             ) from None
         misfit = find_misfit(task)
-        if misfit is None:
+        if misfit is not None:
+            raise ValueError(f"{_source(name, evaluation, misfit.split)}: {misfit}") from None
+        if evaluation.chat_template or name in OWN_TASKS:
             raise  # the chat template's
-        raise ValueError(f"{_source(name, evaluation, misfit.split)}: {misfit}") from None
+        source = _source(name, evaluation, None)
+        raise ValueError(f"{source}: lm-eval cannot ask it: {describe_error(error)}") from None
 
 
 def _source(name: str, evaluation: EvaluationConfig, split: str | None) -> str:
