@@ -407,6 +407,34 @@ def test_a_group_is_checked_with_its_tasks(folder: Path, config: Any, said: str 
         assert said in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ([{"metric": "acc", "filter_list": ["none"]}], None),
+        ([{"metric": "acc"}, {"metric": "exact_match", "filter_list": "strip"}], None),
+        ([{"metric": "accc"}], "accc: no task has this metric; did you mean 'acc'?"),
+        ([{"metric": "exact_match", "filter_list": ["none"]}],
+         "exact_match: no task has it by the filter none; Known: strip"),
+    ],
+)  # fmt: skip
+def test_a_groups_score_is_of_metrics_that_its_tasks_have(
+    folder: Path, listed: Any, said: str | None
+) -> None:
+    """lm-eval leaves a metric that no task has out, and so the group without a score."""
+    write_yaml("group", without(GROUP, aggregate_metric_list=listed))
+    settings = mine("all_mine")
+    assert find_task_problems(settings) == []
+    if said is None:
+        scored = score(tiny_lm(), load_task("all_mine", settings), settings)
+        assert 0 <= scored.metrics["acc"] <= 1
+        assert list(scored.members) == ["colours", "capitals"]
+        assert len(scored.items) == 9
+    else:
+        with pytest.raises(ValueError, match="all_mine: aggregate_metric_list: ") as raised:
+            load_task("all_mine", settings)
+        assert said in str(raised.value)
+
+
 @pytest.mark.parametrize("changed", ["c.jsonl", "mine/colours.yaml", "mine/base.yaml"])
 def test_a_changed_file_never_finds_an_old_score(folder: Path, changed: str) -> None:
     """The digest is of the task files, those that they include, and the data; not of others."""

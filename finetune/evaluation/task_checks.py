@@ -6,7 +6,7 @@ lm-eval warns of most of these mistakes, passes over them, or ends with an error
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import lm_eval.filters
 import lm_eval.utils
 from jinja2 import TemplateSyntaxError
+from lm_eval.api.group import Group
 from lm_eval.api.registry import aggregation_registry, filter_registry, metric_registry
+from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 
 from finetune.config.schema import EvaluationConfig
@@ -43,7 +45,10 @@ COMPUTED: dict[str, tuple[str, ...]] = {
 FUNCTIONS = ("process_docs", "process_results", "custom_dataset")
 MAPPINGS = ("dataset_kwargs", "generation_kwargs", "fewshot_config")
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
-TEXTS = (*SPLITS, "description", "gen_prefix", "target_delimiter", "fewshot_delimiter")
+TEXTS = (
+    *SPLITS, "dataset_path", "dataset_name", "description", "gen_prefix", "target_delimiter",
+    "fewshot_delimiter",
+)  # fmt: skip
 TEMPLATES = ("description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix")
 # What `dataset_path` may name beside the hub: formats whose files hold no code.
 FORMATS = ("json", "csv", "parquet", "arrow", "text", "xml")
@@ -94,6 +99,23 @@ def _find_group_problems(group: Definition) -> Iterator[str]:
                 f"{group.path}: {group.name}: aggregate_metric_list: {key} is not a key; "
                 f"{nearest(key, known)}"
             )
+
+
+def find_unaggregated(group: Group, tasks: Iterable[Task]) -> Iterator[str]:
+    """Yield the metrics of a group's score that none of its tasks has, by the same filter."""
+    has: dict[str, set[str]] = {}
+    for task in tasks:
+        for metric in task.aggregation():
+            has.setdefault(metric, set()).update(one.name for one in task._filters)
+    for one in group.aggregate_metric_list or []:
+        key = f"aggregate_metric_list: {one.metric}"
+        if one.metric not in has:
+            yield f"{key}: no task has this metric; {nearest(one.metric, tuple(has))}"
+            continue
+        filters = tuple(sorted(has[one.metric]))
+        for name in one.filter_list or []:
+            if name not in filters:
+                yield f"{key}: no task has it by the filter {name}; {nearest(name, filters)}"
 
 
 def _find_faults(config: Mapping[str, Any], *, is_replaced: bool, trusted: bool) -> Iterator[str]:

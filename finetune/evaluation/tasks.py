@@ -25,7 +25,8 @@ from finetune.config.schema import EvaluationConfig
 from finetune.evaluation.gold_answers import check_golds
 from finetune.evaluation.local_data import local_entries
 from finetune.evaluation.prefix_tree import count_tokens
-from finetune.evaluation.task_folder import KEY, find_contents, is_local
+from finetune.evaluation.task_checks import find_unaggregated
+from finetune.evaluation.task_folder import KEY, Definition, find_contents, is_local
 from finetune.evaluation.task_index import find_folder, find_manager, find_notes
 from finetune.evaluation.task_rows import ROW_ERRORS, Misfit, describe_error, find_misfit, watched
 from finetune.evaluation.task_templates import quick_and_quiet, sandboxed
@@ -168,18 +169,33 @@ def _load(name: str, evaluation: EvaluationConfig) -> dict[str, Any]:
                 f"evaluation.tasks: {task.task_name} runs code that the model writes, or has "
                 "images or audio, which is not supported; remove it"
             )
-    if name in loaded["groups"] and not loaded["groups"][name].has_aggregation:
-        own = find_folder(evaluation).find(name)
-        if own is not None:
-            raise ValueError(
-                f"{KEY}: {own.path}: {name}: aggregate_metric_list is missing, without which a "
-                "group has no score of its own; add it, or name its tasks"
-            )
+    if name in loaded["groups"]:
+        _check_group(name, loaded, find_folder(evaluation).find(name))
+    return loaded
+
+
+def _check_group(name: str, loaded: dict[str, Any], own: Definition | None) -> None:
+    """Check that a group has a score.
+
+    Raises:
+        ValueError: it has none, or one of a metric that its tasks lack.
+    """
+    group = loaded["groups"][name]
+    if group.has_aggregation and own is None:
+        return
+    if own is None:
         raise ValueError(
             f"evaluation.tasks: {name} is a group that has no score of its own; name its tasks: "
             f"evaluation.tasks=[{','.join(loaded['group_map'][name])}]"
         )
-    return loaded
+    faults = list(find_unaggregated(group, group.get_all_tasks()))
+    if not group.has_aggregation:
+        faults = [
+            "aggregate_metric_list is missing, without which a group has no score of its own; add "
+            "it, or name its tasks"
+        ]
+    if faults:
+        raise ValueError(f"{KEY}: {own.path}: {name}: {'; '.join(faults)}")
 
 
 def _build(name: str, manager: TaskManager, evaluation: EvaluationConfig) -> dict[str, Any]:
@@ -204,7 +220,7 @@ def _build(name: str, manager: TaskManager, evaluation: EvaluationConfig) -> dic
         if found is not None:
             raise ValueError(f"{_source(name, evaluation, found.split)}: {found}") from None
         source = _source(name, evaluation, None)
-        if isinstance(error, IndexError):  # of lm-eval's look at the first row
+        if isinstance(error, IndexError) and read:  # of lm-eval's look at the first row
             raise ValueError(
                 f"{source}: the gold answer of the first row is none of its choices; write one of "
                 "them, or its index from 0"
