@@ -23,7 +23,7 @@ from finetune.evaluation.task_index import find_task_problems
 from finetune.evaluation.tasks import load_task
 from finetune.models.base_model import find_model
 from finetune.pipeline.session import Session
-from tests.conftest import write_rows
+from tests.conftest import TINY, Command, write_rows
 from tests.test_harness import plain_lm, tiny_lm
 
 CHOICES = {
@@ -591,3 +591,28 @@ def test_other_questions_choose_the_best_run(folder: Path) -> None:
     write_yaml("colours", without(CHOICES, dataset_kwargs=files))
     task = load_task("colours", mine("colours", select_split="dev"), selects=True)
     assert {one.args[0] for one in task.requests} == {"Q: dev?\nA:"}
+
+
+@pytest.mark.slow
+def test_own_tasks_from_command_to_rerun(folder: Path, finetune: Command) -> None:
+    """Two workers, flips, a changed file that is scored anew, a rerun that says it is another."""
+    command = [*TINY, "evaluation.include_path=mine", "evaluation.tasks=[colours]",
+               "training.max_steps=2", "training.seed=1,2", "--multirun"]  # fmt: skip
+    done = finetune(*command, "workers.num=2")
+    assert done.returncode == 0, done.stderr
+    runs = sorted(folder.glob("outputs/*"))
+    again = finetune(*command, "workers.num=2")
+    assert again.stdout.count("finished already") == 2
+    flips = finetune(str(runs[0]), module="finetune.flips")
+    assert "of 5 questions" in flips.stdout
+    write_rows(
+        Path("c.jsonl"), [{"question": "new?", "choices": ["a", "b"], "answer": i} for i in (0, 1)]
+    )
+    rerun = finetune(str(runs[0]), module="finetune.rerun")
+    assert "not the same: colours: the questions, their prompts" in rerun.stdout
+    changed = finetune(*command)
+    assert "colours: 2 questions" in changed.stderr
+    assert sorted(folder.glob("outputs/*")) == runs
+    refused = finetune(*command[:-2], "evaluation.tasks=[mine/colours.yaml]")
+    assert refused.returncode == 2
+    assert "evaluation.include_path=mine evaluation.tasks=[colours]" in refused.stderr
