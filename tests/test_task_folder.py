@@ -371,7 +371,10 @@ def test_names_are_found_in_the_folder_first(folder: Path) -> None:
     assert find_task_problems(mine("capitals")) == []
     write_yaml("ours", without(CHOICES, task="questions"))
     (problem,) = find_task_problems(mine("questions"))
-    assert "the name questions is taken" in problem
+    assert "questions is a task of finetune itself; rename yours" in problem
+    write_yaml("signs", without(CHOICES, task="a*b"))
+    (problem,) = find_task_problems(mine("a*b"))
+    assert "the name 'a*b' cannot name files" in problem
 
 
 def test_a_task_of_lm_eval_may_be_replaced_and_it_is_said(folder: Path) -> None:

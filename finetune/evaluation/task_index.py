@@ -74,8 +74,14 @@ def _find_own_problems(
     """Yield what is wrong with a task or group of the user's folder, and with what it contains."""
     definition, walk = folder.find(name), Walk()
     assert definition is not None
-    if name in OWN_TASKS or not NAME.fullmatch(name):
-        yield f"{KEY}: {definition.path}: the name {name} is taken or has signs; rename the task"
+    if name in OWN_TASKS:
+        yield f"{KEY}: {definition.path}: {name} is a task of finetune itself; rename yours"
+        return
+    if not NAME.fullmatch(name):
+        yield (
+            f"{KEY}: {definition.path}: the name {name!r} cannot name files; use letters, digits "
+            "and the signs _ + - : ."
+        )
         return
     leaves, checked = list(folder.leaves(name, {}, walk)), []
     for leaf in leaves:
