@@ -31,8 +31,9 @@ from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
 from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation.harness import TaskScore, score
-from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE, Request, Scoring, SharedContextLM
+from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE, Request, SharedContextLM
 from finetune.evaluation.prefix_tree import count_tokens
+from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks import LoadedTask, load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 

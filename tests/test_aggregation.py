@@ -16,7 +16,7 @@ from finetune.evaluation.aggregation import (
     find_definitions,
 )
 from finetune.evaluation.harness import Item, TaskScore
-from finetune.evaluation.loglikelihood import Scoring
+from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks import LoadedTask
 from finetune.pipeline.scores import write_scores
 from finetune.reporting.outcomes import read_answers, read_resamples

@@ -359,14 +359,14 @@ def test_a_wrong_layout_is_found_by_the_check(
     """Were the attention wrong in one block only, the plain path would take over."""
     model, tokenizer = build("llama", {}), load_tokenizer(TINY, find_model(TINY))
     lm = SharedContextLM(model, tokenizer, base_passed=base_passed)
-    right = lm._attention._attend
+    right = lm.attention._attend
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         attended, _ = right(*args, **kwargs)
         attended[:, -1] *= 1.5
         return attended, None
 
-    monkeypatch.setattr(lm._attention, "_attend", wrong)
+    monkeypatch.setattr(lm.attention, "_attend", wrong)
     asked = requests(questions(4))
     plain = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8)
     assert_equal(plain.loglikelihood(asked, disable_tqdm=True), lm.loglikelihood(asked))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.evaluation.harness import Item, TaskScore
-from finetune.evaluation.loglikelihood import Scoring
+from finetune.evaluation.scoring import Scoring
 from finetune.files import Damaged
 from finetune.pipeline.scores import write_scores
 from finetune.statistics.metrics import Metric

@@ -31,6 +31,7 @@ class BlockAttention:
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self._base = base_of(model)
         self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        self._hidden: torch.Tensor | None = None  # [token, key] of a step, in place of blocks
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -39,18 +40,24 @@ class BlockAttention:
             with attention_replaced(self._base, NAME, self._attend):
                 yield
         finally:
-            self._blocks = []
+            self._blocks, self._hidden = [], None
 
     def lay_out(self, tree: Tree) -> None:
         """Set the tree of the next forward pass."""
         device = self._base.device
-        self._blocks = []
+        self._blocks, self._hidden = [], None
         for block in build_blocks(tree, BLOCK_TOKENS[device.type]):
             keys = torch.tensor([*block.path, *range(block.start, block.end)], device=device)
-            visible = torch.from_numpy(block.visible).to(device)
-            hidden = torch.zeros(visible.shape, dtype=self._base.dtype, device=device)
-            hidden.masked_fill_(~visible, -torch.inf)
+            hidden = self._mask(torch.from_numpy(block.visible).to(device))
             self._blocks.append((slice(block.start, block.end), keys, hidden))
+
+    def lay_out_step(self, visible: torch.Tensor) -> None:
+        """Set the cached keys that each token of the next pass sees, itself too: [token, key]."""
+        self._hidden = self._mask(visible)
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        hidden = torch.zeros(visible.shape, dtype=self._base.dtype, device=visible.device)
+        return hidden.masked_fill_(~visible, -torch.inf)
 
     def _attend(
         self,
@@ -67,19 +74,42 @@ class BlockAttention:
         """Attend [1, head, token, feature] block by block; return [1, token, head, feature]."""
         refuse_arguments(more, ("s_aux", "position_bias"))
         repeats = query.shape[1] // key.shape[1]
+        if self._hidden is not None:
+            return _attend_step(query, key, value, self._hidden, (scaling, softcap)), None
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         parts = []
         for place, keys, hidden in self._blocks:
             k, v = key.index_select(2, keys), value.index_select(2, keys)
-            if softcap is None:
-                part = F.scaled_dot_product_attention(
-                    query[:, :, place], k, v, attn_mask=hidden.to(query.dtype), scale=scaling
-                )
-            else:
-                part = _capped_attention(query[:, :, place], k, v, hidden, scaling, softcap)
-            parts.append(part)
+            parts.append(_scaled_attention(query[:, :, place], k, v, hidden, (scaling, softcap)))
         return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+Scale = tuple[float | None, float | None]  # of the scores, and their cap
+
+
+def _attend_step(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: Scale
+) -> torch.Tensor:
+    """Attend to all keys of a cache; return [1, token, head, feature].
+
+    Queries of the heads that share keys (GQA) are attended as more tokens: no key is repeated.
+    """
+    _, heads, tokens, width = query.shape
+    repeats = heads // key.shape[1]
+    packed = query.reshape(1, key.shape[1], repeats * tokens, width)
+    part = _scaled_attention(packed, key, value, hidden.repeat(repeats, 1), scale)
+    return part.reshape(1, heads, tokens, part.shape[-1]).transpose(1, 2)
+
+
+def _scaled_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: Scale
+) -> torch.Tensor:
+    scaling, softcap = scale
+    if softcap is not None:
+        return _capped_attention(query, key, value, hidden, scaling, softcap)
+    mask = hidden.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 def _capped_attention(

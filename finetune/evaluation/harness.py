@@ -22,7 +22,8 @@ from lm_eval import evaluator
 from finetune.config.schema import EvaluationConfig
 from finetune.evaluation import bootstrap
 from finetune.evaluation.aggregation import find_definitions
-from finetune.evaluation.loglikelihood import Scoring, SharedContextLM
+from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.task_templates import quick_and_quiet
 from finetune.evaluation.tasks import SEED, LoadedTask, chat_settings
 from finetune.files import Damaged, digest, read_json, set_aside, write_atomic

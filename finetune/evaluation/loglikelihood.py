@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import psutil
 import torch
@@ -23,11 +22,14 @@ import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from finetune.evaluation.block_attention import BlockAttention
 from finetune.evaluation.prefix_tree import Tokens, build_tree, count_tokens, split
+from finetune.evaluation.question_bar import QuestionBar
+from finetune.evaluation.scoring import MODEL_ERRORS, TOLERANCE, Scoring
+from finetune.evaluation.text_requests import answer_texts
 from finetune.models.adapters import base_of, foldable_layers, folded
 from finetune.models.attention import attention_in, find_obstacle
 from finetune.models.base_model import autocast_dtype, autocast_to, cast_parameters, head_on_rows
@@ -39,11 +41,7 @@ log = logging.getLogger("finetune")
 
 PLAIN_BATCH_SIZE = 8  # of HFLM on a CPU: 1 takes 1.8 times as long, 64 takes 1.4 times
 MOST_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch; larger ones are not faster
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.5}  # nats a request
 SAMPLED_QUESTIONS = 32  # whose flipped answers are counted where evaluation.dtype is lower
-
-# What a model of an unsuited architecture may raise in the forward pass of a tree.
-MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 Answer = tuple[float, bool]  # log-likelihood, whether greedy decoding would say the same
@@ -60,22 +58,6 @@ class TokenText(str):
         made = super().__new__(cls, text or " ")
         made.tokens = tuple(tokens)
         return made
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """The path that log-likelihoods were computed by, and the results of the check before."""
-
-    path: str = "none"  # shared (prefixes), plain (lm-eval's HFLM), none without requests
-    reason: str | None = None  # why the path is plain
-    compared: int = 0  # requests that both paths answered in the check
-    # By dtype, the largest difference between the two paths over these, in nats.
-    differences: Mapping[str, float] = field(default_factory=dict)
-    sampled: int = 0  # questions answered in both dtypes, where evaluation.dtype lowers it
-    flipped: int = 0  # of these, answers that changed
-    forwarded_tokens: int = 0  # by the shared path, the check's included
-    seconds: float = 0.0  # of these, the check took check_seconds
-    check_seconds: float = 0.0
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -107,8 +89,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._dtype = dtype or model.dtype
         self.mixed_precision_dtype = autocast_dtype(model, model.dtype)  # HFLM's name
         self._batch_tokens = batch_tokens or self._free_tokens()
-        self._base_passed = base_passed
-        self._attention = BlockAttention(model)
+        self.base_passed = base_passed
+        self.attention = BlockAttention(model)
         self._num_forwarded = 0
         self._known: dict[Key, Answer] = {}  # by the shared path, from the check, in _own_dtype
 
@@ -118,6 +100,12 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         """Answer requests; lm-eval turns them into tokens as it always does."""
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests for texts, as `text_requests` does."""
+        texts, scoring = answer_texts(self, requests, super().generate_until)
+        self.scoring = self.scoring.joined(scoring)
+        return texts
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):
@@ -166,7 +154,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 known = self._known if self._dtype == self._own_dtype else {}
                 answers = self._shared(keys, known, progress=True)
             else:
-                answers = self._plain(keys, progress=True)
+                answers = self.plain_answers(keys, progress=True)
         self.scoring = replace(
             self.scoring,
             forwarded_tokens=self._num_forwarded,
@@ -195,7 +183,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _compared(self, questions: list[list[Key]]) -> Scoring:
         longest = questions[-1]
-        sample = [questions[0], [max(longest, key=_length)] if self._base_passed else longest]
+        sample = [questions[0], [max(longest, key=_length)] if self.base_passed else longest]
         difference, self._known = self._difference(sample)
         seen = {self._own_dtype: difference}
         if self._own_dtype != torch.float32 and is_castable(self.model):
@@ -236,7 +224,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         """Return the largest difference between the two paths, in nats, and the shared answers."""
         plain: dict[Key, Answer] = {}
         for keys in questions:  # separately: HFLM would pad the short ones to the long ones
-            plain |= self._plain(keys)
+            plain |= self.plain_answers(keys)
         shared = self._shared(list(plain))
         differences = torch.tensor([plain[key][0] - shared[key][0] for key in plain])
         return float(differences.abs().max()), shared  # NaN stays NaN
@@ -256,7 +244,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         flipped = sum(picked(own, question) != picked(lower, question) for question in sample)
         return replace(scoring, sampled=len(sample), flipped=flipped)
 
-    def _plain(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
+    def plain_answers(self, keys: list[Key], *, progress: bool = False) -> dict[Key, Answer]:
+        """Return HFLM's answers."""
         requests: list[Request] = [(None, list(context), list(rest)) for context, rest in keys]
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=not progress)
         return dict(zip(keys, answers, strict=True))
@@ -277,8 +266,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 asked.setdefault(self._tokens(key), []).append(key)
         batches = _longest_first(split(sorted(asked), self._batch_tokens))
         answers = dict(known)
-        with self._attention.installed(), self._folded(), _Progress(keys, shown=progress) as bar:
-            bar.add(known, num_tokens=0)
+        with self.sharing(), QuestionBar(map(_context, keys), shown=progress) as bar:
+            bar.add(map(_context, known), num_tokens=0)
             while batches:
                 answered = self._unless_out_of_memory(batches[0], asked)
                 if answered is None:
@@ -288,7 +277,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                     continue
                 num_tokens, found = answered
                 answers.update(found)
-                bar.add(found, num_tokens)
+                bar.add(map(_context, found), num_tokens)
                 del batches[0]
         self._num_forwarded += bar.num_tokens
         return answers
@@ -329,7 +318,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             for key in asked[sequence]:
                 places = path[-len(key[1]) :]
                 wanted.append((key, [row_of.setdefault(at, len(row_of)) for at in places]))
-        self._attention.lay_out(tree)
+        self.attention.lay_out(tree)
         ids = torch.tensor([tree.tokens], device=self.device)
         positions = torch.tensor([tree.positions], device=self.device)
         rows = torch.tensor(list(row_of), device=self.device)
@@ -338,6 +327,42 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         with torch.inference_mode(), head_on_rows(head, rows), autocast:
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
             return len(tree.tokens), self._read(logits, wanted)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes in `evaluation.dtype`."""
+        return self._computing_in(self._dtype)
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Attend by trees meanwhile, with LoRA merged where the memory has room."""
+        with self.attention.installed(), self._folded():
+            yield
+
+    def forward(
+        self, tokens: list[int], positions: list[int], rows: Sequence[int], cache: Cache
+    ) -> torch.Tensor:
+        """Return the logits [row, vocabulary] of some of the tokens, which the cache keeps."""
+        head = self.model.get_output_embeddings()
+        autocast = autocast_to(self.device, self.mixed_precision_dtype)
+        places = torch.tensor(list(rows), device=self.device)
+        ids = torch.tensor([tokens], device=self.device)
+        at = torch.tensor([positions], device=self.device)
+        with torch.inference_mode(), head_on_rows(head, places), autocast:
+            found = self.model(
+                input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True
+            )
+            logits: torch.Tensor = found.logits[0]
+        return logits
+
+    def most_keys(self) -> int:
+        """Return how many tokens' keys and values the free memory has room for."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        size = 2 * config.num_hidden_layers * heads * width * self._own_dtype.itemsize
+        return int(self._free_bytes() // size)
 
     def _read(self, logits: torch.Tensor, wanted: list[tuple[Key, list[int]]]) -> dict[Key, Answer]:
         """Read the answers off logits [row, vocabulary], as lm-eval does."""
@@ -382,6 +407,10 @@ def _by_context(keys: Sequence[Key]) -> list[list[Key]]:
     return sorted(questions.values(), key=lambda choices: max(map(_length, choices)))
 
 
+def _context(key: Key) -> Tokens:
+    return key[0]
+
+
 def _length(key: Key) -> int:
     return len(key[0]) + len(key[1])
 
@@ -389,31 +418,3 @@ def _length(key: Key) -> int:
 def _longest_first(batches: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:
     """Put the largest batch first, so that one that does not fit is noticed at once."""
     return sorted(batches, key=lambda batch: -count_tokens(batch))
-
-
-class _Progress:
-    """One bar: questions answered, tokens a second, time left."""
-
-    def __init__(self, keys: Sequence[Key], *, shown: bool) -> None:
-        self._left = Counter(context for context, _ in keys)  # requests a question still waits for
-        hidden = {} if shown else {"disable": True}  # False would outdo TQDM_DISABLE
-        self._bar = tqdm(
-            total=len(self._left), desc="score", unit="question", smoothing=0.1, **hidden
-        )
-        self._started = time.monotonic()
-        self.num_tokens = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, answers: Mapping[Key, Answer], num_tokens: int) -> None:
-        """Count the answers of one batch."""
-        self.num_tokens += num_tokens
-        answered = Counter(context for context, _ in answers)
-        self._left -= answered
-        speed = self.num_tokens / (time.monotonic() - self._started)
-        self._bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-        self._bar.update(sum(context not in self._left for context in answered))

@@ -37,7 +37,7 @@ from finetune.tracking.run_folder import RunFolder
 
 log = logging.getLogger("finetune")
 
-SCORING = 5  # raised when the way to score could change a number; stored scores are then renewed
+SCORING = 6  # raised when the way to score could change a number; stored scores are then renewed
 
 
 def forecasts(config: Config, inputs: Inputs, asked: Sequence[LoadedTask]) -> list[str]:
