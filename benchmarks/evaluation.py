@@ -1,6 +1,7 @@
 """Measure the scorer against lm-eval's own HFLM: the same questions, one thread, fp32.
 
-    python benchmarks/evaluation.py [--quick] [--data FOLDER] [--device cuda] [--tokenizer FOLDER]
+    python -m benchmarks.evaluation [--quick] [--data FOLDER] [--device cuda] [--tokenizer FOLDER]
+        [--only texts]
 
 FOLDER holds arc_easy_test.jsonl and arc_easy_train.jsonl; without it only the demo is measured.
 Both score in one process on one core, in turns. Prints the times and answers of both, and at the
@@ -8,6 +9,9 @@ end one JSON object per comparison; a ratio above 1 means that ours is faster. O
 random weights and the shape of Mistral-7B, in 4-bit, and computes in bf16 and in fp32; HFLM takes
 the fastest of several batch sizes. With random weights most answers are near ties: the number of
 answers that differ in bf16 is printed, and only fp32 is held to the same answers.
+
+Generated texts are those of 60 questions of examples/questions.jsonl and of 20 word problems in the
+shape of gsm8k, five-shot; HFLM takes the fastest of several batch sizes.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +35,13 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.mistral_shaped import mistral_shaped
 from benchmarks.options import build_parser
 from benchmarks.stock import as_it_comes
+from benchmarks.word_problems import make_problems
 from finetune.config.schema import EvaluationConfig, ModelConfig
+from finetune.data.questions import QuestionPrompt
 from finetune.evaluation.harness import TaskScore, score
 from finetune.evaluation.loglikelihood import PLAIN_BATCH_SIZE, Request, SharedContextLM
 from finetune.evaluation.prefix_tree import count_tokens
+from finetune.evaluation.question_tasks import load_questions
 from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks import LoadedTask, load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
@@ -40,6 +49,8 @@ from finetune.models.base_model import find_model, load_base, load_tokenizer
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROUNDS = 2  # in the second, ours goes first
 BATCH_SIZES = (8, 32, 128)  # of HFLM on a card
+TEXT_BATCH_SIZES = (4, 8, 16, 64)  # of HFLM, for texts
+QUESTIONS = Path(__file__).parents[1] / "examples" / "questions.jsonl"
 TOLERANCE = 1e-4  # nats, of a log-likelihood in fp32
 
 
@@ -47,6 +58,74 @@ class Stock(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """Stock HFLM, with the `scoring` that TaskScore records."""
 
     scoring = Scoring("plain", "it is measured")
+
+
+def compare_texts(
+    what: str, task: LoadedTask, evaluation: EvaluationConfig, device: torch.device
+) -> dict[str, Any]:
+    """Generate the texts of one task by both; print and return the comparison."""
+    model = ModelConfig()
+    source = find_model(model)
+    base, tokenizer = load_base(model, source, device), load_tokenizer(model, source)
+    sizes = [size for size in TEXT_BATCH_SIZES if size <= 2 * len(task.requests)]
+    stock: dict[int, float] = {}
+    texts: dict[str, list[Any]] = {}
+    for size in sizes:
+        plain = Stock(pretrained=base, tokenizer=tokenizer, batch_size=size)
+        with as_it_comes():
+            found = score(plain, task, evaluation)
+        stock[size], texts["stock"] = found.seconds, [item.said for item in found.items]
+    best = min(stock, key=lambda size: stock[size])
+    lm = SharedContextLM(base, tokenizer)
+    ours = score(lm, task, evaluation)
+    plain = Stock(pretrained=base, tokenizer=tokenizer, batch_size=best)
+    with as_it_comes():  # again, beside ours
+        found = score(plain, task, evaluation)
+    texts["ours"] = [item.said for item in ours.items]
+    other = sum(a != b for a, b in zip(texts["stock"], texts["ours"], strict=True))
+    print(f"\n{what}: {len(ours.items)} texts; {other} differ; {lm.scoring.ties} ties in the check")
+    print("  HFLM " + ", ".join(f"{one:.1f} s at {size}" for size, one in stock.items()))
+    print(f"  ours {ours.seconds:.1f} s, of which the check {lm.scoring.check_seconds:.1f} s")
+    return {
+        "what": what,
+        "ratio": round(found.seconds / ours.seconds, 2),
+        "ours": round(ours.seconds, 1),
+        "stock": round(found.seconds, 1),
+        "batch_size": best,
+        "flipped": other,
+        "equal": other == 0,
+    }
+
+
+def text_tasks(quick: bool) -> dict[str, tuple[LoadedTask, EvaluationConfig]]:
+    """Return the tasks whose texts are generated."""
+    folder = Path(tempfile.mkdtemp())
+    own, problems = (6, 2) if quick else (60, 20)
+    rows = []
+    for row in map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()):
+        choices = row.pop("choices", None)
+        answer = row["answer"]
+        if choices is not None and answer not in choices:
+            place = answer if isinstance(answer, int) else ord(answer) - ord("A")
+            row["answer"] = choices[place]
+        rows.append(row)
+    files = {
+        "questions": rows[-own:],
+        "train": make_problems(20, 1),
+        "test": make_problems(problems),
+    }
+    for name, some in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    asked = EvaluationConfig(["questions"], questions=str(folder / "questions.jsonl"))
+    prompt = QuestionPrompt.load(None, "alpaca", None)
+    splits = {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
+    gsm8k = EvaluationConfig(["gsm8k"], num_fewshot=5, data_files={"gsm8k": splits})
+    load = partial(load_questions, asked, prompt, selects=False)
+    return {
+        f"{own} own questions": (load_task("questions", asked, build=load), asked),
+        f"gsm8k 5-shot, {problems} questions": (load_task("gsm8k", gsm8k), gsm8k),
+    }
 
 
 class Timed:
@@ -142,7 +221,9 @@ def needed_tokens(lm: SharedContextLM, instances: Sequence[Instance]) -> tuple[i
 def main() -> None:
     """Run all comparisons whose data is available."""
     quick, data = "fewer questions: two minutes", "the folder of ARC-Easy files"
-    given = build_parser(__doc__, quick=quick, data=data, default=DATA).parse_args()
+    parser = build_parser(__doc__, quick=quick, data=data, default=DATA)
+    parser.add_argument("--only", choices=("texts",), help="generated texts alone")
+    given = parser.parse_args()
     logging.disable(logging.WARNING)
     few, many = (6, 30) if given.quick else (80, 400)
     if given.device == "cuda":
@@ -166,8 +247,12 @@ def main() -> None:
     found = [
         compare(what + dtype, evaluation, model, device)
         for dtype, model in models.items()
-        for what, evaluation in tasks
+        for what, evaluation in (() if given.only else tasks)
     ]
+    if given.device != "cuda":
+        found += [
+            compare_texts(what, *asked, device) for what, asked in text_tasks(given.quick).items()
+        ]
     print()
     for comparison in found:
         print(json.dumps(comparison))
