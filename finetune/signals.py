@@ -81,7 +81,10 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise OutOfTime(self._stop_after)
+            stop = OutOfTime(self._stop_after)
+            for handler in _stop_handlers():  # a signal of the machine's is now the second request
+                handler.first = handler.first or stop
+            raise stop
         return left
 
 
@@ -152,11 +155,14 @@ def stops_raised(*, at_hangup: bool = False) -> Iterator[None]:
 
 def first_stop() -> KeyboardInterrupt:
     """Return the first request to stop that this process has had."""
-    for number in STOP_SIGNALS:
-        handler = signal.getsignal(number)
-        if isinstance(handler, StopHandler) and handler.first is not None:
-            return handler.first
-    return KeyboardInterrupt()
+    first = (handler.first for handler in _stop_handlers() if handler.first is not None)
+    return next(first, KeyboardInterrupt())
+
+
+def _stop_handlers() -> list[StopHandler]:
+    """Return the handlers of ours that are set."""
+    handlers = map(signal.getsignal, STOP_SIGNALS)
+    return [handler for handler in handlers if isinstance(handler, StopHandler)]
 
 
 def end_stopped(stop: KeyboardInterrupt) -> int:

@@ -16,7 +16,7 @@ import pytest
 from finetune import distributed, signals
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config
-from finetune.signals import OutOfTime, Stopped, StopSignals, TakenOver
+from finetune.signals import Deadline, OutOfTime, Stopped, StopSignals, TakenOver
 from finetune.sweeps.lost_runs import write_cut_off
 from finetune.sweeps.worker import Worker
 from finetune.sweeps.worker_process import WorkerDied
@@ -142,6 +142,17 @@ def test_a_repeated_signal_of_the_machine_does_not_hide_a_persons() -> None:
             send(signal.SIGTERM)
         time.sleep(0.35)
         send(signal.SIGTERM)
+        with pytest.raises(Stopped, match="interrupted by the user"):
+            send(signal.SIGINT)
+
+
+def test_a_signal_after_the_deadline_does_not_cut_off_what_is_saved() -> None:
+    """The scheduler's time may end as `workers.stop_after` does; Ctrl-C still ends at once."""
+    with signals.stops_raised():
+        with pytest.raises(OutOfTime) as stop:
+            Deadline("3h", -1.0).check()
+        send(signal.SIGTERM)
+        assert signals.first_stop() is stop.value
         with pytest.raises(Stopped, match="interrupted by the user"):
             send(signal.SIGINT)
 
