@@ -31,6 +31,7 @@ WEIGHTS = ("adapter", "model")  # folders with weights
 # Sections of every config.yaml; a truncated one lacks some.
 SECTIONS = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
 ITEMS = ".items.jsonl"  # ends the name of a file of questions' outcomes
+LONG_TEXTS = (ITEMS, "tokenizer.json")  # need not be parsed where they have the recorded digest
 LARGE_FILE = 64 * 2**20  # bytes; above, a check that is not thorough compares size and time
 
 

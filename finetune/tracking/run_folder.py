@@ -275,8 +275,8 @@ class RunFolder:
         entry = (self._entries() if entries is None else entries).get(name)
         if entry is not None:
             problem = run_files.find_difference(file, entry, thorough=thorough)
-            if problem is not None or name.endswith(run_files.ITEMS):
-                return problem  # outcomes with the recorded digest need not be parsed
+            if problem is not None or name.endswith(run_files.LONG_TEXTS):
+                return problem
         return run_files.find_misfit(file, name) if os.path.lexists(file) else None
 
     def _entries(self) -> Mapping[str, run_files.FileEntry]:
