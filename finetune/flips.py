@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.escaping import for_terminal
@@ -21,7 +22,17 @@ the first.
 + a question that is answered better, - one that is answered worse. Each answer's
 log-likelihood stands behind its choice. Exit codes: 0 printed, 2 there is nothing to
 compare."""
+RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics of single questions
 SHORTEST = 2000  # characters of a text that are printed, of a longer one its end
+
+
+@dataclass(frozen=True)
+class Part:
+    """The flips of one task in one metric, and those of them that are asked for."""
+
+    task: str
+    found: Flips
+    shown: list[Flip]
 
 
 def main() -> None:
@@ -30,20 +41,36 @@ def main() -> None:
     args = build_parser().parse_args()
     run, other = RunFolder(args.run), None if args.other is None else RunFolder(args.other)
     try:
-        task = find_task(run, other, args.task)
-        metric = find_metric(run, task, args.metric)
-        found = find_flips(run, other, task, metric)
-        if not found.total:
-            second = "its base" if other is None else other.name
-            raise Refused([f"{run.name} and {second} have no answers to {task} in common"])
-        shown = select(found.flips, args)
+        parts = find_parts(run, other, args)
     except Refused as refused:
         print(for_terminal("\n".join(refused.problems)), file=sys.stderr)
         sys.exit(2)
-    for flip in shown:
-        print(for_terminal(render(flip)), end="\n\n")
     names = ("base", "tuned") if other is None else (run.name, other.name)
-    print(for_terminal(summarise(found, task, names, len(shown))))
+    for part in parts:
+        for flip in part.shown:
+            print(for_terminal(render(flip)), end="\n\n")
+        print(for_terminal(summarise(part, names)))
+
+
+def find_parts(run: RunFolder, other: RunFolder | None, args: argparse.Namespace) -> list[Part]:
+    """Return the flips of each task and metric that is asked for.
+
+    Raises:
+        Refused: there is nothing to compare, or no such task, metric or category.
+    """
+    tasks = find_tasks(run, other, args.task)
+    asked = [(task, metric) for task in tasks for metric in find_metrics(run, task, args.metric)]
+    found = [(task, find_flips(run, other, task, metric)) for task, metric in asked]
+    found = [(task, flips) for task, flips in found if flips.total]
+    if not found:
+        second = "its base" if other is None else other.name
+        named = ", ".join(tasks)
+        raise Refused([f"{run.name} and {second} have no answers to {named} in common"])
+    known = list(dict.fromkeys(name for _, one in found for name in categories(one.flips)))
+    if args.category is not None and args.category not in known:
+        named = nearest(args.category, known) if known else "no flip has a category"
+        raise Refused([f"no flip of the category {args.category!r}; {named}"])
+    return [Part(task, flips, select(flips.flips, args)) for task, flips in found]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,30 +84,35 @@ def build_parser() -> argparse.ArgumentParser:
     side.add_argument("--gained", action="store_true", help="only questions answered better")
     side.add_argument("--lost", action="store_true", help="only questions answered worse")
     parser.add_argument("--category", metavar="X", help="only questions of this category")
-    parser.add_argument("--task", help="of several tasks (default: the first one)")
-    parser.add_argument("--metric", help="whose outcome counts (default: acc, or the first one)")
+    parser.add_argument("--task", help="of several tasks (default: all)")
+    parser.add_argument(
+        "--metric", help="whose outcome counts (default: acc and exact_match, else the first one)"
+    )
     return parser
 
 
-def find_task(run: RunFolder, other: RunFolder | None, asked: str | None) -> str:
-    """Return the task to compare in.
+def find_tasks(run: RunFolder, other: RunFolder | None, asked: str | None) -> list[str]:
+    """Return the tasks to compare in, in the order in which the run was scored on them.
 
     Raises:
         Refused: a folder is not a run's, or was not scored on it.
     """
     for one in (run, other) if other else (run,):
         assert one is not None
-        one.read_settings()
+        settings = one.read_settings()
         known = one.scored_tasks()
         if not known:
             raise Refused([f"{one.path} has no scores yet; repeat the command that made the run"])
         if asked is not None and asked not in known:
             raise Refused([f"{one.name} has no task {asked!r}; {nearest(asked, known)}"])
-    return asked or run.scored_tasks()[0]
+    order = list((settings.get("evaluation") or {}).get("tasks") or [])
+    reported = [task for task in run.scored_tasks() if not task.endswith(".select")]
+    reported.sort(key=lambda task: order.index(task) if task in order else len(order))
+    return reported if asked is None else [asked]
 
 
-def find_metric(run: RunFolder, task: str, asked: str | None) -> str:
-    """Return the metric whose outcomes are compared.
+def find_metrics(run: RunFolder, task: str, asked: str | None) -> list[str]:
+    """Return the metrics whose outcomes are compared: by default those that are right or wrong.
 
     Raises:
         Refused: the task has no such metric.
@@ -91,19 +123,13 @@ def find_metric(run: RunFolder, task: str, asked: str | None) -> str:
         raise Refused([f"the scores of {task} in {run.path} cannot be read"])
     if asked is not None and asked not in known:
         raise Refused([f"{task} has no metric {asked!r}; {nearest(asked, known)}"])
-    return asked or ("acc" if "acc" in known else known[0])
+    if asked is not None:
+        return [asked]
+    return [name for name in known if name in RIGHT_OR_WRONG] or known[:1]
 
 
 def select(flips: Sequence[Flip], args: argparse.Namespace) -> list[Flip]:
-    """Return the flips that are asked for.
-
-    Raises:
-        Refused: there is no such category.
-    """
-    known = list(categories(flips))
-    if args.category is not None and args.category not in known:
-        named = nearest(args.category, known) if known else "no flip has a category"
-        raise Refused([f"no flip of the category {args.category!r}; {named}"])
+    """Return the flips that are asked for."""
     return [
         flip
         for flip in flips
@@ -150,12 +176,13 @@ def _indent(text: str) -> list[str]:
     return [f"    {line}" for line in shown.strip().splitlines()] or ["    "]
 
 
-def summarise(found: Flips, task: str, names: tuple[str, str], shown: int) -> str:
+def summarise(part: Part, names: tuple[str, str]) -> str:
     """Return a line on all flips, and how many of them are above."""
+    found, shown = part.found, len(part.shown)
     lost = len(found.flips) - found.gained
     line = (
-        f"{task}/{found.metric}, {names[0]} -> {names[1]}: {found.gained} gained and {lost} lost "
-        f"of {found.total} questions"
+        f"{part.task}/{found.metric}, {names[0]} -> {names[1]}: {found.gained} gained and {lost} "
+        f"lost of {found.total} questions"
     )
     return line if shown == len(found.flips) else f"{line}; {shown} shown"
 

@@ -128,6 +128,31 @@ def test_a_part_of_them_is_printed(
     assert out.endswith("1 gained and 1 lost of 3 questions; 1 shown\n")
 
 
+def test_all_tasks_are_compared_in_the_order_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With choices and answers in one file, both kinds; a perplexity by each row's own."""
+    run = write_run(tmp_path / "run", item("a", 0.0, 1.0), item("b", 1.0, 0.0, "exact_match"))
+    side = {"metrics": {"acc": 0.5, "acc_norm": 0.5, "exact_match": 0.5}, "num_questions": 2}
+    run.write_json("evaluation/questions.json", {"tuned": side, "base": side})
+    pairs = {"base": {"perplexity": [-9.0, 3]}, "tuned": {"perplexity": [-6.0, 3]}}
+    run.write_text(
+        "evaluation/heldout.items.jsonl", json.dumps({"hash": "h", "prompt": "p", **pairs}) + "\n"
+    )
+    kind = {"aggregation": "weighted_perplexity", "higher_is_better": False}
+    one = {"metrics": {"perplexity": 9.0}, "definitions": {"perplexity": kind}, "num_questions": 1}
+    run.write_json("evaluation/heldout.json", {"tuned": one, "base": one})
+    settings = OmegaConf.structured(Config)
+    settings.evaluation.tasks = ["questions", "heldout"]
+    run.write_text("config.yaml", OmegaConf.to_yaml(settings))
+    code, out, _ = printed(capsys, monkeypatch, run.path)
+    assert code == 0
+    assert [line.partition(",")[0] for line in out.splitlines() if " of " in line] == [
+        "questions/acc", "questions/exact_match", "heldout/perplexity",
+    ]  # fmt: skip
+    assert out.endswith("heldout/perplexity, base -> tuned: 1 gained and 0 lost of 1 questions\n")
+
+
 def test_two_runs_are_compared(
     run: RunFolder,
     tmp_path: Path,

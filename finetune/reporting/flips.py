@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.statistics.metrics import Metric, guess_metric
+from finetune.statistics.metrics import AGGREGATES, Metric, guess_metric
 from finetune.tracking.run_folder import RunFolder
 
 Key = tuple[str, str, str, int]  # task in a group, hashes of question and prompt, how-manieth
@@ -73,14 +73,14 @@ def find_flips(run: RunFolder, other: RunFolder | None, task: str, metric: str) 
         task: as it names the file of its outcomes.
         metric: whose outcome counts, such as acc.
     """
-    direction = find_metric(run, task, metric)
+    kind = find_metric(run, task, metric)
     first = _keyed(run.read_items(task))
     second = first if other is None else _keyed(other.read_items(task))
     sides = ("base", "tuned") if other is None else ("tuned", "tuned")
     total, flips = 0, []
     for key, item in first.items():
         pair = [
-            _answer(items.get(key, {}), side, metric)
+            _answer(items.get(key, {}), side, metric, kind)
             for items, side in zip((first, second), sides, strict=True)
         ]
         before, after = pair
@@ -89,7 +89,7 @@ def find_flips(run: RunFolder, other: RunFolder | None, task: str, metric: str) 
         total += 1
         if before.outcome != after.outcome:
             rises = after.outcome > before.outcome
-            gained = rises == (direction.higher_is_better is not False)
+            gained = rises == (kind.higher_is_better is not False)
             flips.append(_flip({**second.get(key, {}), **item}, before, after, gained=gained))
     return Flips(metric, total, flips)
 
@@ -111,9 +111,14 @@ def _keyed(items: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
     return found
 
 
-def _answer(item: Mapping[str, Any], side: str, metric: str) -> Answer | None:
-    outcome = item.get(side, {}).get(metric)
-    if not isinstance(outcome, int | float):
+def _answer(item: Mapping[str, Any], side: str, metric: str, kind: Metric) -> Answer | None:
+    """Return one side's answer; its outcome is the question's own score, which the metric has."""
+    value = item.get(side, {}).get(metric)
+    if value is None:
+        return None
+    try:
+        (outcome,) = AGGREGATES[kind.aggregation].scores([value])
+    except (KeyError, TypeError, ValueError, IndexError):  # only lm-eval computes it
         return None
     said = item.get("said")
     return Answer(float(outcome), said.get(side) if isinstance(said, Mapping) else None)
