@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.statistics.metrics import AGGREGATES, Metric, guess_metric
+from finetune.tracking.items import describe_gold, find_category, pick
 from finetune.tracking.run_folder import RunFolder
 
 Key = tuple[str, str, str, int]  # task in a group, hashes of question and prompt, how-manieth
@@ -35,20 +36,12 @@ class Flip:
 
     def pick(self, answer: Answer) -> str:
         """Return what a model answered: its likeliest choice, or its text."""
-        if isinstance(answer.said, str):
-            return answer.said.strip()
-        if not answer.said or len(answer.said) != len(self.choices):
-            return ""
-        return self.choices[max(range(len(self.choices)), key=answer.said.__getitem__)]
+        return pick(self.choices, answer.said)
 
     @property
     def right(self) -> str:
         """The right choice, or what is accepted."""
-        if self.choices and isinstance(self.gold, int) and self.gold < len(self.choices):
-            return self.choices[self.gold]
-        if isinstance(self.gold, list):
-            return " or ".join(map(str, self.gold))
-        return "" if self.gold is None else str(self.gold)
+        return describe_gold(self.choices, self.gold)
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def _flip(item: Mapping[str, Any], before: Answer, after: Answer, *, gained: boo
         gained=gained,
         choices=choices if isinstance(choices, list) else (),
         gold=item.get("gold"),
-        category=str(item.get("category", "")),
+        category=find_category(item),
         id=str(item.get("id", "")),
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import write_atomic
+from finetune.reporting.flip_lists import list_flips
 from finetune.reporting.outcomes import read_outcomes
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.results import Results, read_results, write_csv
@@ -76,6 +77,7 @@ def _content(results: Results) -> dict[str, Any]:
         "remarks": results.remarks,
         "label": results.label,
         "samples": _samples(results),
+        "flips": list_flips(results),
         "provenance": _provenance(results.runs),
     }
 

@@ -9,6 +9,8 @@ from markupsafe import Markup
 
 from finetune.escaping import for_markdown, for_terminal
 
+SHORT = 120  # characters of a text within a line
+
 
 def build_pages(name: str) -> Environment:
     """Return the environment for a page; values are escaped as the ending of its name says.
@@ -24,7 +26,7 @@ def build_pages(name: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"code": _code, "span": _span}
+    pages.filters |= {"code": _code, "span": _span, "short": _short}
     return pages
 
 
@@ -45,3 +47,9 @@ def _span(value: object) -> Markup:
     """Return a value as code within a line of Markdown."""
     text = for_terminal(str(value)).replace("\n", " ").replace("`", "'").replace("|", "\\|")
     return Markup(f"`{text}`")  # noqa: S704
+
+
+def _short(value: object) -> str:
+    """Return a value as one line of at most SHORT characters."""
+    line = " ".join(str(value).split())
+    return line if len(line) <= SHORT else f"{line[:SHORT]}..."
