@@ -62,6 +62,7 @@ def test_every_architecture_gets_lm_evals_texts(
         {"until": ["\n", " the"], "max_gen_toks": 40},
         {"until": "e", "max_gen_toks": 30},
         {"until": [], "max_gen_toks": 1},
+        {"until": [""], "max_gen_toks": 9},
         {"max_new_tokens": 12, "temperature": 0.0},
         {"until": ["no such text"], "max_gen_toks": 60, "do_sample": False},
     ],
@@ -85,6 +86,23 @@ def test_a_prompt_ends_at_any_of_the_models_end_tokens(tiny: PreTrainedModel) ->
         tiny.generation_config.eos_token_id = before
     assert ours == theirs != texts
     assert lm.scoring.path == "shared"
+
+
+def test_a_models_number_of_new_tokens_is_obeyed() -> None:
+    """HFLM's generate prefers it to the task's, so HFLM generates."""
+    model = build("llama", {})
+    model.generation_config.max_new_tokens = 20
+    theirs, ours, lm = both(model, PROMPTS)
+    assert ours == theirs
+    assert lm.scoring.reason == "the model's generation_config sets max_new_tokens"
+
+
+def test_prompts_that_lose_their_beginning_are_counted(
+    tiny: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning says how many of how many."""
+    both(tiny, ["heat " * 2000, "light"])
+    assert "1 of 2 prompts leave no room for an answer of 24 tokens" in caplog.text
 
 
 def test_long_prompts_lose_their_beginning(tiny: PreTrainedModel) -> None:

@@ -41,7 +41,7 @@ MEMORY_SHARE = 4  # of the free memory, a cache of keys may take this part
 # Settings of a model's generation_config that change no greedy text.
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p",
-    "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length", "max_new_tokens",
+    "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length",
     "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
     "num_return_sequences", "output_attentions", "output_hidden_states", "return_dict_in_generate",
 }  # fmt: skip
@@ -115,7 +115,15 @@ def _answer(lm: PrefixModel, requests: list[Instance], plain: Plain) -> tuple[li
     settings = requests[0].args[1]
     stop = _read_stop(lm, settings)
     prompts = dict.fromkeys(request.args[0] for request in requests)
-    group = Group(settings, stop, {one: _encode(lm, one, stop) for one in prompts})
+    encoded = {one: _encode(lm, one) for one in prompts}
+    room = lm.max_length - stop.most
+    truncated = sum(len(tokens) > room for tokens in encoded.values())
+    if truncated and room > 0:
+        log.warning(
+            "%d of %d prompts leave no room for an answer of %d tokens in the model's %d, and "
+            "their beginning is cut off", truncated, len(encoded), stop.most, lm.max_length,
+        )  # fmt: skip
+    group = Group(settings, stop, {one: tokens[-room:] for one, tokens in encoded.items()})
     with lm.computing():
         reason = _find_obstacle(lm, group)
         how = Scoring("plain", reason) if reason else _check(lm, group, requests[0], plain)
@@ -137,14 +145,12 @@ def _read_stop(lm: PrefixModel, settings: Mapping[str, Any]) -> Stop:
     texts = handle_stop_sequences(kwargs.get("until"), eos=eos)
     ends = lm.model.generation_config.eos_token_id
     found = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return Stop(found, tuple(text for text in texts if text), int(kwargs["max_gen_toks"]))
+    return Stop(found, tuple(texts), int(kwargs["max_gen_toks"]))
 
 
-def _encode(lm: PrefixModel, prompt: str, stop: Stop) -> Tokens:
-    """Return the tokens of a prompt as HFLM has them, cut from the left."""
-    ids, _ = lm.tok_batch_encode(
-        [prompt], left_truncate_len=lm.max_length - stop.most, truncation=lm.truncation
-    )
+def _encode(lm: PrefixModel, prompt: str) -> Tokens:
+    """Return the tokens of a prompt as HFLM has them, before it cuts them from the left."""
+    ids, _ = lm.tok_batch_encode([prompt], truncation=lm.truncation)
     return tuple(ids[0].tolist())
 
 
