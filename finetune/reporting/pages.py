@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import write_atomic
+from finetune.reporting.category_tables import build_category_tables
 from finetune.reporting.flip_lists import list_flips
 from finetune.reporting.outcomes import read_outcomes
 from finetune.reporting.rendering import build_pages
@@ -77,6 +78,7 @@ def _content(results: Results) -> dict[str, Any]:
         "remarks": results.remarks,
         "label": results.label,
         "samples": _samples(results),
+        "category_tables": build_category_tables(results),
         "flips": list_flips(results),
         "provenance": _provenance(results.runs),
     }
