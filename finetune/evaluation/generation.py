@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -22,8 +22,16 @@ from finetune.evaluation.prefix_tree import Tokens, build_tree
 SPARE_TOKENS = 512  # that a cache has room for when it grows
 DEAD_SHARE = 0.25  # of the cache's keys, at which those of prompts that ended are removed
 
-# Of token ids and positions [token], with a cache, the logits [row, vocabulary] of some tokens.
-Forward = Callable[[list[int], list[int], Sequence[int], Cache], torch.Tensor]
+
+class Model(Protocol):
+    """What is needed of a model: its passes, with this attention installed, and its tokenizer."""
+
+    attention: BlockAttention
+
+    def forward(
+        self, tokens: list[int], positions: list[int], rows: Sequence[int], cache: Cache
+    ) -> torch.Tensor: ...
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,11 @@ class Stop:
     texts: tuple[str, ...]
     most: int  # tokens
 
-    def is_met(self, tokens: Sequence[int], decode: Callable[[list[int]], str]) -> bool:
+    def is_met(self, tokens: Sequence[int], model: Model) -> bool:
         """Return whether a generation has ended."""
         if len(tokens) >= self.most or tokens[-1] in self.eos:
             return True
-        text = decode(list(tokens))
+        text = model.tok_decode(list(tokens))
         return any(stop in text for stop in self.texts)
 
 
@@ -89,26 +97,24 @@ class _Layer(DynamicLayer):
 def generate(
     prompts: Sequence[Tokens],
     stop: Stop,
-    attention: BlockAttention,
-    forward: Forward,
-    decode: Callable[[list[int]], str],
+    model: Model,
+    ended: Callable[[int], object] = lambda count: None,
 ) -> list[Generated]:
     """Generate greedily after each prompt.
 
     Args:
         prompts: different ones, in lexicographic order.
         stop: when each ends.
-        attention: installed in the model.
-        forward: the model.
-        decode: the text of tokens.
+        model: computes and decodes.
+        ended: called with how many have ended in a step.
 
     Raises:
         ValueError: the model has another kind of memory.
     """
     tree, cache = build_tree(prompts), Cache(layer_class_to_replicate=_Layer)
     found = [Generated() for _ in prompts]
-    attention.lay_out(tree)
-    logits = forward(tree.tokens, tree.positions, [path[-1] for path in tree.paths], cache)
+    model.attention.lay_out(tree)
+    logits = model.forward(tree.tokens, tree.positions, [path[-1] for path in tree.paths], cache)
     if cache.get_seq_length() != len(tree.tokens):
         raise ValueError("it does not keep the keys of all tokens")
     visible = torch.zeros(len(prompts), len(tree.tokens), dtype=torch.bool, device=logits.device)
@@ -117,7 +123,8 @@ def generate(
     alive = list(range(len(prompts)))
     while True:
         chosen = _choose(logits, [found[number] for number in alive])
-        goes_on = [n for n, one in enumerate(alive) if not stop.is_met(found[one].tokens, decode)]
+        goes_on = [n for n, one in enumerate(alive) if not stop.is_met(found[one].tokens, model)]
+        ended(len(alive) - len(goes_on))
         if not goes_on:
             return found
         if len(goes_on) < len(alive):
@@ -125,10 +132,10 @@ def generate(
             visible = _without_dead(visible, cache)
         own = torch.eye(len(alive), dtype=torch.bool, device=visible.device)
         visible = torch.cat([visible, own], dim=1)
-        attention.lay_out_step(visible)
+        model.attention.lay_out_step(visible)
         positions = [len(prompts[n]) + len(found[n].tokens) - 1 for n in alive]
         tokens = [chosen[n] for n in goes_on]
-        logits = forward(tokens, positions, range(len(tokens)), cache)
+        logits = model.forward(tokens, positions, range(len(tokens)), cache)
 
 
 def _choose(logits: torch.Tensor, found: Sequence[Generated]) -> list[int]:

@@ -24,10 +24,8 @@ from lm_eval.models.utils import (
 )
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from finetune.evaluation.block_attention import BlockAttention
-from finetune.evaluation.generation import Generated, Stop, generate
+from finetune.evaluation.generation import Generated, Model, Stop, generate
 from finetune.evaluation.prefix_tree import Tokens, count_tokens
 from finetune.evaluation.scoring import MODEL_ERRORS, TOLERANCE, Scoring
 from finetune.models.attention import find_obstacle
@@ -35,7 +33,7 @@ from finetune.models.process_memory import is_out_of_memory
 
 log = logging.getLogger("finetune")
 
-MOST_PROMPTS = 64  # generated together; more are not faster on a CPU
+MOST_PROMPTS = 64  # generated together: each sees its keys through a mask over those of all
 CHECKED_TOKENS = 16  # of each of the check's texts
 MEMORY_SHARE = 4  # of the free memory, a cache of keys may take this part
 # Settings of a model's generation_config that change no greedy text.
@@ -51,11 +49,10 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 Plain = Callable[[list[Instance]], list[str]]
 
 
-class PrefixModel(Protocol):
+class PrefixModel(Model, Protocol):
     """What is needed of the model: lm-eval's HFLM, and its passes over prefix trees."""
 
     model: PreTrainedModel
-    attention: BlockAttention
     device: torch.device
     base_passed: bool
     max_length: int
@@ -64,13 +61,9 @@ class PrefixModel(Protocol):
     eot_token_id: int
     cache_hook: Any
 
-    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str: ...
     def tok_batch_encode(self, strings: list[str], **more: Any) -> tuple[torch.Tensor, Any]: ...
     def computing(self) -> AbstractContextManager[None]: ...
     def sharing(self) -> AbstractContextManager[None]: ...
-    def forward(
-        self, tokens: list[int], positions: list[int], rows: Sequence[int], cache: Cache
-    ) -> torch.Tensor: ...
     def most_keys(self) -> int: ...
     def plain_answers(
         self, keys: list[tuple[Tokens, Tokens]]
@@ -225,13 +218,12 @@ def _generate(lm: PrefixModel, group: Group, *, shown: bool) -> tuple[dict[str, 
     generated: dict[str, Generated] = {}
     num_tokens = 0
     hidden = {} if shown else {"disable": True}  # False would outdo TQDM_DISABLE
-    bar = tqdm(total=len(group.prompts), desc="generate", unit="question", **hidden)
+    bar = tqdm(total=len(prompts_of), desc="generate", unit="question", **hidden)
     with lm.sharing(), bar:
-        for batch, found in _batches(lm, sorted(prompts_of), group.stop):
+        for batch, found in _batches(lm, sorted(prompts_of), group.stop, bar.update):
             num_tokens += count_tokens(batch) + sum(len(one.tokens) for one in found)
             for tokens, one in zip(batch, found, strict=True):
                 generated |= dict.fromkeys(prompts_of[tokens], one)
-                bar.update(len(prompts_of[tokens]))
     return generated, num_tokens
 
 
@@ -242,14 +234,14 @@ def _text(lm: PrefixModel, generated: Generated, stop: Stop) -> str:
 
 
 def _batches(
-    lm: PrefixModel, prompts: Sequence[Tokens], stop: Stop
+    lm: PrefixModel, prompts: Sequence[Tokens], stop: Stop, ended: Callable[[int], object]
 ) -> Iterator[tuple[Sequence[Tokens], list[Generated]]]:
     """Yield prompts that were generated together; halves of those that are too many."""
     keys = count_tokens(prompts) + len(prompts) * stop.most
     fits = len(prompts) <= MOST_PROMPTS and keys <= lm.most_keys() // MEMORY_SHARE
     if fits or len(prompts) == 1:
         try:
-            found = generate(prompts, stop, lm.attention, lm.forward, lm.tok_decode)
+            found = generate(prompts, stop, lm, ended)
         except (RuntimeError, MemoryError) as error:
             if len(prompts) == 1 or not is_out_of_memory(error):
                 raise
@@ -260,5 +252,5 @@ def _batches(
             yield prompts, found
             return
     half = (len(prompts) + 1) // 2
-    yield from _batches(lm, prompts[:half], stop)
-    yield from _batches(lm, prompts[half:], stop)
+    yield from _batches(lm, prompts[:half], stop, ended)
+    yield from _batches(lm, prompts[half:], stop, ended)

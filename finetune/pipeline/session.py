@@ -151,10 +151,8 @@ class Session:
         self, config: Config, source: Source, found: Sequence[DataSource]
     ) -> tuple[dict[str, Any], list[str]]:
         """Build the task `heldout`; it is noted where its rows are trained on as well."""
-        tokenizer, examples = (
-            self.tokenizer(config.model, source),
-            self._build(config, source, found),
-        )
+        tokenizer = self.tokenizer(config.model, source)
+        examples = self._build(config, source, found)
         rows = find_heldout(dataset.read_sources(found), examples, config.data, tokenizer)
         if not rows:
             raise ValueError(
