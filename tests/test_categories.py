@@ -22,9 +22,9 @@ def subject(name: str, *counts: int, key: str = "category") -> list[Line]:
     """Return a category's items: how many were gained, lost, right twice and wrong twice."""
     pairs = [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
     outcomes = [pair for count, pair in zip(counts, pairs, strict=True) for _ in range(count)]
+    texts: Line = {"question": "?", "choices": ["a"], key: name}
     return [
-        ask(int.from_bytes(name.encode()) + n, *pair, question="?", choices=["a"], **{key: name})
-        for n, pair in enumerate(outcomes)
+        ask(int.from_bytes(name.encode()) + n, *pair, **texts) for n, pair in enumerate(outcomes)
     ]
 
 

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class TaskScore:
             line += f"; evaluation.dtype flipped {how.flipped} of {how.sampled} sampled answers"
         return line
 
+    def without_texts(self) -> TaskScore:
+        """Return the score without generated texts, also as metrics keep them (bleu's pairs)."""
+        return replace(self, items=[_without_texts(item) for item in self.items])
+
     def summary(self) -> dict[str, Any]:
         """Return the score without its questions, but with their number."""
         fields = {name: value for name, value in asdict(self).items() if name != "items"}
@@ -95,11 +99,9 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
     items = [
         item
         for name, samples in results["samples"].items()
-        for item in _items(
-            samples, None if name == task.name else name, keep_texts=evaluation.keep_texts
-        )
+        for item in _items(samples, None if name == task.name else name)
     ]
-    return TaskScore(
+    found = TaskScore(
         task=task.name,
         version=str(results["versions"].get(task.name)),
         num_fewshot=shots.pop() if len(shots) == 1 else None,
@@ -113,6 +115,7 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
         definitions=find_definitions(task, results["results"][task.name]),
         setup=_setup(lm, task, evaluation),
     )
+    return found if evaluation.keep_texts else found.without_texts()
 
 
 def _setup(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -> dict[str, Any]:
@@ -138,27 +141,38 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _items(samples: list[dict[str, Any]], member: str | None, *, keep_texts: bool) -> list[Item]:
+def _items(samples: list[dict[str, Any]], member: str | None) -> list[Item]:
     """Return one item per question, with the outcomes of all filters of the task."""
     items: dict[int, Item] = {}
     for sample in samples:
         suffix = "" if sample["filter"] == "none" else f"_{sample['filter']}"
         outcomes = {f"{metric}{suffix}": _plain(sample[metric]) for metric in sample["metrics"]}
         known = {metric: value for metric, value in outcomes.items() if value is not None}
-        said = _said(sample["resps"], keep_texts=keep_texts)
+        said = _said(sample["resps"])
         empty = Item(sample["doc_hash"], sample["prompt_hash"], {}, member, said)
         items.setdefault(sample["doc_id"], empty).outcomes.update(known)
     return list(items.values())
 
 
-def _said(responses: list[list[Any]], *, keep_texts: bool) -> list[float] | str | None:
+def _said(responses: list[list[Any]]) -> list[float] | str | None:
     """Return the log-likelihood of each request, or the text of the only one."""
     first = [one[0] for one in responses if one]
     if first and isinstance(first[0], str):
-        return first[0] if keep_texts else None
+        return str(first[0])
     values = [one[0] if isinstance(one, tuple | list) else one for one in first]
     is_plain = all(isinstance(value, int | float) for value in values)
     return [round(float(value), 4) for value in values] if is_plain else None
+
+
+def _without_texts(item: Item) -> Item:
+    outcomes = {name: value for name, value in item.outcomes.items() if not _has_text(value)}
+    return replace(item, outcomes=outcomes, said=None if _has_text(item.said) else item.said)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_text, (*value, *value.values())))
+    return isinstance(value, str) or (isinstance(value, list) and any(map(_has_text, value)))
 
 
 def _plain(value: Any) -> Any:
@@ -187,7 +201,9 @@ class ScoreStore:
 
     def read(self, task: str, identity: str) -> TaskScore | None:
         """Return the score, or None where there is none or its file is damaged."""
-        path = self.path(task, identity)
+        return self._read(self.path(task, identity))
+
+    def _read(self, path: Path) -> TaskScore | None:
         try:
             fields = _read_fields(path)
         except Damaged as damage:
@@ -208,15 +224,20 @@ class ScoreStore:
 
     def write(self, identity: str, score: TaskScore) -> None:
         """Write a score; another process that was halted may have written the same one."""
-        fields = asdict(score)
-        text = json.dumps({"sha256": digest(fields), "score": fields})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(score.task, identity)
         try:
             _read_fields(path)
         except Damaged as damage:
             set_aside(path, str(damage))
-        write_atomic(path, text)
+        _write_score(path, score)
+
+    def drop_texts(self) -> None:
+        """Remove generated texts from all scores of the folder, whenever they were stored."""
+        for path in sorted(self.folder.glob("*.json")):
+            score = self._read(path)
+            if score is not None and score != (kept := score.without_texts()):
+                _write_score(path, kept)
 
     def claimed(self, task: str, identity: str) -> AbstractContextManager[Claim]:
         """Return a claim under which one process computes what the others then read."""
@@ -225,6 +246,11 @@ class ScoreStore:
     def path(self, task: str, identity: str) -> Path:
         """Return the file of a score."""
         return self.folder / f"{task}-{identity[:16]}.json"
+
+
+def _write_score(path: Path, score: TaskScore) -> None:
+    fields = asdict(score)
+    write_atomic(path, json.dumps({"sha256": digest(fields), "score": fields}))
 
 
 def _read_fields(path: Path) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ log = logging.getLogger("finetune")
 
 SCORING = 6  # raised when the way to score could change a number; stored scores are then renewed
 
+SCORES = "scores"  # folder of the tuned model's stored scores
+
 
 def forecasts(config: Config, inputs: Inputs, asked: Sequence[LoadedTask]) -> list[str]:
     """Return a line per task to be scored: its questions, and how long they will take."""
@@ -59,7 +61,7 @@ def build_scorers(config: Config, inputs: Inputs, folder: RunFolder) -> list[Sco
 
     The base's scores are shared by all runs of this user.
     """
-    tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / "scores"), inputs.identity)
+    tuned = Scorer(config, inputs, ScoreStore(folder.evaluation / SCORES), inputs.identity)
     base = Scorer(config, inputs, ScoreStore(cache_dir() / "evaluations"), None)
     if config.training.is_skipped and config.model.adapter is None:
         return [base]  # nothing is tuned
@@ -108,7 +110,12 @@ class Scorer:
         found = {
             task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
         }
-        return {key: score for key, score in found.items() if score is not None}
+        keep = self.config.evaluation.keep_texts  # they may have been stored with texts
+        return {
+            key: score if keep else score.without_texts()
+            for key, score in found.items()
+            if score is not None
+        }
 
     def files(self, tasks: list[LoadedTask]) -> list[Path]:
         """Return the files of the stored scores."""
@@ -166,9 +173,15 @@ def write_scores(
         base: the same tasks of the base; none where it was not asked.
         tasks: as loaded, for the texts of questions, and to resample the metrics that only
             lm-eval computes.
-        keep_texts: whether the questions' texts are written.
+        keep_texts: whether the questions' texts are written; if not, those that were kept with
+            earlier scores of the run are removed.
     """
     loaded = {task.key: task for task in tasks}
+    if not keep_texts:
+        ScoreStore(folder.evaluation / SCORES).drop_texts()
+        tuned, base = (
+            {k: one.without_texts() for k, one in side.items()} for side in (tuned, base)
+        )
     for name, score in tuned.items():
         pair = {"tuned": score, **({"base": base[name]} if name in base else {})}
         folder.write_json(
