@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.store_address import masked
+from finetune.tracking.item_tables import send_item_tables
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,6 +23,7 @@ END_STATES = {
     "diverged": "FAILED", "interrupted": "KILLED",
 }  # fmt: skip
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
+EVALUATION = "evaluation"  # the artifact of a run's scores
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
 
 
@@ -56,6 +58,8 @@ def send_events(
             raise ValueError(f"{folder}: its events name the artifact {path}, outside of the run")
         if local.is_dir():
             client.log_artifacts(run_id, str(local), target)
+            if path == EVALUATION:
+                send_item_tables(client, run_id, folder)
         elif local.exists():
             client.log_artifact(run_id, str(local), target)
     if "status" in by_kind:
