@@ -105,6 +105,15 @@ def test_prompts_that_lose_their_beginning_are_counted(
     assert "1 of 2 prompts leave no room for an answer of 24 tokens" in caplog.text
 
 
+def test_a_special_token_may_be_a_stop_string(tiny: PreTrainedModel) -> None:
+    """Such as the end of a turn on a model that ends its texts by another token."""
+    lm = SharedContextLM(tiny, load_tokenizer(TINY, find_model(TINY)))
+    stop = generation.Stop(frozenset(), (lm.tok_decode([1], skip_special_tokens=False),), 9)
+    assert lm.tok_decode([1]) == ""
+    assert stop.is_met([5, 1], lm)
+    assert not stop.is_met([5, 6], lm)
+
+
 def test_long_prompts_lose_their_beginning(tiny: PreTrainedModel) -> None:
     """As many tokens as lm-eval cuts, to leave room for the text."""
     long = " ".join(["water moves the earth"] * 400)

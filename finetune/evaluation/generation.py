@@ -46,7 +46,7 @@ class Stop:
         """Return whether a generation has ended."""
         if len(tokens) >= self.most or tokens[-1] in self.eos:
             return True
-        text = model.tok_decode(list(tokens))
+        text = model.tok_decode(list(tokens), skip_special_tokens=False)  # one may be a stop string
         return any(stop in text for stop in self.texts)
 
 
