@@ -109,3 +109,18 @@ def test_a_base_that_was_not_scored_has_no_flips(tmp_path: Path) -> None:
     line = json.dumps({"hash": "h1", "prompt": "p1", "tuned": {"acc": 1.0}, **TEXT}) + "\n"
     RunFolder(tmp_path / "outputs" / "run").write_text("evaluation/questions.items.jsonl", line)
     assert list_flips(read_results(folder)) is None
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"choices": [1, None]}, {"choices": "stone"}, {"gold": -7}, {"gold": {"a": 1}},
+        {"said": {"base": [None, "x"], "tuned": 3}}, {"said": []}, {"question": None}, {"id": 5},
+    ],
+)  # fmt: skip
+def test_items_of_other_types_are_shown_as_text(tmp_path: Path, harm: Line) -> None:
+    """A file that another program wrote makes no report fail."""
+    folder = write_sweep(tmp_path, [ask(1, 0.0, 1.0, **CHOICES | harm), ask(2, 1.0, 0.0, **TEXT)])
+    found = list_flips(read_results(folder))
+    assert found is not None
+    assert [kind.count for kind in found.tasks[0].kinds] == [1, 1]

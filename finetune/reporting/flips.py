@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.statistics.metrics import AGGREGATES, Metric, guess_metric
-from finetune.tracking.items import describe_gold, find_category, pick
+from finetune.tracking.items import describe_gold, find_category, find_choices, pick
 from finetune.tracking.run_folder import RunFolder
 
 Key = tuple[str, str, str, int]  # task in a group, hashes of question and prompt, how-manieth
@@ -118,13 +118,12 @@ def _answer(item: Mapping[str, Any], side: str, metric: str, kind: Metric) -> An
 
 
 def _flip(item: Mapping[str, Any], before: Answer, after: Answer, *, gained: bool) -> Flip:
-    choices = item.get("choices")
     return Flip(
         question=str(item.get("question", "")),
         before=before,
         after=after,
         gained=gained,
-        choices=choices if isinstance(choices, list) else (),
+        choices=find_choices(item),
         gold=item.get("gold"),
         category=find_category(item),
         id=str(item.get("id", "")),

@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.tracking.items import describe_gold, find_category, pick
+from finetune.tracking.items import describe_gold, find_category, find_choices, pick
 from finetune.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -61,13 +61,12 @@ def build_table(items: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _describe(item: Mapping[str, Any]) -> Iterator[str]:
     """Yield a question's cells of COLUMNS."""
-    choices = item.get("choices")
-    texts = choices if isinstance(choices, list) else []
+    texts = find_choices(item)
     said = item.get("said")
     yield _cut(str(item.get("id", "")))
     yield _cut(find_category(item))
     yield _cut(str(item.get("question", "")))
-    yield _cut("\n".join(map(str, texts)))
+    yield _cut("\n".join(texts))
     yield _cut(describe_gold(texts, item.get("gold")))
     for side in SIDES:
         yield _cut(pick(texts, said.get(side) if isinstance(said, Mapping) else None))
