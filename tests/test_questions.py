@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,16 @@ def test_both_kinds_are_one_task(session: Session, tmp_path: Path) -> None:
     assert (described[1]["gold"], described[1]["category"]) == (["4", "four"], "maths")
     alone = load(session, tmp_path, CHOICE)
     assert set(alone.tasks) == {"questions"}
+
+
+def test_a_task_is_the_same_in_every_process(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What names its stored scores holds no address of this process's memory."""
+    monkeypatch.setattr("finetune.evaluation.tasks.digest", str)
+    text = load(session, tmp_path, CHOICE, TEXT).digest
+    assert "def _prompt" in text
+    assert not re.search(r"at 0x[0-9a-f]+", text)
 
 
 def test_equally_long_choices_are_told(session: Session, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ lm-eval decides tasks and prompts; a local file only takes the place of a task's
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def load_task(
     ]
     contents += find_contents(evaluation, name)
     return LoadedTask(
-        name, loaded, digest(json.dumps(contents, default=str)), selects, "; ".join(notes)
+        name, loaded, digest(json.dumps(contents, default=_render_value)), selects, "; ".join(notes)
     )
 
 
@@ -246,6 +247,22 @@ def chat_settings(name: str, evaluation: EvaluationConfig) -> dict[str, bool]:
         "apply_chat_template": is_applied,
         "fewshot_as_multiturn": is_applied and evaluation.fewshot_as_multiturn,
     }
+
+
+def _render_value(value: Any) -> str:
+    """Return what JSON cannot hold as text that is the same in every process: code as its source.
+
+    lm-eval puts functions into `fewshot_config` as they are, whose text is an address.
+    """
+    if not callable(value):
+        return str(value)
+    if isinstance(value, partial):
+        return json.dumps([value.func, value.args, value.keywords], default=_render_value)
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _definition(task: Task) -> dict[str, Any]:
