@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,35 @@ def test_whatever_a_question_holds_is_text_in_the_pages(tmp_path: Path) -> None:
     assert "- gained: Which is a fruit? &lt;/script>&lt;img src=x" in short
     assert "\\`\\|\\*\\*x\\*\\*" in short
     assert "\x1b" not in short
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser")
+def test_the_search_field_hides_what_does_not_match(tmp_path: Path) -> None:
+    """By question, choices, answers, category and id; all words, in any case, of a local file."""
+    items = [
+        ask(1, 0.0, 1.0, **CHOICES), ask(2, 1.0, 0.0, "exact_match", **TEXT),
+        ask(3, 0.0, 1.0, **CHOICES | {"id": "q-3", "question": "Which flies?"}),
+    ]  # fmt: skip
+    folder = write_sweep(tmp_path, items)
+    write_report(folder)
+    page = folder / "report.html"
+    words = ["", "STONE fruit", "paris", "geography london", "q-3", "-4.25", "nothing"]
+    page.write_text(page.read_text().replace("</body>", PROBE % json.dumps(words)))
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    found = subprocess.run(
+        ["chromium", *arguments], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "<title>3 1 1 1 1 0 0</title>" in found
+
+
+PROBE = """<script>
+document.title = %s.map(function (words) {
+  var field = document.getElementById("flip-search");
+  field.value = words;
+  field.dispatchEvent(new Event("input"));
+  return document.querySelectorAll(".flip:not([hidden])").length;
+}).join(" ");
+</script></body>"""
 
 
 def test_long_lists_and_texts_are_cut_and_the_command_prints_the_rest(tmp_path: Path) -> None:

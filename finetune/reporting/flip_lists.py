@@ -150,7 +150,9 @@ def _explain_no_texts(run: RunFolder) -> str:
     except Refused:
         settings = None
     if isinstance(settings, dict) and settings.get("keep_texts") is False:
-        return "evaluation.keep_texts=false kept no texts of questions and answers."
+        return (
+            "evaluation.keep_texts=false kept no texts of questions and answers, and no categories."
+        )
     return (
         "The scores were stored without the questions' texts; run the same command again to add "
         "them."

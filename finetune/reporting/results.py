@@ -300,8 +300,9 @@ def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Met
         return
     if comparison is None:
         results.remarks.append(
-            f"{name} is shown, but not compared: its outcomes are missing, or stored by an older "
-            "version; run the same command again to score it"
+            f"{name} is shown, but not compared: its outcomes are missing (with "
+            "evaluation.keep_texts=false, those that are texts), or stored by an older version; "
+            "run the same command again to score it"
         )
         return
     _add_comparison(results, name, comparison)
