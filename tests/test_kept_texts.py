@@ -8,11 +8,11 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from finetune.config.schema import EvaluationConfig
+from finetune.config.schema import Config, EvaluationConfig
 from finetune.evaluation import harness
 from finetune.evaluation.harness import Item, ScoreStore, TaskScore
 from finetune.evaluation.scoring import Scoring
-from finetune.pipeline.scores import write_scores
+from finetune.pipeline.scores import Scorer, write_scores
 from finetune.statistics.metrics import Metric
 from finetune.tracking.run_folder import RunFolder
 
@@ -64,6 +64,23 @@ def test_scores_that_were_stored_with_texts_bring_none_into_a_run(
     assert second["said"] == {"tuned": [-1.5], "base": [-1.5]}
     kept = ScoreStore(run.evaluation / "scores").read("t", "a" * 64)
     assert kept == (score() if keep_texts else score().without_texts())
+
+
+@pytest.mark.parametrize("keep_texts", [True, False])
+def test_the_shared_score_of_a_base_keeps_no_text_that_was_private_once(
+    tmp_path: Path, keep_texts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts leave the cache; a score without them is computed again where they are kept."""
+    config = Config(evaluation=EvaluationConfig(keep_texts=keep_texts))
+    scorer = Scorer(config, MagicMock(), ScoreStore(tmp_path), None)
+    monkeypatch.setattr(Scorer, "identity", lambda *_: "a" * 64)
+    task = SimpleNamespace(name="t", key="t", selects=False)
+    scorer.store.write("a" * 64, score())
+    found = scorer.read([task])["t"]  # type: ignore[list-item]
+    assert found == (score() if keep_texts else score().without_texts())
+    assert len(find_texts(tmp_path)) == int(keep_texts)
+    scorer.store.write("a" * 64, score().without_texts())
+    assert scorer.has([task]) == (not keep_texts)  # type: ignore[list-item]
 
 
 def test_a_score_is_made_without_texts(monkeypatch: pytest.MonkeyPatch) -> None:

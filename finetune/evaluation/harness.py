@@ -59,6 +59,7 @@ class TaskScore:
     members: dict[str, dict[str, float]] = field(default_factory=dict)  # a group's tasks' metrics
     definitions: dict[str, Metric] = field(default_factory=dict)  # by metric
     setup: dict[str, Any] = field(default_factory=dict)  # what two comparable scores share
+    lacks_texts: bool = False  # that were generated, and not kept
 
     def describe(self) -> str:
         """Return one line for the log: what was scored, how long it took, and what to know."""
@@ -72,7 +73,8 @@ class TaskScore:
 
     def without_texts(self) -> TaskScore:
         """Return the score without generated texts, also as metrics keep them (bleu's pairs)."""
-        return replace(self, items=[_without_texts(item) for item in self.items])
+        items = [_without_texts(item) for item in self.items]
+        return replace(self, items=items, lacks_texts=self.lacks_texts or items != self.items)
 
     def summary(self) -> dict[str, Any]:
         """Return the score without its questions, but with their number."""

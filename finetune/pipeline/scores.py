@@ -106,16 +106,20 @@ class Scorer:
         return [file for task, file in files if task.key not in stored]
 
     def read(self, tasks: list[LoadedTask]) -> dict[str, TaskScore]:
-        """Return the stored scores by the task's key."""
-        found = {
-            task.key: self.store.read(task.name, self.identity(task)) for task in self.asked(tasks)
-        }
-        keep = self.config.evaluation.keep_texts  # they may have been stored with texts
-        return {
-            key: score if keep else score.without_texts()
-            for key, score in found.items()
-            if score is not None
-        }
+        """Return the stored scores by the task's key, with texts if these are to be kept."""
+        found = {task.key: self._read(task) for task in self.asked(tasks)}
+        return {key: score for key, score in found.items() if score is not None}
+
+    def _read(self, task: LoadedTask) -> TaskScore | None:
+        """Return a stored score; without texts it is as good as none where texts are kept."""
+        identity = self.identity(task)
+        score = self.store.read(task.name, identity)
+        if score is None or self.config.evaluation.keep_texts:
+            return None if score is None or score.lacks_texts else score
+        private = score.without_texts()
+        if private != score:  # it was stored when texts were kept
+            self.store.write(identity, private)
+        return private
 
     def files(self, tasks: list[LoadedTask]) -> list[Path]:
         """Return the files of the stored scores."""
@@ -142,7 +146,7 @@ class Scorer:
         for task in self.asked(tasks):
             identity = self.identity(task)
             with self.store.claimed(task.name, identity):
-                if self.store.read(task.name, identity) is None:
+                if self._read(task) is None:
                     lm = SharedContextLM(
                         model,
                         tokenizer,
