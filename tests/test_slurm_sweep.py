@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,21 +43,22 @@ def array_of(folder: Path) -> Array:
 
 
 @contextmanager
-def slowed(folder: Path) -> Iterator[None]:
-    """Halt a sweep's workers for most of the time, as a slow machine does."""
+def slowed(folder: Path, seconds: float) -> Iterator[None]:
+    """Let a sweep's workers run for so many seconds of each half second, as on a slow machine."""
     is_over = threading.Event()
 
     def halt() -> None:
+        workers: list[psutil.Process] = []
         while not is_over.is_set():
+            for worker in workers:  # before the others are looked for, which takes a while
+                call(worker.suspend)
             workers = [one for process in processes_in(folder) for one in children_of(process)]
-            with suppress(psutil.NoSuchProcess):
-                for worker in workers:
-                    worker.suspend()
+            for worker in workers:
+                call(worker.suspend)
             is_over.wait(0.5)
-            with suppress(psutil.NoSuchProcess):
-                for worker in workers:
-                    worker.resume()
-            is_over.wait(0.03)
+            for worker in workers:
+                call(worker.resume)
+            is_over.wait(seconds)
 
     thread = threading.Thread(target=halt)
     thread.start()
@@ -66,6 +67,11 @@ def slowed(folder: Path) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+
+
+def call(function: Callable[[], None]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        function()
 
 
 def children_of(process: psutil.Process) -> list[psutil.Process]:
@@ -91,9 +97,11 @@ def test_a_preempted_sweep_is_the_local_one(
     printed = run(tmp_path, *SLURM, "workers.partition=low")
     assert printed.count("named by its first worker") == 2
     assert "submitted: Slurm array" in printed
-    wait_for(lambda: are_training(tmp_path, 2, beyond=5))
     urgent = ["--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
-    subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
+    with slowed(tmp_path, 0.1):  # on a fast machine one would have ended before the other is met
+        wait_for(lambda: are_training(tmp_path, 2, beyond=5))
+        subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
+        wait_for(lambda: all(stopped_at(folder) for folder in tmp_path.glob("outputs/*")))
     following = run(tmp_path, *SLURM, "workers.partition=low")
     assert "report.html" in following
     assert following.count(": finished") == 2
@@ -112,7 +120,8 @@ def test_what_a_user_cancels_is_submitted_again(
 ) -> None:
     """Scancel saves checkpoints; Ctrl-C of the command that follows leaves the array at work."""
     run(tmp_path, *SLURM)
-    wait_for(lambda: are_training(tmp_path, 2, beyond=20))
+    with slowed(tmp_path, 0.1):
+        wait_for(lambda: are_training(tmp_path, 2, beyond=20))
     array = array_of(tmp_path)
     subprocess.run(["scancel", array.job], check=True)
     wait_for(lambda: list_states(array) == [])
@@ -141,9 +150,10 @@ def test_a_sweep_whose_time_is_up_goes_on_at_the_same_step(
     """Slurm's signal comes before the end of the wall clock; the tasks ask to be requeued."""
     command = (*SLURM, "workers.time=3:00")
     run(tmp_path, *command)
-    wait_for(lambda: are_training(tmp_path, 2, beyond=0))
+    with slowed(tmp_path, 0.2):
+        wait_for(lambda: are_training(tmp_path, 2, beyond=0))
     folders = list(tmp_path.glob("outputs/*"))
-    with slowed(tmp_path):
+    with slowed(tmp_path, 0.01):  # longer than three minutes
         wait_for(lambda: all(stopped_at(folder) for folder in folders))
     run(tmp_path, *command)
     assert_same_adapters(tmp_path, reference, 2)
