@@ -29,9 +29,11 @@ TWO_RUNS, THREE_RUNS, FOUR_RUNS = "lora.r=2,4", "lora.r=2,4,8", "lora.r=2,4,8,16
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in a folder."""
+    """Start the command in a folder; a setting that is given again takes the place of GRID's."""
+    given = {one.partition("=")[0] for one in arguments}
+    grid = [one for one in GRID if one.partition("=")[0] not in given]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune", *GRID, *arguments], cwd=folder,
+        [sys.executable, "-m", "finetune", *grid, *arguments], cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from finetune.sweeps.slurm_queue import Array, find_array, list_states
 from finetune.tracking.run_folder import RunFolder
 from tests.sweep_commands import (
     TWO_RUNS,
+    adapters,
     are_training,
     assert_same_adapters,
     processes_in,
@@ -29,10 +30,21 @@ from tests.sweep_commands import (
     stopped_at,
     wait_for,
 )
-from tests.sweep_commands import reference as reference
 from tests.test_slurm_cluster import node as node
 
-SLURM = (TWO_RUNS, "workers=slurm", "workers.num=2")
+# Long enough to be met in training on a fast machine too: Slurm takes seconds to start a task.
+GRID = (TWO_RUNS, "data.num_examples=200", "training.epochs=12")
+SLURM = (*GRID, "workers=slurm", "workers.num=2")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the adapters that one worker trains."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_CACHE", str(folder / "cache"))
+        run(folder, *GRID, "workers.num=1")
+    return adapters(folder)
 
 
 def array_of(folder: Path) -> Array:
@@ -97,11 +109,9 @@ def test_a_preempted_sweep_is_the_local_one(
     printed = run(tmp_path, *SLURM, "workers.partition=low")
     assert printed.count("named by its first worker") == 2
     assert "submitted: Slurm array" in printed
+    wait_for(lambda: are_training(tmp_path, 2, beyond=5))
     urgent = ["--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
-    with slowed(tmp_path, 0.1):  # on a fast machine one would have ended before the other is met
-        wait_for(lambda: are_training(tmp_path, 2, beyond=5))
-        subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
-        wait_for(lambda: all(stopped_at(folder) for folder in tmp_path.glob("outputs/*")))
+    subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
     following = run(tmp_path, *SLURM, "workers.partition=low")
     assert "report.html" in following
     assert following.count(": finished") == 2
@@ -120,8 +130,7 @@ def test_what_a_user_cancels_is_submitted_again(
 ) -> None:
     """Scancel saves checkpoints; Ctrl-C of the command that follows leaves the array at work."""
     run(tmp_path, *SLURM)
-    with slowed(tmp_path, 0.1):
-        wait_for(lambda: are_training(tmp_path, 2, beyond=20))
+    wait_for(lambda: are_training(tmp_path, 2, beyond=20))
     array = array_of(tmp_path)
     subprocess.run(["scancel", array.job], check=True)
     wait_for(lambda: list_states(array) == [])
@@ -142,7 +151,7 @@ def test_what_a_user_cancels_is_submitted_again(
         assert_no_step_is_lost(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster  # its shortest wall clock is three minutes
 @pytest.mark.timeout(1500)  # another process may have the node
 def test_a_sweep_whose_time_is_up_goes_on_at_the_same_step(
     tmp_path: Path, reference: dict[str, str], node: None
@@ -150,8 +159,7 @@ def test_a_sweep_whose_time_is_up_goes_on_at_the_same_step(
     """Slurm's signal comes before the end of the wall clock; the tasks ask to be requeued."""
     command = (*SLURM, "workers.time=3:00")
     run(tmp_path, *command)
-    with slowed(tmp_path, 0.2):
-        wait_for(lambda: are_training(tmp_path, 2, beyond=0))
+    wait_for(lambda: are_training(tmp_path, 2, beyond=0))
     folders = list(tmp_path.glob("outputs/*"))
     with slowed(tmp_path, 0.01):  # longer than three minutes
         wait_for(lambda: all(stopped_at(folder) for folder in folders))
