@@ -100,7 +100,7 @@ def complete(run: RunFolder) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a sweep's folder; its first run, outputs/run-0, has every file."""
-    monkeypatch.setattr("finetune.reporting.figures.draw_figures", lambda results: {})
+    monkeypatch.setattr("finetune.reporting.figures.draw_figures", lambda *_: {})
     made = sweep(tmp_path, ["lora.r"], [["4"], ["8"]])
     complete(RunFolder(tmp_path / "outputs" / "run-0"))
     return made

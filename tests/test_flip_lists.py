@@ -59,7 +59,7 @@ def test_whatever_a_question_holds_is_text_in_the_pages(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "<img src=x" not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 5
-    assert page.count("</script>") == page.count("<script>")
+    assert page.count("</script>") == len(re.findall("<script[ >]", page))
     assert "\x1b" not in page
     assert page.count('<details class="flip">') == 2
     assert 'type="search"' in page

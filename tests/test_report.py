@@ -127,16 +127,20 @@ def test_the_verdict_claims_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_is_given(by_rank: Path) -> None:
-    """One file: pictures inside, no script, no address; values and reasons are text."""
+    """One file: charts and their scripts inside, no address; values and reasons are text."""
     write_report(by_rank)
     page = (by_rank / "report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert "http" not in re.sub(r"data:image/png;base64,[^\"]+", "", page)
-    assert "<script" not in page
+    scripts = re.findall(r"<script.*?</script>", page, re.S)
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "http" not in text
+    assert len(scripts) == 3
+    specs = json.loads(re.sub(r"</?script[^>]*>", "", scripts[0]))
+    assert len(specs) == page.count('<div class="chart">') == 4
+    assert "<script>alert" not in page
     assert "&lt;script&gt;" in page
     assert "the &lt;b&gt;reason&lt;/b&gt; of run-3" in page
     assert "last &lt;line&gt;" in page
-    assert page.count("data:image/png") == 4
 
 
 @pytest.mark.parametrize(
@@ -152,12 +156,13 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_given(by_rank: Path) -
 def test_any_number_of_swept_keys_is_drawn(
     tmp_path: Path, swept: list[str], values: list[list[str]]
 ) -> None:
-    """A line, a heat map, parallel coordinates; seeds also together."""
+    """A line, a heat map, small multiples, and each setting's effect; seeds also together."""
     folder = sweep(tmp_path, swept, values)
     write_report(folder)
     drawn = {path.name for path in folder.glob("figures/*.png")}
-    assert {"differences.png", "loss.png"} <= drawn
+    assert {f"differences-{TASK}.png", "loss.png"} <= drawn
     assert ("grid.png" in drawn) == bool(swept)
+    assert sum(name.startswith("effect-") for name in drawn) == len(swept) * (len(swept) > 1)
     assert ("All seeds combined" in (folder / "report.md").read_text()) == (
         "training.seed" in swept
     )

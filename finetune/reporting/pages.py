@@ -5,7 +5,6 @@ Everything is read from the runs' files, so it can be written again at any time.
 
 from __future__ import annotations
 
-import base64
 import logging
 import shlex
 from collections import defaultdict
@@ -15,11 +14,12 @@ from typing import Any
 
 from finetune.files import write_atomic
 from finetune.reporting.category_tables import build_category_tables
+from finetune.reporting.effects import find_edges
 from finetune.reporting.flip_lists import list_flips
 from finetune.reporting.outcomes import read_outcomes
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.results import Results, read_results, write_csv
-from finetune.reporting.score_tables import build_score_table, describe_methods
+from finetune.reporting.score_tables import build_score_table, build_summary, describe_methods
 from finetune.reporting.verdict import describe_choice, show_difference, verdict
 from finetune.statistics.comparison import compare_seeds
 from finetune.statistics.metric_names import MetricName
@@ -36,21 +36,21 @@ def write_report(folder: Path) -> Results:
     Raises:
         ValueError: the folder is not a sweep's.
     """
-    from finetune.reporting.figures import draw_figures
+    from finetune.reporting.charts import build_charts  # Altair and Vega, which take a second
+    from finetune.reporting.figures import draw_figures, read_javascript, sized
 
     results = read_results(folder)
     write_csv(results)
-    figures = draw_figures(results)
-    shown = _content(results)
-    links = {caption: f"figures/{path.name}" for caption, path in figures.items()}
-    embedded = {
-        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        for caption, path in figures.items()
+    charts = build_charts(results)
+    shown = _content(results) | {
+        "figures": draw_figures(charts, folder),
+        "specs": [sized(chart.spec, "container") for chart in charts],
+        "vega": read_javascript,
     }
-    for name, images in (("report.md", links), ("report.html", embedded)):
+    for name in ("report.md", "report.html"):
         pages = build_pages(name)
         pages.filters |= {"cell": _cell}
-        page = pages.get_template(f"{name}.j2").render(**shown, figures=images)
+        page = pages.get_template(f"{name}.j2").render(**shown)
         write_atomic(folder / name, page.rstrip() + "\n")
     return results
 
@@ -65,6 +65,8 @@ def _content(results: Results) -> dict[str, Any]:
         "verdict": verdict(results),
         "choice": describe_choice(results),
         "swept": results.record.swept,
+        "summary": build_summary(results),
+        "edges": find_edges(results),
         "tables": [build_score_table(results, metric) for metric in results.metrics],
         "methods": describe_methods(results),
         "seeds": _seeds(results),

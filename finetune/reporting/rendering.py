@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,7 +29,21 @@ def build_pages(name: str) -> Environment:
         lstrip_blocks=True,
     )
     pages.filters |= {"code": _code, "span": _span, "short": _short}
+    pages.filters |= {"json": as_json, "markup": Markup}
+    pages.globals["script"] = read_script
     return pages
+
+
+def read_script(name: str) -> Markup:
+    """Return a script of the templates' folder, to stand in a page."""
+    text = resources.files("finetune.reporting").joinpath("templates", name).read_text("utf-8")
+    return Markup(text)  # noqa: S704  # it is our own
+
+
+def as_json(value: Any) -> Markup:
+    """Return a value as JSON that ends no script element."""
+    text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    return Markup(text)  # noqa: S704
 
 
 def _visible(value: Any) -> Any:

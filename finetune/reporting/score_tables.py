@@ -36,6 +36,60 @@ class ScoreTable:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class SummaryRow:
+    """One run's cells in the table of all metrics; `run` is its label, none of the base's row."""
+
+    run: str | None
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table of all runs and metrics."""
+
+    title: str
+    columns: list[str]
+    rows: list[SummaryRow]
+
+
+def build_summary(results: Results) -> Summary:
+    """Return all metrics in one table: the base, then a row for each run, the best marked."""
+    swept = results.record.swept or ["run"]
+    columns, leaders = [*swept, ""], [row["run"] for row in results.leaders()]
+    for metric in results.metrics:
+        columns += [metric, "difference"] if metric in results.comparisons else [metric]
+    rows = []
+    for row in results.rows:
+        mark = "" if row["run"] not in leaders else "tied best" if len(leaders) > 1 else "best"
+        cells = [Cell(str(row.get(key, ""))) for key in swept] + [Cell(mark)]
+        for metric in results.metrics:
+            cells += _summary_cells(results, row, metric)
+        rows.append(SummaryRow(results.label(row), cells))
+    base = [cell for metric in results.metrics for cell in _base_cells(results, metric)]
+    if any(cell.text for cell in base):
+        rows.insert(0, SummaryRow(None, [Cell("base"), *[Cell("")] * len(swept), *base]))
+    return Summary("All runs", columns, rows)
+
+
+def _summary_cells(results: Results, row: Row, metric: str) -> Iterator[Cell]:
+    score, comparison = row.get(metric), results.comparisons.get(metric)
+    yield Cell("" if score is None else show_score(score))
+    if comparison is not None:
+        found = comparison.differences.get(row["run"])
+        text = "" if found is None else show_difference(found.value, comparison)
+        yield Cell(text, found is not None and found.is_significant)
+
+
+def _base_cells(results: Results, metric: str) -> Iterator[Cell]:
+    """Yield the base's score, where all runs have the same."""
+    column = MetricName.parse(metric).base
+    scores = {row[column] for row in results.rows if row.get(column) is not None}
+    yield Cell(show_score(scores.pop()) if len(scores) == 1 else "")
+    if metric in results.comparisons:
+        yield Cell("")
+
+
 def build_score_table(results: Results, metric: str) -> ScoreTable:
     """Return the table of a task/metric, with the comparison to the base if there is one."""
     comparison = results.comparisons.get(metric)

@@ -1,0 +1,129 @@
+"""Effects of the swept settings on the main metric: each value's mean, and what differs most.
+
+A value's mean is over all runs that have it; its interval is over the questions, paired with the
+base. Of a grid the runs of two values differ in nothing else, so their means can be compared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isclose
+
+import numpy as np
+
+from finetune.reporting.outcomes import read_outcomes
+from finetune.reporting.results import Results, Row
+from finetune.statistics.comparison import Outcomes, paired_interval
+from finetune.statistics.metric_names import MetricName
+
+FEWEST_VALUES = 3  # of a setting whose best value may be at the edge
+
+
+@dataclass(frozen=True)
+class ValueEffect:
+    """One value of a swept setting, and the mean of the runs that have it."""
+
+    key: str
+    value: str
+    runs: int
+    mean: float  # of the main metric
+    low: float | None  # of the difference to the base, 95 %, over questions
+    high: float | None
+
+
+@dataclass(frozen=True)
+class KeyEffect:
+    """A swept setting: its values' means, and its share of the variance between runs."""
+
+    key: str
+    values: list[ValueEffect]
+    share: float | None  # eta squared; None where all runs score the same
+
+
+def find_effects(results: Results) -> list[KeyEffect]:
+    """Return the effect of each swept setting with several values, the largest share first."""
+    metric, rows = results.main_metric, results.compared_rows()
+    if metric is None or len(rows) < 2:
+        return []
+    answers = _find_answers(results, metric)
+    effects = []
+    for key in results.record.swept:
+        by_value: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            by_value[str(row[key])].append(row)
+        if len(by_value) > 1:
+            values = [
+                _value_effect(key, value, [row[metric] for row in some], _join(some, answers))
+                for value, some in by_value.items()
+            ]
+            effects.append(KeyEffect(key, values, _share(by_value, metric)))
+    return sorted(effects, key=lambda effect: -(effect.share or 0.0))
+
+
+def _find_answers(results: Results, metric: str) -> dict[str, tuple[Outcomes, Outcomes]]:
+    """Return base and tuned outcomes by run; none where the metric is no mean over questions."""
+    comparison = results.comparisons.get(metric)
+    name = MetricName.parse(metric)
+    if comparison is None or not comparison.metric.is_mean:
+        return {}
+    found = {run.name: read_outcomes(run, name.task, name.name) for run in results.runs}
+    return {run: pair for run, pair in found.items() if pair and run in comparison.differences}
+
+
+def _join(
+    rows: Sequence[Row], answers: Mapping[str, tuple[Outcomes, Outcomes]]
+) -> list[tuple[Outcomes, Outcomes]]:
+    pairs = [answers[row["run"]] for row in rows if row["run"] in answers]
+    return pairs if len(pairs) == len(rows) else []
+
+
+def _value_effect(
+    key: str, value: str, scores: Sequence[float], pairs: Sequence[tuple[Outcomes, Outcomes]]
+) -> ValueEffect:
+    low = high = None
+    if pairs:
+        questions = list(pairs[0][0])
+        sides = [
+            np.mean([[one[side][q] for q in questions] for one in pairs], axis=0) for side in (0, 1)
+        ]
+        low, high = paired_interval(*sides)
+    return ValueEffect(key, value, len(scores), float(np.mean(scores)), low, high)
+
+
+def _share(by_value: Mapping[str, Sequence[Row]], metric: str) -> float | None:
+    """Return the share of the variance between runs that the values' means have."""
+    groups = [np.array([row[metric] for row in rows]) for rows in by_value.values()]
+    scores = np.concatenate(groups)
+    total = float(((scores - scores.mean()) ** 2).sum())
+    between = sum(len(one) * float(one.mean() - scores.mean()) ** 2 for one in groups)
+    return None if isclose(total, 0.0, abs_tol=1e-18) else between / total
+
+
+def find_edges(results: Results) -> list[str]:
+    """Return a line for each setting whose best value is the lowest or highest that was tried."""
+    metric = results.main_metric
+    leaders = results.leaders()
+    if metric is None or len(leaders) != 1:
+        return []
+    lines = []
+    for key in results.record.swept:
+        tried = sorted({number for row in results.compared_rows() if (number := _number(row[key]))})
+        best = _number(leaders[0][key])
+        if best is None or len(tried) < FEWEST_VALUES or best not in (tried[0], tried[-1]):
+            continue
+        is_high = best == tried[-1]
+        beyond = best * best / (tried[-2] if is_high else tried[1])
+        side = "highest" if is_high else "lowest"
+        lines.append(f"The best {key}, {best:g}, is the {side} that was tried: try {beyond:.3g}.")
+    return lines
+
+
+def _number(value: object) -> float | None:
+    """Return a swept value as a number above 0; None for anything else."""
+    with suppress(ValueError):
+        number = float(str(value))
+        return number if number > 0 else None
+    return None

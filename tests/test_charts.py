@@ -1,0 +1,110 @@
+"""Charts of a report: what each shows, and that the page draws them and finds a run in all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.reporting.charts import MOST_NAMED, build_charts
+from finetune.reporting.curves import FEWEST_POINTS, MOST_POINTS, read_curves, smooth
+from finetune.reporting.pages import write_report
+from finetune.reporting.results import read_results
+from finetune.tracking.events import EventLog
+from finetune.tracking.run_folder import RunFolder
+from tests.test_effects import write_grid
+
+
+def charts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {chart.name: chart.spec for chart in build_charts(read_results(folder))}
+
+
+def values_of(spec: dict[str, Any]) -> str:
+    """Return all data of a chart as text."""
+    return json.dumps(spec.get("datasets", spec))
+
+
+def test_each_chart_has_titles_and_the_parameter_that_fades_others(tmp_path: Path) -> None:
+    """So that a click in one chart is seen in all."""
+    swept = {"lora.r": ["4", "8"], "optimizer.lr": ["1e-4", "1e-3"]}
+    found = charts_of(write_grid(tmp_path, swept, [2, 10, 4, 12]))
+    assert list(found) == ["differences-arc", "grid", "effect-1", "effect-2", "loss"]
+    for spec in found.values():
+        assert "picked" in [param["name"] for param in spec["params"]]
+        assert '"title"' in json.dumps(spec)
+        assert "config" not in spec
+
+
+def test_many_runs_are_sorted_and_not_named_on_the_axis(tmp_path: Path) -> None:
+    """Hovering says which is which."""
+    ranks = [str(n) for n in range(1, MOST_NAMED + 2)]
+    spec = charts_of(
+        write_grid(tmp_path, {"lora.r": ranks}, [n % 20 + 1 for n in range(len(ranks))])
+    )
+    axis = spec["differences-arc"]["layer"][1]["encoding"]["y"]["axis"]
+    assert axis["labels"] is False
+    assert f"lora.r={ranks[-1]}" in values_of(spec["differences-arc"])
+
+
+def test_a_heat_map_of_equal_scores_is_readable(tmp_path: Path) -> None:
+    """Black on one bright colour."""
+    swept = {"lora.r": ["4", "8"], "optimizer.lr": ["1e-4", "1e-3"]}
+    spec = charts_of(write_grid(tmp_path, swept, [3, 3, 3, 3]))["grid"]
+    assert '"ink": "black"' in values_of(spec)
+    assert '"ink": "white"' not in values_of(spec)
+
+
+def test_steps_are_whole_numbers_and_curves_are_thinned(tmp_path: Path) -> None:
+    """The more runs, the fewer points each has; the first and the last are kept."""
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    events = EventLog(run.events)
+    for step in range(1, 1001):
+        events.metrics({"train/loss": 1 / step, "train/lr": 0.1}, step)
+    events.close()
+    few, many = (read_curves(run, num_runs=count) for count in (1, MOST_POINTS))
+    assert {curve.metric for curve in few} == {"train/loss", "train/lr"}
+    for found, most in ((few, 1000), (many, FEWEST_POINTS)):
+        for points in found.values():
+            assert len(points) == most
+            assert (points[0][0], points[-1][0]) == (1, 1000)
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+PROBE = """<script type="module">
+await window.drawn;
+const rows = [...document.querySelectorAll(".sortable [data-run]")];
+rows[1].click();
+const marked = document.querySelectorAll(".picked").length;
+document.querySelectorAll(".sortable th")[2].click();
+const first = document.querySelector(".sortable tbody").rows[0].cells[2].textContent;
+const field = document.querySelector(".filter");
+field.value = rows[0].dataset.run;
+field.dispatchEvent(new Event("input"));
+const shown = document.querySelectorAll(".sortable tbody tr:not(.hidden)").length;
+document.title = [document.querySelectorAll(".chart svg").length, marked, first, shown].join(" ");
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium")
+def test_the_page_draws_without_a_network(tmp_path: Path) -> None:
+    """All charts; a click marks a run in the tables, a column sorts, the field filters."""
+    folder = write_grid(tmp_path, {"lora.r": ["4", "8", "16"]}, [1, 3, 2])
+    write_report(folder)
+    page = folder / "probed.html"
+    text = (folder / "report.html").read_text()
+    before, _, after = text.rpartition("</body>")  # Vega's script has one too
+    page.write_text(f"{before}{PROBE}{after}")
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    found = subprocess.run(
+        ["chromium", *arguments, "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+    title = re.search("<title>(.*?)</title>", found)
+    assert title is not None
+    assert title[1] == "3 3 0.5750 1"
