@@ -284,7 +284,7 @@ def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str])
             detail="run:N",
         )
     )
-    is_short = max(map(len, points)) <= 20
+    is_short = len(labels) <= MOST_COLOURS and max(map(len, points)) <= 20
     lines_drawn = drawn.mark_line(point=is_short, strokeWidth=1.6)
     return lines_drawn.add_params(names).properties(height=HEIGHT)
 

@@ -11,8 +11,8 @@ from finetune.statistics.objective import VALIDATION
 from finetune.tracking.events import read_events, select_metric
 from finetune.tracking.run_folder import RunFolder
 
-MOST_POINTS = 24_000  # in the charts of all runs, some 15 bytes each
-FEWEST_POINTS = 40  # of a run, however many runs there are
+MOST_POINTS = 12_000  # in the charts of all runs: a picture takes half a millisecond a point
+FEWEST_POINTS = 16  # of a run, however many runs there are
 MOMENT = 0.9  # weight of what was before, of the smoothed ones
 
 Point = tuple[int, float]  # step and value
