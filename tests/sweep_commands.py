@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from finetune.tracking.run_folder import RunFolder
+from tests.conftest import last_of_each
 
 # 240 steps a run: long enough to be met in training, by Slurm's scheduler too. One thread a worker:
 # a sum over two threads has other bits.
@@ -30,10 +31,8 @@ TWO_RUNS, THREE_RUNS, FOUR_RUNS = "lora.r=2,4", "lora.r=2,4,8", "lora.r=2,4,8,16
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start the command in a folder; a setting that is given again takes the place of GRID's."""
-    given = {one.partition("=")[0] for one in arguments}
-    grid = [one for one in GRID if one.partition("=")[0] not in given]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune", *grid, *arguments], cwd=folder,
+        [sys.executable, "-m", "finetune", *last_of_each([*GRID, *arguments])], cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -7,12 +7,11 @@ the task is then a group of two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +20,13 @@ from finetune.config.schema import EvaluationConfig
 from finetune.data.heldout import HeldoutRow
 from finetune.data.questions import Question
 from finetune.evaluation.loglikelihood import TokenText
-from finetune.evaluation.question_tasks import TEXT_METRICS, TEXTS, Asked
+from finetune.evaluation.question_tasks import (
+    TEXT_METRICS,
+    TEXTS,
+    Asked,
+    build_dataset,
+    build_group,
+)
 
 RESPONSES, ANSWERS = f"{HELD_OUT}_responses", f"{HELD_OUT}_answers"  # where some are short
 VERSION = 1.0  # raised when a row would be asked or scored otherwise
@@ -49,14 +54,8 @@ def load_heldout(
     config["num_fewshot"] = 0  # the rows are asked as they were trained
     manager = TaskManager(include_defaults=False)
     (answers,) = manager.load([config])["tasks"].values()
-    metrics = [
-        AggMetricConfig(metric=metric, aggregation="mean", weight_by_size=True)
-        for metric in ("perplexity", *TEXT_METRICS)
-    ]
-    group = Group(HELD_OUT, aggregate_metric_list=metrics, metadata={"version": VERSION})
-    group.add(responses)
-    group.add(answers)
-    return dict(manager.load([group]))
+    metrics = ("perplexity", *TEXT_METRICS)
+    return dict(manager.load([build_group(HELD_OUT, metrics, (responses, answers), VERSION)]))
 
 
 def _as_question(row: HeldoutRow) -> Asked:
@@ -84,7 +83,7 @@ def _document(row: HeldoutRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 def _config(task: str, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "task": task,
-        "custom_dataset": lambda **_: _build_dataset(documents),
+        "custom_dataset": partial(build_dataset, {"test": documents}),
         "test_split": "test",
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",
@@ -100,12 +99,6 @@ def _config(task: str, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ],
         "metadata": {"version": VERSION},
     }
-
-
-def _build_dataset(documents: Sequence[dict[str, Any]]) -> Any:
-    from datasets import Dataset, DatasetDict
-
-    return DatasetDict({"test": Dataset.from_list(list(documents))})
 
 
 class _Responses(ConfigurableTask):  # type: ignore[misc]  # lm-eval is untyped

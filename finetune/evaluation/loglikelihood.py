@@ -319,13 +319,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 places = path[-len(key[1]) :]
                 wanted.append((key, [row_of.setdefault(at, len(row_of)) for at in places]))
         self.attention.lay_out(tree)
-        ids = torch.tensor([tree.tokens], device=self.device)
-        positions = torch.tensor([tree.positions], device=self.device)
-        rows = torch.tensor(list(row_of), device=self.device)
-        head = self.model.get_output_embeddings()
-        autocast = autocast_to(self.device, self.mixed_precision_dtype)
-        with torch.inference_mode(), head_on_rows(head, rows), autocast:
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        with torch.inference_mode(), autocast_to(self.device, self.mixed_precision_dtype):
+            logits = self.forward(tree.tokens, tree.positions, list(row_of))
             return len(tree.tokens), self._read(logits, wanted)
 
     def computing(self) -> AbstractContextManager[None]:
@@ -339,19 +334,23 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             yield
 
     def forward(
-        self, tokens: list[int], positions: list[int], rows: Sequence[int], cache: Cache
+        self,
+        tokens: list[int],
+        positions: list[int],
+        rows: Sequence[int],
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Return the logits [row, vocabulary] of some of the tokens, which the cache keeps."""
+        """Return the logits [row, vocabulary] of some of the tokens; a cache keeps their keys."""
         head = self.model.get_output_embeddings()
         autocast = autocast_to(self.device, self.mixed_precision_dtype)
-        places = torch.tensor(list(rows), device=self.device)
-        ids = torch.tensor([tokens], device=self.device)
-        at = torch.tensor([positions], device=self.device)
+        ids, at, places = (
+            torch.tensor(one, device=self.device) for one in ([tokens], [positions], list(rows))
+        )
+        kept = (
+            {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        )
         with torch.inference_mode(), head_on_rows(head, places), autocast:
-            found = self.model(
-                input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True
-            )
-            logits: torch.Tensor = found.logits[0]
+            logits: torch.Tensor = self.model(input_ids=ids, position_ids=at, **kept).logits[0]
         return logits
 
     def most_keys(self) -> int:

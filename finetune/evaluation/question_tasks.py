@@ -7,7 +7,7 @@ both kinds of questions is a group of two tasks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,18 +85,18 @@ def load_questions(
     manager = TaskManager(include_defaults=False)
     loaded = manager.load(configs)
     if len(kinds) > 1:
-        loaded = manager.load([_build_group(kinds, loaded["tasks"].values())])
+        metrics = [metric for kind in kinds for metric in kind.metrics]
+        loaded = manager.load([build_group(NAME, metrics, loaded["tasks"].values(), VERSION)])
     return dict(loaded), list(_notes(asked, prompt.tokenizer))
 
 
-def _build_group(kinds: Sequence[Kind], tasks: Iterable[Task]) -> Group:
-    """Return the group of both kinds; each metric is the mean over the questions that have it."""
-    metrics = [
+def build_group(name: str, metrics: Iterable[str], tasks: Iterable[Task], version: float) -> Group:
+    """Return a group of tasks; each metric is the mean over the questions that have it."""
+    aggregated = [
         AggMetricConfig(metric=metric, aggregation="mean", weight_by_size=True)
-        for kind in kinds
-        for metric in kind.metrics
+        for metric in metrics
     ]
-    group = Group(NAME, aggregate_metric_list=metrics, metadata={"version": VERSION})
+    group = Group(name, aggregate_metric_list=aggregated, metadata={"version": version})
     for task in tasks:
         group.add(task)
     return group
@@ -153,9 +153,10 @@ class Kind:
                 f"evaluation.fewshot_questions={evaluation.fewshot_questions} has no question with "
                 f"{what}, as evaluation.questions has"
             )
+        documents = {split: [one.document() for one in some] for split, some in splits.items()}
         config: dict[str, Any] = {
             "task": task,
-            "custom_dataset": partial(_build_dataset, splits),
+            "custom_dataset": partial(build_dataset, documents),
             "test_split": "test",
             "fewshot_split": "solved" if solved else "test",
             "output_type": self.output_type,
@@ -189,15 +190,12 @@ TEXTS = Kind(TEXT, "generate_until", TEXT_METRICS)
 KINDS = (CHOICES, TEXTS)
 
 
-def _build_dataset(splits: dict[str, list[Asked]], **_: Any) -> Any:
+def build_dataset(splits: Mapping[str, Sequence[dict[str, Any]]], **_: Any) -> Any:
+    """Return documents by split as lm-eval reads them; it passes what it knows of the task."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict(
-        {
-            name: Dataset.from_list([one.document() for one in asked])
-            for name, asked in splits.items()
-            if asked
-        }
+        {name: Dataset.from_list(list(some)) for name, some in splits.items() if some}
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import altair as alt
@@ -130,15 +131,8 @@ def _grid(results: Results) -> Iterator[Chart]:
         yield _chart("grid", f"{metric} over {swept[0]}", _line(results, metric, rows))
         return
     facets = [len({row[key] for row in rows}) for key in swept[2:4]]
-    if len(swept) <= 4 and (not facets or _product(facets) <= MOST_FACETS):
+    if len(swept) <= 4 and prod(facets) <= MOST_FACETS:
         yield _chart("grid", f"{metric} over the grid", _heat(results, metric, rows))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _line(results: Results, metric: str, rows: Sequence[Row]) -> alt.LayerChart:

@@ -64,7 +64,6 @@ def _content(results: Results) -> dict[str, Any]:
         + (" --multirun" if results.record.swept else ""),
         "verdict": verdict(results),
         "choice": describe_choice(results),
-        "swept": results.record.swept,
         "summary": build_summary(results),
         "edges": find_edges(results),
         "tables": [build_score_table(results, metric) for metric in results.metrics],
