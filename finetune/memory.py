@@ -10,8 +10,10 @@ from hydra.errors import HydraException
 from rich.table import Table
 
 from finetune.config.overrides import compose_job
+from finetune.config.schema import Config
 from finetune.models.quantization import as_loaded
-from finetune.models.shape import find_shape, load_config
+from finetune.models.shape import Shape, find_shape, load_config
+from finetune.pipeline.card_table import describe_remedies, find_fits, render_fits
 from finetune.pipeline.memory_estimate import GIB, DeviceMemory, Estimate, estimate, find_problem
 from finetune.problems import Refused, first_line
 from finetune.reporting.tables import add_row, build_table, print_table
@@ -32,7 +34,13 @@ def main() -> None:
         "--gib", type=float, help="memory to fit into, the GPU's with training.device=cuda "
         "(default: the free memory, or 16 where there is no GPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--cards", action="store_true",
+        help="a table of the usual GPUs: whether the run fits, its dtype there, and remedies",
+    )  # fmt: skip
     args = parser.parse_args()
+    if args.cards and args.gib is not None:
+        parser.error("--cards takes each card's memory; leave out --gib")
     try:
         config = compose_job(args.overrides)
         shape, device = find_shape(config.model), DeviceMemory.find(config, args.gib)
@@ -43,11 +51,22 @@ def main() -> None:
     except (FileNotFoundError, ValueError, HydraException) as error:
         print(first_line(error), file=sys.stderr)
         sys.exit(2)
+    if args.cards:
+        print_cards(config, shape)
+        return
     tokens = config.training.most_tokens()
     print_table(render(estimate(config, shape, device), device))
     problem = find_problem(config, shape, device, tokens)
     print(f"\n{problem}" if problem else "\nit fits")
     sys.exit(1 if problem else 0)
+
+
+def print_cards(config: Config, shape: Shape) -> None:
+    """Print whether a run fits each of the usual GPUs, and the remedies."""
+    fits = find_fits(config, shape)
+    print_table(render_fits(fits))
+    for line in describe_remedies(fits):
+        print(f"\n{line}")
 
 
 def render(need: Estimate, device: DeviceMemory) -> Table:

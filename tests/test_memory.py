@@ -164,6 +164,65 @@ def test_the_cheapest_change_that_fits_is_named(gib: float, remedy: str | None) 
         assert remedy in problem
 
 
+def cards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[dict[str, list[str]], str]:
+    """Return the rows that finetune.memory --cards prints, by card, and the lines below."""
+    monkeypatch.setattr("sys.argv", ["finetune.memory", "--cards", *overrides])
+    memory.main()
+    table, _, remedies = capsys.readouterr().out.partition("\n\n")
+    lines = [[cell.strip() for cell in line.split("  ") if cell] for line in table.splitlines()]
+    return {name: cells for name, *cells in lines[1:]}, remedies
+
+
+def test_the_usual_cards_are_in_one_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference fits all of them; old cards compute in fp16, and the P100 has its builds."""
+    rows, remedies = cards(monkeypatch, capsys, "experiment=mistral_alpaca_arc")
+    named = [name.partition(" ")[0] for name in rows]
+    assert named == ["P100", "T4", "L4", "A10", "RTX", "A100", "A100", "H100"]
+    assert {cells[2] for cells in rows.values()} == {"yes"}
+    assert [cells[3] for cells in rows.values()] == ["fp16", "fp16", *["bf16"] * 6]
+    assert [cells[4] for cells in rows.values()] == ["CUDA 12.6", *["CUDA 13 or 12"] * 7]
+    assert remedies == ""
+
+
+def test_each_card_has_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cards with the same remedy share a line; it is the one that the estimate finds."""
+    rows, remedies = cards(monkeypatch, capsys, "experiment=mistral_alpaca_arc", "model=mistral_7b")
+    fits = {name: cells[2] for name, cells in rows.items()}
+    assert {name for name, fit in fits.items() if fit == "no"} == {"P100 16 GB", "T4 16 GB"}
+    assert remedies == "P100 16 GB, T4 16 GB: set model.quantization=nf4\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "unsupported", "remedy"),
+    [
+        ("model.dtype=bf16", 2, "model.dtype=fp16"),
+        ("training.precision=bf16", 2, "training.precision=fp16"),
+        ("model.quantization=int8", 1, "model.quantization=nf4"),
+        ("model.attn_implementation=flash_attention_2", 2, "model.attn_implementation=sdpa"),
+        ("training.use_liger_kernel=true", 1, "training.use_liger_kernel=false"),
+    ],
+)
+def test_a_card_that_is_too_old_for_a_setting_is_named(
+    override: str,
+    unsupported: int,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the setting and the remedy; newer cards take it."""
+    rows, remedies = cards(monkeypatch, capsys, "experiment=mistral_alpaca_arc", override)
+    named = [name for name, cells in rows.items() if cells[2] == "unsupported"]
+    assert named == ["P100 16 GB", "T4 16 GB"][:unsupported]
+    assert remedies.startswith(f"{', '.join(named)}: {override.partition('=')[0]}")
+    assert remedies.splitlines()[0].endswith(remedy)
+
+
 def test_workers_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its part; fewer workers are the remedy where one of them fits."""
     monkeypatch.setattr("finetune.pipeline.memory_estimate.free_bytes", lambda _: 100 * GIB)

@@ -18,7 +18,9 @@ GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/versio
 LIST_SECONDS = 10.0  # a driver that hangs is no reason to wait for ever
 Capability = tuple[int, int]
 
-# Oldest compute capability of what is not in torch itself.
+# Oldest compute capability of formats, kernels and builds.
+OLDEST_BF16 = (8, 0)  # Ampere; older GPUs emulate it
+OLDEST_FLASH = (8, 0)  # flash-attn's kernels refuse a P100 or a T4
 OLDEST_TRITON = (7, 0)  # Volta; Liger's kernels are written in it
 OLDEST_INT8 = (7, 5)  # Turing; LLM.int8, by bitsandbytes' documentation
 OLDEST_CUDA_13 = (7, 5)  # of torch's builds for CUDA 13, which PyPI has

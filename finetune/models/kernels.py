@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig
-from finetune.models.devices import OLDEST_TRITON, Capability, render
+from finetune.models.devices import OLDEST_FLASH, OLDEST_TRITON, Capability, render
 
 # Implementation -> the module that it is imported as, the package that brings it.
 FLASH = {
@@ -23,7 +23,6 @@ FLASH = {
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-OLDEST_FLASH = (8, 0)  # compute capability: Ampere; its kernels refuse a P100 or a T4
 
 
 def find_flash_problems(

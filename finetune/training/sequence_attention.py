@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from finetune.models.adapters import base_of
 from finetune.models.attention import attention_replaced, find_obstacle, refuse_arguments
 from finetune.models.compatibility import attend_by_varlen
-from finetune.models.kernels import FLASH, FLASH_DTYPES, OLDEST_FLASH
+from finetune.models.devices import OLDEST_FLASH
+from finetune.models.kernels import FLASH, FLASH_DTYPES
 
 NAME = "finetune_sequences"
 WIDEST_HEAD = 256  # features, of flash attention
