@@ -9,14 +9,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 
 from finetune.reporting.charts import MOST_NAMED, build_charts
-from finetune.reporting.curves import FEWEST_POINTS, MOST_POINTS, read_curves, smooth
+from finetune.reporting.curves import (
+    CURVES,
+    FEWEST_POINTS,
+    MOST_POINTS,
+    select_curves,
+    smooth,
+    thin,
+)
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import read_results
-from finetune.tracking.events import EventLog
-from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.events import EventLog, read_events
 from tests.test_effects import write_grid
 
 
@@ -38,6 +45,7 @@ def test_each_chart_has_titles_and_the_parameter_that_fades_others(tmp_path: Pat
         assert "picked" in [param["name"] for param in spec["params"]]
         assert '"title"' in json.dumps(spec)
         assert "config" not in spec
+        alt.Chart.from_dict(spec)  # raises where it is not of Vega-Lite's schema
 
 
 def test_many_runs_are_sorted_and_not_named_on_the_axis(tmp_path: Path) -> None:
@@ -61,16 +69,18 @@ def test_a_heat_map_of_equal_scores_is_readable(tmp_path: Path) -> None:
 
 def test_steps_are_whole_numbers_and_curves_are_thinned(tmp_path: Path) -> None:
     """The more runs, the fewer points each has; the first and the last are kept."""
-    run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
-    events = EventLog(run.events)
+    path = tmp_path / "events.jsonl"
+    events = EventLog(path)
     for step in range(1, 1001):
         events.metrics({"train/loss": 1 / step, "train/lr": 0.1}, step)
     events.close()
-    few, many = (read_curves(run, num_runs=count) for count in (1, MOST_POINTS))
-    assert {curve.metric for curve in few} == {"train/loss", "train/lr"}
-    for found, most in ((few, 1000), (many, FEWEST_POINTS)):
-        for points in found.values():
+    found = select_curves(read_events(path))
+    assert set(found) == {"train/loss", "train/lr"}
+    for num_runs, most in ((1, 1000), (MOST_POINTS, FEWEST_POINTS)):
+        for curve in CURVES:
+            if curve.metric not in found:
+                continue
+            points = thin(curve, found[curve.metric], num_runs=num_runs)
             assert len(points) == most
             assert (points[0][0], points[-1][0]) == (1, 1000)
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])

@@ -19,7 +19,7 @@ from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks import load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
 from finetune.pipeline.scores import write_scores
-from finetune.reporting.outcomes import read_outcomes
+from finetune.reporting.outcomes import read_answers
 from finetune.tracking.run_folder import RunFolder
 from tests.conftest import TINY, Command, write_rows
 
@@ -153,9 +153,11 @@ def test_equal_questions_of_a_group_stay_apart(tmp_path: Path) -> None:
 
     run = RunFolder(tmp_path)
     write_scores(run, scored(1.0, 0.0, 1.0), scored(0.0, 1.0, 0.0))
-    pair = read_outcomes(run, "g", "acc")
-    assert pair is not None
-    assert [list(outcomes.values()) for outcomes in pair] == [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
+    found = read_answers(run, "g", "acc")
+    assert [list(side.values()) for side in (found.base, found.tuned)] == [
+        [0.0, 1.0, 0.0],
+        [1.0, 0.0, 1.0],
+    ]
 
 
 @pytest.mark.slow

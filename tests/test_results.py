@@ -14,6 +14,7 @@ import mlflow
 import pytest
 
 from finetune.config.schema import TrackingConfig
+from finetune.files import parse_lines
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results
 from finetune.reporting.score_tables import render_table
@@ -115,6 +116,21 @@ def test_a_runs_scores_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(RunFolder, "read_scores", count)
     read_results(folder)
     assert len(read) == len(set(read))
+
+
+def test_a_runs_events_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the damage check, the last loss and the curves: of 240 runs this is most of the time."""
+    folder = write_sweep(tmp_path, [{"arc": {"acc": (ACC, [0, 1], [1, 1])}}] * 2)
+    read: list[str] = []
+
+    def count(raw: bytes, is_valid: Any) -> Any:
+        read.append(is_valid.__name__)
+        return parse_lines(raw, is_valid)
+
+    monkeypatch.setattr("finetune.tracking.events.parse_lines", count)
+    results = read_results(folder)
+    assert read == ["is_event"] * 2
+    assert [row["train/loss"] for row in results.rows] == [1.5, 1.5]
 
 
 @pytest.mark.usefixtures("no_figures")

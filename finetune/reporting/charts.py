@@ -12,10 +12,12 @@ from math import prod
 from typing import Any, cast
 
 import altair as alt
+from altair.utils.schemapi import debug_mode
 
-from finetune.reporting.curves import CURVES, Point, read_curves
+from finetune.reporting.curves import CURVES, Point, thin
 from finetune.reporting.effects import KeyEffect, find_effects
-from finetune.reporting.results import Results, Row
+from finetune.reporting.results import Results
+from finetune.reporting.rows import Row
 from finetune.statistics.comparison import Comparison
 from finetune.statistics.metric_names import MetricName
 
@@ -44,12 +46,13 @@ class Chart:
 
 def build_charts(results: Results) -> list[Chart]:
     """Return the charts that the results allow, in the order of the page."""
-    return [*_differences(results), *_grid(results), *_effects(results), *_curves(results),
-            *_costs(results)]  # fmt: skip
+    with debug_mode(False):  # a test validates the specs, which takes half of the time
+        return [*_differences(results), *_grid(results), *_effects(results), *_curves(results),
+                *_costs(results)]  # fmt: skip
 
 
 def _chart(name: str, caption: str, drawn: alt.TopLevelMixin) -> Chart:
-    spec = cast(Any, drawn).add_params(PICKED).to_dict()
+    spec = cast(Any, drawn).add_params(PICKED).to_dict(validate=False)
     spec.pop("config", None)  # of the page, in light or dark
     return Chart(name, caption, spec)
 
@@ -245,9 +248,12 @@ def _effect(results: Results, effect: KeyEffect) -> alt.LayerChart:
 def _curves(results: Results) -> Iterator[Chart]:
     """Yield losses, learning rate and gradient norm over the steps of all runs."""
     labels = [results.label(row) for row in results.rows]
-    found = [read_curves(run, num_runs=len(labels)) for run in results.runs]
+    found = [results.curves.get(run.name, {}) for run in results.runs]
     for curve in CURVES:
-        points = [one.get(curve, []) for one in found]
+        points = [
+            thin(curve, one[curve.metric], num_runs=len(labels)) if curve.metric in one else []
+            for one in found
+        ]
         if any(points):
             yield _chart(curve.file, curve.caption, _curve(curve.title, points, labels))
 
@@ -266,6 +272,8 @@ def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str])
         colour = alt.Color("run:N", scale=scale, legend=None if len(labels) == 1 else legend)
     faint = alt.value(1.0 if len(labels) <= MOST_COLOURS else 0.35)
     shown = alt.condition("isValid(picked) && picked !== datum.run", alt.value(0.06), faint)
+    is_short = len(labels) <= MOST_COLOURS and max(map(len, points)) <= 20
+    # A line of some opacity is painted as a layer of the picture; its stroke's costs nothing.
     drawn = (
         alt.Chart(data)
         .transform_calculate(run="runs[datum.n]")
@@ -273,12 +281,11 @@ def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str])
             x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
             color=colour,
-            opacity=shown,
+            **{"opacity" if is_short else "strokeOpacity": shown},
             tooltip=["run:N", "step:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
             detail="run:N",
         )
     )
-    is_short = len(labels) <= MOST_COLOURS and max(map(len, points)) <= 20
     lines_drawn = drawn.mark_line(point=is_short, strokeWidth=1.6)
     return lines_drawn.add_params(names).properties(height=HEIGHT)
 

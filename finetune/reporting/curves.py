@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from finetune.statistics.objective import VALIDATION
-from finetune.tracking.events import read_events, select_metric
-from finetune.tracking.run_folder import RunFolder
 
-MOST_POINTS = 12_000  # in the charts of all runs: a picture takes half a millisecond a point
+MOST_POINTS = 12_000  # in the charts of all runs
 FEWEST_POINTS = 16  # of a run, however many runs there are
 MOMENT = 0.9  # weight of what was before, of the smoothed ones
 
 Point = tuple[int, float]  # step and value
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric's values over the steps of a run."""
+
+    steps: list[int]
+    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,9 @@ class Curve:
     is_smoothed: bool = False
 
 
+TRAIN_LOSS = "train/loss"
 CURVES = (
-    Curve("train/loss", "loss", "training loss, smoothed", "Training loss", is_smoothed=True),
+    Curve(TRAIN_LOSS, "loss", "training loss, smoothed", "Training loss", is_smoothed=True),
     Curve(VALIDATION, "validation-loss", "validation loss", "Validation loss"),
     Curve("train/lr", "lr", "learning rate", "Learning rate"),
     Curve("train/grad_norm", "grad-norm", "gradient norm, smoothed", "Gradient norm before "
@@ -38,21 +46,22 @@ CURVES = (
 )  # fmt: skip
 
 
-def read_curves(run: RunFolder, *, num_runs: int) -> dict[Curve, list[Point]]:
-    """Return a run's curves; the more runs share a chart, the fewer points each has."""
-    events = list(read_events(run.events)) if run.events.exists() else []
-    most = max(FEWEST_POINTS, MOST_POINTS // num_runs // len(CURVES))
-    found = {}
-    for curve in CURVES:
-        measured = select_metric(events, curve.metric)
-        if measured:
-            values = [one.value for one in measured]
-            values = smooth(values) if curve.is_smoothed else values
-            found[curve] = _thinned([one.step for one in measured], values, most)
+def select_curves(events: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """Return the values of each curve's metric that a run's events have."""
+    metrics = {curve.metric for curve in CURVES}
+    found: dict[str, Series] = {}
+    for event in events:
+        if event["event"] == "metric" and (key := event["key"]) in metrics:
+            series = found.setdefault(key, Series([], []))
+            series.steps.append(event["step"])
+            series.values.append(event["value"])
     return found
 
 
-def _thinned(steps: Sequence[int], values: Sequence[float], most: int) -> list[Point]:
+def thin(curve: Curve, series: Series, *, num_runs: int) -> list[Point]:
+    """Return a curve's points; the more runs share a chart, the fewer each has."""
+    steps, most = series.steps, max(FEWEST_POINTS, MOST_POINTS // num_runs // len(CURVES))
+    values = smooth(series.values) if curve.is_smoothed else series.values
     places = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
     return [(steps[place], float(f"{values[place]:.5g}")) for place in places.tolist()]
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from math import isclose
 
 import numpy as np
+import numpy.typing as npt
 
-from finetune.reporting.outcomes import read_outcomes
-from finetune.reporting.results import Results, Row
+from finetune.reporting.outcomes import find_outcomes
+from finetune.reporting.results import Results
+from finetune.reporting.rows import Row
 from finetune.statistics.comparison import Outcomes, paired_interval
 from finetune.statistics.metric_names import MetricName
 
+Array = npt.NDArray[np.float64]
 FEWEST_VALUES = 3  # of a setting whose best value may be at the edge
 
 
@@ -63,33 +66,39 @@ def find_effects(results: Results) -> list[KeyEffect]:
     return sorted(effects, key=lambda effect: -(effect.share or 0.0))
 
 
-def _find_answers(results: Results, metric: str) -> dict[str, tuple[Outcomes, Outcomes]]:
+def _find_answers(results: Results, metric: str) -> dict[str, tuple[Array, Array]]:
     """Return base and tuned outcomes by run; none where the metric is no mean over questions."""
     comparison = results.comparisons.get(metric)
     name = MetricName.parse(metric)
-    if comparison is None or not comparison.metric.is_mean:
+    if comparison is None or not comparison.metric.is_mean or name.task not in results.scored:
         return {}
-    found = {run.name: read_outcomes(run, name.task, name.name) for run in results.runs}
-    return {run: pair for run, pair in found.items() if pair and run in comparison.differences}
+    tables = results.scored[name.task].tables
+    pairs = {run: find_outcomes(tables[run], name.name) for run in comparison.differences}
+    questions = list(next(iter(pairs.values()))[0])
+    return {
+        run: (_sorted(base, questions), _sorted(tuned, questions))
+        for run, (base, tuned) in pairs.items()
+    }
+
+
+def _sorted(outcomes: Outcomes, questions: Sequence[str]) -> Array:
+    return np.array([outcomes[question] for question in questions], dtype=np.float64)
 
 
 def _join(
-    rows: Sequence[Row], answers: Mapping[str, tuple[Outcomes, Outcomes]]
-) -> list[tuple[Outcomes, Outcomes]]:
+    rows: Sequence[Row], answers: Mapping[str, tuple[Array, Array]]
+) -> list[tuple[Array, Array]]:
     pairs = [answers[row["run"]] for row in rows if row["run"] in answers]
     return pairs if len(pairs) == len(rows) else []
 
 
 def _value_effect(
-    key: str, value: str, scores: Sequence[float], pairs: Sequence[tuple[Outcomes, Outcomes]]
+    key: str, value: str, scores: Sequence[float], pairs: Sequence[tuple[Array, Array]]
 ) -> ValueEffect:
     low = high = None
     if pairs:
-        questions = list(pairs[0][0])
-        sides = [
-            np.mean([[one[side][q] for q in questions] for one in pairs], axis=0) for side in (0, 1)
-        ]
-        low, high = paired_interval(*sides)
+        base, tuned = (np.mean(side, axis=0) for side in zip(*pairs, strict=True))
+        low, high = paired_interval(base, tuned)
     return ValueEffect(key, value, len(scores), float(np.mean(scores)), low, high)
 
 

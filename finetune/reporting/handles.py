@@ -12,7 +12,7 @@ from rich.console import Console
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
 from finetune.reporting.results import Results as SweepResults
-from finetune.reporting.results import list_columns
+from finetune.reporting.rows import list_columns
 from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import WIDTH_OF_A_FILE
 from finetune.reporting.verdict import verdict

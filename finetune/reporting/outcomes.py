@@ -40,10 +40,10 @@ def find_answers(table: OutcomeTable, metric: str) -> Answers:
     return Answers(base, tuned, table.members)
 
 
-def read_outcomes(run: RunFolder, task: str, metric: str) -> tuple[Outcomes, Outcomes] | None:
-    """Return a run's outcomes per question, of base and tuned model; None without both."""
-    answers = read_answers(run, task, metric)
-    return (answers.base, answers.tuned) if answers.base and answers.tuned else None
+def find_outcomes(table: OutcomeTable, metric: str) -> tuple[Outcomes, Outcomes]:
+    """Return the outcomes per question of base and tuned model; empty where not scored."""
+    answers = find_answers(table, metric)
+    return answers.base, answers.tuned
 
 
 def read_sides(run: RunFolder, task: str, metric: str) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ Everything is read from the runs' files, so it can be written again at any time.
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,18 +15,12 @@ from finetune.files import write_atomic
 from finetune.reporting.category_tables import build_category_tables
 from finetune.reporting.effects import find_edges
 from finetune.reporting.flip_lists import list_flips
-from finetune.reporting.outcomes import read_outcomes
 from finetune.reporting.rendering import build_pages
 from finetune.reporting.results import Results, read_results, write_csv
 from finetune.reporting.score_tables import build_score_table, build_summary, describe_methods
-from finetune.reporting.verdict import describe_choice, show_difference, verdict
-from finetune.statistics.comparison import compare_seeds
-from finetune.statistics.metric_names import MetricName
+from finetune.reporting.seeds import compare_all_seeds
+from finetune.reporting.verdict import describe_choice, verdict
 from finetune.tracking.run_folder import RunFolder
-
-log = logging.getLogger("finetune")
-
-SEED_KEYS = ("training.seed", "training.data_seed")
 
 
 def write_report(folder: Path) -> Results:
@@ -68,7 +61,7 @@ def _content(results: Results) -> dict[str, Any]:
         "edges": find_edges(results),
         "tables": [build_score_table(results, metric) for metric in results.metrics],
         "methods": describe_methods(results),
-        "seeds": _seeds(results),
+        "seeds": compare_all_seeds(results),
         "rows": rows,
         "is_validated": bool(results.validated_rows()),
         "failed": [row for row in rows if row["status"] in ("failed", "diverged", "interrupted")],
@@ -83,36 +76,6 @@ def _content(results: Results) -> dict[str, Any]:
         "flips": list_flips(results),
         "provenance": _provenance(results.runs),
     }
-
-
-def _seeds(results: Results) -> dict[str, tuple[int, str, str]]:
-    """Compare settings over their seeds, where seeds were swept and the main metric is a mean.
-
-    Returns:
-        By setting: the number of seeds, the difference and its interval.
-    """
-    metric = results.main_metric
-    keys = [key for key in results.record.swept if key not in SEED_KEYS]
-    if metric not in results.comparisons or len(keys) == len(results.record.swept):
-        return {}
-    comparison = results.comparisons[metric]
-    if not comparison.metric.is_mean:
-        return {}
-    parsed = MetricName.parse(metric)
-    task, name = parsed.task, parsed.name
-    settings: dict[str, list[RunFolder]] = defaultdict(list)
-    for run, row in zip(results.runs, results.rows, strict=True):
-        if row["run"] in comparison.differences:
-            settings[", ".join(f"{key}={row[key]}" for key in keys) or "all seeds"].append(run)
-    found = {}
-    for label, runs in settings.items():
-        pairs = [pair for run in runs if (pair := read_outcomes(run, task, name)) is not None]
-        if len(pairs) > 1:
-            one = compare_seeds(pairs[0][0], [tuned for _, tuned in pairs])
-            value, *ends = (show_difference(n, comparison) for n in (one.value, one.low, one.high))
-            interval = " to ".join(ends) if one.low < one.high else ""
-            found[label] = (len(pairs), value, interval)
-    return found
 
 
 def _samples(results: Results) -> list[Mapping[str, str]]:

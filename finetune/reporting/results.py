@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
 
-from finetune.escaping import for_csv
-from finetune.files import Damaged, read_json, write_atomic
+from finetune.files import Damaged, JsonLines, read_json, write_atomic
+from finetune.reporting.curves import TRAIN_LOSS, Series, select_curves
 from finetune.reporting.mixtures import find_machine_mixtures, find_mixtures
+from finetune.reporting.rows import Row, build_row, render_csv
 from finetune.reporting.run_comparison import ScoredRuns, compare_objective, compare_runs
 from finetune.statistics.comparison import Comparison
-from finetune.statistics.metric_names import STDERR, MetricName
+from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import Metric
 from finetune.statistics.objective import MEAN, VALIDATION, Objective
 from finetune.statistics.objective_comparison import average_metric
+from finetune.tracking.events import drop_superseded, read_lines
 from finetune.tracking.run_folder import REMEDY, RunFolder
-from finetune.tracking.score_files import ModelScore, TaskScores
+from finetune.tracking.score_files import TaskScores
 from finetune.tracking.sweep_record import SweepRecord
 
-COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MAIN_METRICS = ("acc", "acc_norm")
-MEAN_LOSS = "train/mean_loss"
-
-Row = dict[str, Any]  # one row of results.csv
 
 
 @dataclass
@@ -44,6 +39,8 @@ class Results:
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
     remarks: list[str] = field(default_factory=list)  # on what was not compared, and why
     refused: set[str] = field(default_factory=set)  # metrics of unequal questions
+    scored: dict[str, ScoredRuns] = field(default_factory=dict)  # by task
+    curves: dict[str, dict[str, Series]] = field(default_factory=dict)  # by run and metric
 
     @cached_property
     def objective(self) -> Objective | None:
@@ -156,27 +153,22 @@ def read_results(folder: Path) -> Results:
     """
     record = SweepRecord.load(folder)
     runs = [RunFolder(folder / run.folder) for run in record.runs]
-    tracked = _tracked(folder)
     scores = [{task: run.read_scores(task) for task in record.tasks} for run in runs]
     rows = [
-        _row(run, place.swept, found, tracked.get(run.name))
+        build_row(run, place.swept, found)
         for run, place, found in zip(runs, record.runs, scores, strict=True)
     ]
     results = Results(folder, record, runs, rows)
+    _add_tracked(results)
     for run, row in zip(runs, rows, strict=True):
-        damage = find_damage(run)
-        results.remarks += damage
-        lost = [line for line in damage if ": evaluation/" in line or "is not a folder" in line]
-        if lost:  # why the row has no scores
-            row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
+        _add_events(results, run, row)
     labels = [results.label(row) for row in rows]
-    by_task = {}
     for task in record.tasks:
         pairs = zip(labels, scores, strict=True)
         known = {label: one for label, found in pairs if (one := found[task]) is not None}
         mixtures = find_mixtures(task, known)
         results.remarks += mixtures.remarks
-        scored = ScoredRuns.read(
+        results.scored[task] = scored = ScoredRuns.read(
             [run for run, found in zip(runs, scores, strict=True) if found[task]], task
         )
         for name, metric in _gathered(known.values()).items():
@@ -185,11 +177,23 @@ def read_results(folder: Path) -> Results:
             if mixtures.questions_differ:
                 results.refused.add(str(column))
             _compare(results, scored, column, metric)
-        by_task[task] = scored
     if results.objective is not None and results.objective.column == str(MEAN):
-        _add_average(results, results.objective, by_task)
+        _add_average(results, results.objective)
     results.remarks += find_machine_mixtures(dict(zip(labels, runs, strict=True)))
     return results
+
+
+def _add_events(results: Results, run: RunFolder, row: Row) -> None:
+    """Add what a run's event log holds, and remarks on its damaged files; the log is read once."""
+    lines = read_lines(run.events)
+    damage = find_damage(run, lines)
+    results.remarks += damage
+    lost = [line for line in damage if ": evaluation/" in line or "is not a folder" in line]
+    if lost:  # why the row has no scores
+        row["reason"] = row["reason"] or lost[0].removeprefix(f"{run.name}: ")
+    results.curves[run.name] = curves = select_curves(drop_superseded(lines.values, []))
+    if TRAIN_LOSS in curves and not run.find_lost_events(lines):
+        row["train/loss"] = curves[TRAIN_LOSS].values[-1]  # of the last step, as MLflow shows it
 
 
 def _gathered(scores: Iterable[TaskScores]) -> dict[str, Metric]:
@@ -201,16 +205,22 @@ def _gathered(scores: Iterable[TaskScores]) -> dict[str, Metric]:
     return dict(sorted(found.items(), key=lambda item: item[0] not in MAIN_METRICS))
 
 
-def _tracked(folder: Path) -> dict[str, str | None]:
-    """Return the MLflow run of each run that is mirrored."""
+def _add_tracked(results: Results) -> None:
+    """Add the MLflow run of each run that is mirrored."""
     with suppress(Damaged, KeyError, TypeError, AttributeError):  # the tracker reports it
-        stored = read_json(folder / "mlflow.json", dict) or {"children": {}}
-        return {name: child["run_id"] for name, child in stored["children"].items()}
-    return {}
+        stored = read_json(results.folder / "mlflow.json", dict) or {"children": {}}
+        tracked = {name: child["run_id"] for name, child in stored["children"].items()}
+        for row in results.rows:
+            row["mlflow_run_id"] = tracked.get(row["run"])
 
 
-def find_damage(run: RunFolder) -> list[str]:
-    """Return a line for each damaged file that a report would read; it is left out there."""
+def find_damage(run: RunFolder, events: JsonLines | None = None) -> list[str]:
+    """Return a line for each damaged file that a report would read; it is left out there.
+
+    Args:
+        run: the run.
+        events: the lines of its event log, where they are read already.
+    """
     if problem := run.find_place_problem():
         return [f"{run.name}: {problem}"]
     status = run.status()
@@ -218,73 +228,8 @@ def find_damage(run: RunFolder) -> list[str]:
         return []  # its process is writing them
     return [
         f"{run.name}: {name} is damaged and left out: {problem}; {REMEDY}"
-        for name, problem in run.find_damage(of_weights=False).items()
+        for name, problem in run.find_damage(of_weights=False, events=events).items()
     ]
-
-
-def _row(
-    run: RunFolder, swept: Mapping[str, str], scored: Mapping[str, TaskScores | None], tracked: Any
-) -> Row:
-    """Return one row of `results.csv`, with the columns that the run has so far."""
-    status = run.status()
-    row: Row = {
-        "run": run.name,
-        **swept,
-        "status": status.state if status else "pending",
-        "reason": status.reason if status else None,
-    }
-    trained = run.read_json("training.json") or {}
-    seconds = 0.0
-    for task, scores in scored.items():
-        if scores is None:
-            continue
-        chosen = run.read_scores(f"{task}.select")
-        row.update(_task_columns(task, scores))
-        seconds += scores.tuned.seconds
-        if chosen is not None:
-            row.update(_selection_columns(task, chosen.tuned))
-            seconds += chosen.tuned.seconds
-    row["train/loss"] = _last_loss(run)
-    row[MEAN_LOSS] = trained.get("mean_loss", trained.get("loss"))  # its name until 0.1
-    row[VALIDATION] = trained.get("validation_loss")
-    row["evaluation_seconds"] = seconds or None
-    row.update({name: trained.get(name) for name in COSTS})
-    row["mlflow_run_id"] = tracked
-    return row
-
-
-def _last_loss(run: RunFolder) -> float | None:
-    """Return the loss of the last step, as MLflow shows it; None where events are lost."""
-    if run.find_lost_events():
-        return None
-    losses = run.metric("train/loss")
-    return losses[-1].value if losses else None
-
-
-def _task_columns(task: str, scores: TaskScores) -> Row:
-    """Return a task's tuned metrics, and for each the base's and the difference to it."""
-    columns: Row = {}
-    for name, one in scores.tuned.metrics.items():
-        column = MetricName(task, name)
-        columns[str(column)] = one.value
-        if one.stderr is not None:
-            columns[column.stderr] = one.stderr
-    for name, one in scores.base.metrics.items() if scores.base else ():
-        column, tuned = MetricName(task, name), scores.tuned.value(name)
-        columns[column.base] = one.value
-        columns[column.difference] = None if tuned is None else tuned - one.value
-    return columns
-
-
-def _selection_columns(task: str, chosen: ModelScore) -> Row:
-    """Return the metrics on the questions that choose the best run."""
-    columns: Row = {}
-    for name, one in chosen.metrics.items():
-        column = MetricName(task, name).selection
-        columns[column] = one.value
-        if one.stderr is not None:
-            columns[f"{column}{STDERR}"] = one.stderr
-    return columns
 
 
 def _compare(results: Results, scored: ScoredRuns, name: MetricName, metric: Metric) -> None:
@@ -327,7 +272,7 @@ def _add_comparison(results: Results, name: MetricName, comparison: Comparison) 
             row[name.p], row[name.p_adjusted] = found.p, found.p_adjusted
 
 
-def _add_average(results: Results, objective: Objective, scored: Mapping[str, ScoredRuns]) -> None:
+def _add_average(results: Results, objective: Objective) -> None:
     """Add the weighted mean of several metrics as one of its own, which ranks the runs."""
     names = {str(name) for name in objective.weights}
     metric = average_metric(objective, results.metrics) if names <= set(results.metrics) else None
@@ -344,7 +289,9 @@ def _add_average(results: Results, objective: Objective, scored: Mapping[str, Sc
     try:
         if not results.refused.isdisjoint(names):
             raise ValueError("its metrics were scored on different questions")
-        comparison = compare_objective(scored, objective, results.metrics, runs) if runs else None
+        comparison = None
+        if runs:
+            comparison = compare_objective(results.scored, objective, results.metrics, runs)
     except ValueError as error:
         results.remarks.append(f"{MEAN} is not compared: {error}")
         results.refused.add(str(MEAN))
@@ -359,18 +306,5 @@ def _add_average(results: Results, objective: Objective, scored: Mapping[str, Sc
 
 
 def write_csv(results: Results) -> None:
-    """Write `results.csv`: one line a run, the columns of all runs, in the order they come."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list_columns(results.rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: for_csv(value) for name, value in row.items()} for row in results.rows)
-    write_atomic(results.folder / "results.csv", text.getvalue())
-
-
-def list_columns(rows: Sequence[Row]) -> list[str]:
-    """Return the columns of all rows: run, settings and status, then scores, then costs and ids."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
-    first = [name for name in columns if name not in last and "/" not in name]
-    return [*first, *(name for name in columns if name not in (*first, *last)), *last]
+    """Write `results.csv`."""
+    write_atomic(results.folder / "results.csv", render_csv(results.rows))

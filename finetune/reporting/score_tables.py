@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from finetune.reporting.results import MEAN_LOSS, Results, Row
+from finetune.reporting.results import Results
+from finetune.reporting.rows import MEAN_LOSS, Row
 from finetune.reporting.tables import add_row, build_table
 from finetune.reporting.verdict import show_detectable, show_difference
 from finetune.statistics.comparison import Comparison, Difference

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.reporting.results import Results, Row
+from finetune.reporting.results import Results
+from finetune.reporting.rows import Row
 from finetune.statistics.comparison import LEVEL, Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score

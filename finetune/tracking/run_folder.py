@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config.schema import Config, build_config
 from finetune.files import (
     Damaged,
+    JsonLines,
     is_obstructed,
     parse_lines,
     read_json,
@@ -290,8 +291,15 @@ class RunFolder:
             return []
         return read_yaml(self.path / "overrides.yaml", list) or []
 
-    def find_damage(self, *, of_weights: bool = True) -> dict[str, str]:
-        """Return what is wrong with the run's files, by name, with or without its weights."""
+    def find_damage(
+        self, *, of_weights: bool = True, events: JsonLines | None = None
+    ) -> dict[str, str]:
+        """Return what is wrong with the run's files, by name, with or without its weights.
+
+        Args:
+            of_weights: whether to check adapter and model.
+            events: the lines of the event log, where they are read already.
+        """
         names = [name for name in self._names() if of_weights or not name.startswith(WEIGHTS)]
         entries = self._entries()
         problems = {
@@ -312,14 +320,18 @@ class RunFolder:
         is_begun = of_weights and self.read_json("training.json") is not None
         if is_begun and not self.weights():
             problems.setdefault("adapter", "it is missing")
-        problems["events.jsonl"] = self.find_lost_events()
+        problems["events.jsonl"] = self.find_lost_events(events)
         return {name: problem for name, problem in problems.items() if problem}
 
-    def find_lost_events(self) -> str | None:
-        """Return a problem if lines of the event log are damaged, or its end is missing."""
+    def find_lost_events(self, lines: JsonLines | None = None) -> str | None:
+        """Return a problem if lines of the event log are damaged, or its end is missing.
+
+        Args:
+            lines: of the log, where they are read already.
+        """
         if os.path.lexists(self.events) and not self.events.is_file():
             return "it is not a file"
-        lines, status = read_lines(self.events), self.status()
+        lines, status = lines or read_lines(self.events), self.status()
         if lines.damaged:
             return f"{len(lines.damaged)} of its lines cannot be read"
         ends = [event["state"] for event in lines.values if event["event"] == "status"]
