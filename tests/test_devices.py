@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,51 @@ def test_a_card_without_kernels_is_refused_with_the_builds_that_have_them(
     assert f"compute capability {capability[0]}.{capability[1]}" in problem
     assert remedy in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "cuda", "said"),
+    [
+        ({}, [], "13.0", "this machine has no CUDA device; use one that has"),
+        ({devices.VISIBLE: ""}, ["Tesla T4"], "13.0", "CUDA_VISIBLE_DEVICES= hides Tesla T4"),
+        ({devices.VISIBLE: "-1"}, ["Tesla T4"], "13.0", "=-1 hides Tesla T4; unset it"),
+        ({}, ["Tesla T4"], None, "built without CUDA, so that it cannot use Tesla T4"),
+        ({devices.VISIBLE: "0"}, ["Tesla T4"], "13.0", "install a driver from 580 on, or torch's"),
+        ({}, ["Tesla P100"], "12.6", "install a driver from 525 on, or torch's"),
+        ({}, ["Future"], "14.1", "install a driver from 580 on, or torch's"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_torch_does_not_see_has_its_reason(
+    environment: dict[str, str],
+    gpus: list[str],
+    cuda: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None there, hidden, a build for CPUs, or a driver that is too old; in the refusal too."""
+    found = [Gpu(name, "GPU-1") for name in gpus]
+    assert said in devices.describe_missing(environment, found, cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "list_gpus", lambda: found)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(os, "environ", {**os.environ, devices.VISIBLE: "0", **environment})
+    config = Config(model=ModelConfig(path="random://tiny"))
+    config.training.device = "cuda"
+    (problem,) = preflight._find_device_problems(config, Session())
+    assert problem.startswith("training.device is cuda, and ")
+    assert said in problem
+
+
+def test_the_advice_stands_in_one_place() -> None:
+    """Refusals and the README name the page, which has their command and their drivers."""
+    root = Path(__file__).parents[1]
+    page = (root / devices.GUIDE).read_text(encoding="utf-8")
+    assert devices.INSTALL_CUDA_12_6 in page
+    assert all(f"| {driver} |" in page for driver in devices.DRIVERS.values())
+    assert devices.GUIDE in (root / "README.md").read_text(encoding="utf-8")
+    (problem,) = find_kernel_problems("Tesla P100", (6, 0), CUDA_13)
+    assert devices.INSTALL_CUDA_12_6 in problem
+    assert devices.GUIDE in problem
 
 
 def test_a_card_with_kernels_and_a_build_without_a_list_pass() -> None:

@@ -25,6 +25,10 @@ OLDEST_TRITON = (7, 0)  # Volta; Liger's kernels are written in it
 OLDEST_INT8 = (7, 5)  # Turing; LLM.int8, by bitsandbytes' documentation
 OLDEST_CUDA_13 = (7, 5)  # of torch's builds for CUDA 13, which PyPI has
 OLDEST_CUDA_12_6 = (5, 0)
+# Advice on builds: the same in refusals and docs/gpus.md, which a test holds together.
+INSTALL_CUDA_12_6 = "pip install 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
+DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> oldest driver of NVIDIA's
+GUIDE = "docs/gpus.md"
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ def find_kernel_problems(
         return []
     if OLDEST_CUDA_12_6 <= capability < OLDEST_CUDA_13:
         remedy = (
-            "torch's builds for CUDA 12.6 have them, up to torch 2.14: pip install 'torch<2.15' "
-            "--index-url https://download.pytorch.org/whl/cu126"
+            "torch's builds for CUDA 12.6 have them, up to torch 2.14: "
+            f"{INSTALL_CUDA_12_6} ({GUIDE})"
         )
     elif capability < OLDEST_CUDA_12_6:
         remedy = "no build of a supported torch has them"
@@ -129,6 +133,31 @@ def find_kernel_problems(
         f"{render(capability)}), only for {', '.join(architectures)}; {remedy}; "
         "or set training.device=cpu"
     ]
+
+
+def describe_missing(environment: Mapping[str, str], gpus: Sequence[Gpu], cuda: str | None) -> str:
+    """Return why torch sees no GPU, with the remedy.
+
+    Args:
+        environment: of the process.
+        gpus: of the machine, as nvidia-smi lists them.
+        cuda: version that the installed torch is built for; None of a build without CUDA.
+    """
+    if not gpus:
+        return "this machine has no CUDA device; use one that has"
+    if environment.get(VISIBLE, "0").split(",")[0].strip() in ("", "-1"):
+        return f"{VISIBLE}={environment[VISIBLE]} hides {gpus[0].name}; unset it"
+    if cuda is None:
+        return (
+            f"the installed torch is built without CUDA, so that it cannot use {gpus[0].name}; "
+            f"install a build for CUDA ({GUIDE})"
+        )
+    driver = DRIVERS.get(int(cuda.partition(".")[0]), max(DRIVERS.values()))
+    return (
+        f"the installed torch is built for CUDA {cuda}, and the driver of {gpus[0].name} does not "
+        f"start it; install a driver from {driver} on, or torch's builds for CUDA 12.6: "
+        f"{INSTALL_CUDA_12_6} ({GUIDE})"
+    )
 
 
 def render(capability: Capability) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -172,10 +173,8 @@ def _find_optimizer_problems(config: Config, _: Session) -> list[str]:
 
 def _find_device_problems(config: Config, _: Session) -> list[str]:
     if config.training.device == "cuda" and not torch.cuda.is_available():
-        return [
-            "training.device is cuda, and this machine has no CUDA device; "
-            "use one that has, or set training.device=auto for the CPU"
-        ]
+        why = devices.describe_missing(os.environ, devices.list_gpus(), torch.version.cuda)
+        return [f"training.device is cuda, and {why}, or set training.device=auto for the CPU"]
     problems = find_precision_problems(find_precision(config))
     device = pick_device(config.training.device)
     if device.type == "cuda" and torch.cuda.is_available():
