@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from finetune.config.rules import LARGEST_SEED
 from finetune.problems import Refused
 from finetune.streams import is_gone, keep_streams
+from finetune.tracking.run_names import find_run
 
 if TYPE_CHECKING:
     from finetune.inference.conversation import Conversation, Sampling
@@ -36,7 +37,9 @@ def main() -> None:
         prog="python -m finetune.chat", description=__doc__, epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, outputs/NAME")
+    parser.add_argument(
+        "runs", nargs="+", type=find_run, help="runs' folders, outputs/NAME, or their ids"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, help="longest answer, tokens (256)"
     )

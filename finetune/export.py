@@ -19,6 +19,7 @@ from finetune.config.foreign_runs import find_link_problems
 from finetune.files import remove_folder, resolved, temporary_path
 from finetune.problems import Refused
 from finetune.streams import keep_streams
+from finetune.tracking.run_names import find_run
 
 if TYPE_CHECKING:
     from finetune.inference.merging import Check
@@ -33,7 +34,7 @@ def main() -> None:
     """Export; exit code 0, 1 (the check or the upload failed) or 2 (refused)."""
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
+    parser.add_argument("run", type=find_run, help="the run's folder, outputs/NAME, or its id")
     parser.add_argument(
         "--into", type=Path, metavar="FOLDER", help="a new folder (default: exports/NAME)"
     )

@@ -338,3 +338,15 @@ def replaced(folder: Path, check: Check = allow) -> Iterator[Path]:
             put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of the files in a folder, links not followed; of a file its own."""
+    if not folder.is_dir() or folder.is_symlink():
+        return folder.lstat().st_size
+    sizes = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # it was removed meanwhile
+                sizes += os.lstat(os.path.join(place, name)).st_size
+    return sizes

@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.escaping import for_terminal
 from finetune.problems import Refused, nearest
 from finetune.reporting.flips import Flip, Flips, categories, find_flips
 from finetune.streams import keep_streams
 from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.run_names import find_run
 
 DESCRIPTION = """\
 Print the questions that a run's tuned model answers otherwise than its base, with the
@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m finetune.flips", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("other", type=Path, nargs="?", help="another run's folder")
+    parser.add_argument("run", type=find_run, help="a run's folder, or its id")
+    parser.add_argument("other", type=find_run, nargs="?", help="another run's folder, or its id")
     side = parser.add_mutually_exclusive_group()
     side.add_argument("--gained", action="store_true", help="only questions answered better")
     side.add_argument("--lost", action="store_true", help="only questions answered worse")

@@ -14,7 +14,14 @@ from pathlib import Path
 from finetune.problems import Refused
 
 ROOM_BYTES = 2**16  # free space that a folder must have
-CACHE_PARTS = ("models", "evaluations", "speeds", "tokens", "finished")
+CACHE_PARTS = {
+    "models": "converted model",
+    "tokens": "tokenised rows",
+    "evaluations": "scores of base models",
+    "speeds": "measured speeds",
+    "finished": "records of finished jobs",
+    "javascript": "code of charts",
+}
 WORKER = "FINETUNE_WORKER"  # environment variable: the name of one of several workers
 
 

@@ -27,6 +27,7 @@ from finetune.reporting.reproduction import compare_runs, find_other_conditions,
 from finetune.streams import keep_streams
 from finetune.sweeps.run_sweep import run_sweep
 from finetune.tracking.run_folder import REMEDY, RunFolder
+from finetune.tracking.run_names import find_run
 
 SWEEP = "rerun"
 
@@ -38,7 +39,7 @@ def main() -> None:
     """
     keep_streams()
     parser = argparse.ArgumentParser(prog="python -m finetune.rerun", description=__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder, outputs/NAME")
+    parser.add_argument("run", type=find_run, help="the run's folder, outputs/NAME, or its id")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE",
         help="override of the run that would run code, confirmed by typing it again: "

@@ -1,37 +1,42 @@
-"""List runs, compare two of them, or watch a sweep: `python -m finetune.runs [RUN OTHER]`."""
+"""List, compare, watch or remove runs: `python -m finetune.runs [RUN ...]`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import datetime
-from math import isclose
 from pathlib import Path
 
-from rich.table import Table
-
 from finetune.config.schema import Config
+from finetune.confirmation import confirm, require_answer
 from finetune.escaping import for_terminal
+from finetune.files import folder_size
 from finetune.problems import Refused
-from finetune.reporting.outcomes import read_answers
 from finetune.reporting.results import find_damage
-from finetune.reporting.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
-from finetune.reporting.tables import add_row, build_table, print_table
-from finetune.reporting.verdict import show_difference
-from finetune.statistics.comparison import compare
-from finetune.statistics.metric_names import MetricName
-from finetune.statistics.metrics import show_score
+from finetune.reporting.run_list import (
+    ListedRun,
+    choose,
+    find_shared,
+    render_list,
+    sort_runs,
+)
+from finetune.reporting.run_pair import render_pair, render_settings
+from finetune.reporting.tables import output_width, print_table, show_size
 from finetune.streams import keep_streams
 from finetune.sweeps.live import LOST, FindRuns
 from finetune.sweeps.watching import find_sweep, runs_of_folder, runs_of_sweep, watch
-from finetune.tracking.progress import find_state, read_place
+from finetune.tracking import run_removal
 from finetune.tracking.run_folder import RunFolder
-from finetune.tracking.score_files import MetricScore
+from finetune.tracking.run_names import find_run
 
 DESCRIPTION = """\
-List all runs, with the worker and the host that ran each; compare two of them; or watch
-a sweep from a second terminal, whichever machines run it.
+List runs with their state, progress, worker, settings and scores; compare two of them:
+the settings that differ, and their scores on the same questions; watch a sweep from a
+second terminal, whichever machines run it; or remove runs.
+
+RUN is a run's folder, its name, or the beginning of the id at the end of its name.
+KEY is a column of the list (run, state, step, loss, worker, host, started, ended), a
+metric or a setting; the end of its name is enough: acc, lr.
 
 States: waiting, running, trained (waits for its score), scoring, finished, failed,
 diverged, interrupted, and lost: nobody works on the run any longer, since its process
@@ -39,35 +44,65 @@ has ended on this machine, or has not renewed its claim for 90 s under --watch. 
 command that made a run resumes it. --watch ends when all runs are finished, failed or
 diverged, or at Ctrl-C, with exit code 0; where the output is no terminal it prints a
 line for each change."""
-PLACE = ("worker", "host")  # columns
+EXAMPLES = """\
+examples:
+  python -m finetune.runs --filter state=failed,lost --filter lora.r=16
+  python -m finetune.runs --sort acc --reverse
+  python -m finetune.runs 3b7a11 d03b13
+  python -m finetune.runs 3b7a11 --remove"""
 
 
 def main() -> None:
-    """List the runs of a folder, compare two, or watch a sweep; exit code 2 where there is none."""
+    """List, compare, watch or remove runs; exit code 2 where there is none, or it is refused."""
     keep_streams()
     args = build_parser().parse_args()
+    outputs = args.outputs or Path(Config.output_dir)
     try:
+        named = [RunFolder(find_run(one, outputs)) for one in args.runs]
         if args.watch is not None:
             watch(find_watched(args.watch, args.outputs))
-        elif args.compare:
-            compare_two([RunFolder(path) for path in args.compare])
+        elif args.remove:
+            chosen = named or (choose_runs(outputs, args) if args.filter else [])
+            sys.exit(remove(chosen, Path(args.reports), is_confirmed=args.yes))
+        elif named:
+            compare_two(named)
         else:
-            list_runs(args.outputs or Path(Config.output_dir))
-    except (Refused, ValueError) as error:
+            list_runs(outputs, args)
+    except (Refused, ValueError, argparse.ArgumentTypeError) as error:
         problems = error.problems if isinstance(error, Refused) else [str(error)]
         print(for_terminal("\n".join(problems)), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # at the question: nothing was removed
+        sys.exit(130)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m finetune.runs", description=DESCRIPTION,
+        prog="python -m finetune.runs", description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("compare", nargs="*", type=Path, help="two runs' folders to compare")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="two runs to compare, or those to remove"
+    )
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
+        help="list (or remove) only runs with one of these values; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--sort", metavar="KEY", help="order of the list (default: started)")
+    parser.add_argument("--reverse", action="store_true", help="the highest value first")
+    parser.add_argument(
+        "--remove", action="store_true",
+        help="remove the runs: their folders, and their runs, artifacts and models in MLflow; "
+        "asks first",
+    )  # fmt: skip
+    parser.add_argument("--yes", action="store_true", help="with --remove: do not ask")
     parser.add_argument(
         "--outputs", type=Path, help=f"folder of the runs (default: {Config.output_dir})"
     )
+    parser.add_argument(
+        "--reports", default=Config.report_dir,
+        help="folder of the sweeps, which know the runs in MLflow (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--watch", nargs="?", const="", metavar="SWEEP",
         help="show a sweep's runs live: its folder or its name (default: the newest one in "
@@ -93,6 +128,14 @@ def find_watched(sweep: str, outputs: Path | None) -> FindRuns:
     return find
 
 
+def require_runs(runs: Sequence[RunFolder]) -> None:
+    """Raise Refused where a folder is no run's."""
+    missing = [str(run.path) for run in runs if not is_run(run)]
+    if missing:
+        names = ", ".join(missing)
+        raise Refused([f"no run in {names}: config.yaml is missing; name outputs/RUN"])
+
+
 def compare_two(runs: Sequence[RunFolder]) -> None:
     """Print the comparison of two runs; exit code 1 where damage leaves nothing to compare.
 
@@ -101,20 +144,30 @@ def compare_two(runs: Sequence[RunFolder]) -> None:
     """
     if len(runs) != 2:
         raise Refused(["name two runs to compare, or none to list all"])
-    missing = [str(run.path) for run in runs if not is_run(run)]
-    if missing:
-        names = ", ".join(missing)
-        raise Refused([f"no run in {names}: config.yaml is missing; name outputs/RUN"])
+    require_runs(runs)
     print_damage(runs)
-    table = render_pair(runs[0], runs[1])
+    differing, table = render_settings(*runs), render_pair(*runs)
+    if differing.row_count:
+        print_table(differing)
+        print()
+    else:
+        print("the runs have equal settings, versions and machines")
     if not table.row_count and any(find_damage(run) for run in runs):
         print("nothing can be compared: the damaged files are left out", file=sys.stderr)
         sys.exit(1)
-    print_table(table)
+    if table.row_count:
+        print_table(table)
+    else:
+        print("no task has scored both runs")
 
 
-def list_runs(outputs: Path) -> None:
-    """Print all runs of a folder.
+def choose_runs(outputs: Path, args: argparse.Namespace) -> list[RunFolder]:
+    """Return the runs of a folder that meet the conditions."""
+    return [one.run for one in choose(read_runs(outputs), args.filter)]
+
+
+def read_runs(outputs: Path) -> list[ListedRun]:
+    """Read all runs of a folder, and print what is damaged.
 
     Raises:
         Refused: there is none.
@@ -125,9 +178,61 @@ def list_runs(outputs: Path) -> None:
     if not found:
         raise Refused([f"no runs in {outputs}/; set --outputs FOLDER"])
     print_damage(found)
-    print_table(render_list(found))
-    if any(find_state(run) == "lost" for run in found):
+    return [ListedRun.read(run) for run in found]
+
+
+def list_runs(outputs: Path, args: argparse.Namespace) -> None:
+    """Print the runs of a folder.
+
+    Raises:
+        Refused: there is none.
+    """
+    listed = read_runs(outputs)
+    chosen = choose(listed, args.filter)
+    print_runs(sort_runs(chosen, args.sort, is_reversed=args.reverse))
+    if not chosen:
+        print(f"none of {len(listed)} runs: {' '.join(args.filter)}", file=sys.stderr)
+    if any(one.state.state == "lost" for one in chosen):
         print(LOST, file=sys.stderr)
+
+
+def print_runs(listed: Sequence[ListedRun]) -> None:
+    print_table(render_list(listed, output_width()))
+    if shared := find_shared(listed):
+        settings = " ".join(f"{key}={value}" for key, value in shared.items())
+        print(for_terminal(f"all with {settings}"))
+
+
+def remove(runs: Sequence[RunFolder], reports: Path, *, is_confirmed: bool) -> int:
+    """Remove runs after asking; return the exit code: 1 where MLflow or the disk did not let it.
+
+    Raises:
+        Refused: there is none, one is at work, or nobody can be asked.
+    """
+    if not runs:
+        raise Refused(["no run to remove; name runs, or choose them by --filter"])
+    require_runs(runs)
+    require_answer(is_confirmed=is_confirmed)
+    with run_removal.held(runs, reports) as copies:
+        print_runs([ListedRun.read(run) for run in runs])
+        size = show_size(sum(folder_size(run.path) for run in runs))
+        count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        sent = sum(any(copy.run_id for copy in found) for found in copies.values())
+        those = "" if sent == len(runs) else f"{sent} of them "
+        where = f", {those}also in MLflow with artifacts" if sent else ""
+        if not confirm(f"remove {count} ({size}){where}", is_confirmed=is_confirmed):
+            print("nothing was removed")
+            return 0
+        code = 0
+        for run in runs:
+            try:
+                notes = run_removal.remove_run(run, copies[run.name])
+            except (run_removal.NotRemoved, OSError) as error:
+                print(for_terminal(str(error)), file=sys.stderr)
+                code = 1
+            else:
+                print(for_terminal("\n".join([f"removed {run.path}", *notes])))
+        return code
 
 
 def is_run(folder: RunFolder) -> bool:
@@ -138,78 +243,6 @@ def is_run(folder: RunFolder) -> bool:
 def print_damage(runs: Sequence[RunFolder]) -> None:
     for line in (line for run in runs for line in find_damage(run)):
         print(for_terminal(line), file=sys.stderr)
-
-
-def render_list(runs: Sequence[RunFolder]) -> Table:
-    """Return a table of runs: state, worker and host, end time, overrides and scores.
-
-    Worker and host have a column where any run has recorded one.
-    """
-    places = [read_place(run) for run in runs]
-    columns = [n for n, _ in enumerate(PLACE) if any(place[n] for place in places)]
-    table = build_table("run", "state", *(PLACE[n] for n in columns), "ended", "settings", "scores")
-    for run, place in zip(runs, places, strict=True):
-        status, where = run.status(), [place[n] for n in columns]
-        ended = status.ended if status else None
-        when = datetime.fromtimestamp(ended).strftime("%m-%d %H:%M") if ended else ""
-        settings = " ".join(run.read_overrides())
-        add_row(table, run.name, find_state(run), *where, when, settings, _scores(run))
-    return table
-
-
-def _scores(run: RunFolder) -> str:
-    parts = []
-    for task in run.scored_tasks():
-        scores = run.read_scores(task)
-        metrics = scores.tuned.metrics if scores else {}
-        shown = [f"{name} {show_score(metric.value)}" for name, metric in metrics.items()]
-        parts.append(f"{task}: {', '.join(shown)}")
-    return "; ".join(parts)
-
-
-def render_pair(one: RunFolder, other: RunFolder) -> Table:
-    """Return a table of two runs' scores on the same questions: difference, interval and p."""
-    numbers = (one.name, other.name, "difference", "95 %", "gained / lost", "p")
-    table = build_table("metric", *numbers, right=numbers)
-    for task in one.scored_tasks():
-        first, second = one.read_scores(task), other.read_scores(task)
-        if first is None or second is None:
-            continue
-        for name, score in first.tuned.metrics.items():
-            if name in second.tuned.metrics:
-                metric, scores = MetricName(task, name), (score, second.tuned.metrics[name])
-                if cells := _pair_cells(one, other, metric, scores):
-                    add_row(table, str(metric), *cells)
-    return table
-
-
-def _pair_cells(
-    one: RunFolder, other: RunFolder, metric: MetricName, scores: tuple[MetricScore, MetricScore]
-) -> list[str]:
-    """Return the cells of a metric's row; none where a run's outcomes are not stored."""
-    first, second = (read_answers(run, metric.task, metric.name) for run in (one, other))
-    if not (first.tuned and second.tuned):
-        return []
-    values, definition = [score.value for score in scores], scores[0].definition
-    plain = [*map(show_score, values), f"{values[1] - values[0]:+.4g}"]
-    if scores[1].definition != definition:
-        return [*plain[:2], "the runs define this metric differently", "", "", ""]
-    if not definition.is_known:
-        return [*plain, "", "", ""]  # only a run and its base are resampled at scoring
-    try:
-        pairs = {other.name: (first.tuned, second.tuned)}
-        comparison = compare(pairs, definition, first.members)
-    except ValueError as error:
-        return ["", "", str(error), "", "", ""]
-    found = comparison.differences[other.name]
-    if not isclose(found.base, values[0], rel_tol=1e-6, abs_tol=1e-9):
-        return [*plain, "", "", ""]  # scored by an older version, without its outcomes
-    if not found.changed:
-        return [*plain[:2], NO_DIFFERENCE, "", "", ""]
-    interval, flips = show_range(found, comparison), show_flips(found)
-    return [
-        *plain[:2], show_difference(found.value, comparison), interval, flips, show_p(found.p)
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # Ground modules at the root, then the rooms, in the order of imports.
 GROUND = [
     "problems", "streams", "signals", "escaping", "substitution", "commands", "files", "home",
-    "logs",
+    "logs", "confirmation",
 ]  # fmt: skip
 ROOMS = [
     "statistics", "config", "tracking", "reporting", "models", "data", "training", "evaluation",
@@ -30,7 +30,7 @@ READ_BY_REPORTS = {*GROUND, "statistics", "config", "tracking", "reporting"}
 WITHOUT_TORCH = [
     *GROUND, "statistics", "config", "distributed", "tracking", "reporting", "sweeps", "api",
     "pipeline.jobs", "pipeline.finished_runs", "training.grouping", "training.checkpoints",
-    "models.devices", "report", "runs", "sync", "rerun",
+    "models.devices", "report", "runs", "cache", "sync", "rerun",
 ]  # fmt: skip
 HEAVY = "{'torch', 'transformers', 'mlflow', 'lm_eval', 'datasets'}"
 

@@ -20,6 +20,8 @@ from finetune.problems import Refused
 from finetune.reporting import reproduction
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import read_results, write_csv
+from finetune.reporting.run_list import ListedRun, render_list
+from finetune.reporting.run_pair import render_pair, render_settings
 from finetune.tracking import run_files
 from finetune.tracking.events import EventLog, read_events
 from finetune.tracking.mirror import Mirror
@@ -115,7 +117,7 @@ def read_everything(folder: Path, run: RunFolder) -> str:
     assert score is None or score == sum(EQUAL) / len(EQUAL), "no wrong claim"
     assert row["train/mean_loss"] in (None, 1.25)
     assert row["train/loss"] in (None, 2 - 0.1 * 8)
-    runs.render_list([run])
+    render_list([ListedRun.read(run)], 80)
     list(reproduction.find_other_conditions(run, run))
     reproduction.compare_runs(run, run)
     EventTail(run.events).read()
@@ -161,7 +163,8 @@ def test_pages_and_tables_are_made_of_what_is_left(
     write_report(folder)
     is_told = name != "finetune.log" and not name.startswith("adapter")
     assert (f"{name} is damaged" in (folder / "report.md").read_text()) == is_told
-    runs.render_pair(run, run)
+    render_pair(run, run)
+    render_settings(run, run)
     runs.print_damage([run])
     assert (f"{name} is damaged" in capsys.readouterr().err) == is_told
 
@@ -194,7 +197,7 @@ def test_a_damaged_file_without_a_record_is_known_by_its_shape(
         if how not in ("missing", "lowest bit") and name not in ("prompt.jinja", "finetune.log"):
             assert name in run.find_damage() or (name, how) in known
         list(reproduction.find_other_conditions(run, run))
-        runs.render_list([run])
+        render_list([ListedRun.read(run)], 80)
         (run.path / name).write_bytes(content)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune.sweeps.live import Board, Row, live_table, render_rows, shorten_labels, summarise
+from finetune.reporting.tables import shorten_labels
+from finetune.sweeps.live import Board, Row, live_table, render_rows, summarise
 from finetune.tracking.events import EventLog
 from finetune.tracking.progress import EventTail, Progress, RunState
 from finetune.tracking.run_folder import RunFolder, Status

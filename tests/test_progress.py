@@ -24,7 +24,7 @@ from finetune.tracking.progress import (
     Progress,
     RunState,
     estimate_seconds_left,
-    find_state,
+    look_once,
 )
 from finetune.tracking.run_folder import RunFolder, Status
 
@@ -99,13 +99,13 @@ def test_a_dead_process_of_this_machine_is_known_at_once(tmp_path: Path) -> None
     here = os.uname().nodename
     with writer(run.path, here, 0, 1, 3) as process:
         watch, before = Watch(run.claim), run.claim.read_bytes()
-        assert find_state(run) == "running"
+        assert look_once(run).state == "running"
         assert not watch.look().is_lost
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
         assert watch.look().unrenewed_seconds == math.inf
-        assert find_state(run) == FollowedRun(run).look().state == "lost"
+        assert look_once(run).state == FollowedRun(run).look().state == "lost"
         assert run.claim.read_bytes() == before
 
 
@@ -134,7 +134,7 @@ def test_a_run_is_named_by_its_status_and_its_claim(
         assert FollowedRun(run).look().state == state
         return
     with claimed(run.claim):
-        assert FollowedRun(run).look().state == find_state(run) == state
+        assert FollowedRun(run).look().state == look_once(run).state == state
 
 
 def test_the_worker_that_scores_a_run_is_shown_while_it_does(tmp_path: Path) -> None:

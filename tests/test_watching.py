@@ -210,7 +210,7 @@ def test_the_list_names_worker_and_host_and_what_is_lost(
     runs.main()
     told = capsys.readouterr()
     lines = [line.split() for line in told.out.splitlines()]
-    assert lines[0] == ["run", "state", "worker", "host", "ended", "settings", "scores"]
-    assert lines[1][:5] == ["run-1", "finished", "GPU", "0", "node1"]
+    assert lines[0] == ["run", "state", "step", "loss", "worker", "host", "ended"]
+    assert lines[1][:7] == ["run-1", "finished", "100/100", "1.000", "GPU", "0", "node1"]
     assert lines[2] == ["run-2", "lost"]
     assert "started again, resumes it" in told.err

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -35,5 +38,32 @@ def add_row(table: Table, *cells: str) -> None:
 
 def print_table(table: Table) -> None:
     """Print a table; where the output is no terminal, without colours and line breaks."""
+    Console(width=output_width()).print(table)
+
+
+def output_width() -> int:
+    """Return the characters of a line: the terminal's, or COLUMNS; wide in a file."""
     console = Console()
-    Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(table)
+    is_set = os.environ.get("COLUMNS", "").isdigit()
+    return console.width if console.is_terminal or is_set else WIDTH_OF_A_FILE
+
+
+def shorten_labels(labels: Sequence[str]) -> list[str]:
+    """Return swept values without their keys' sections, where that leaves the keys distinct."""
+    keys = {key for label in labels for key in re.findall(r"(?<!\S)([\w.]+)=", label)}
+    last = Counter(key.rpartition(".")[2] for key in keys)
+
+    def shorten(found: re.Match[str]) -> str:
+        name = found[1].rpartition(".")[2]
+        return f"{name}=" if last[name] == 1 else found[0]
+
+    return [for_terminal(re.sub(r"(?<!\S)([\w.]+)=", shorten, label)) for label in labels]
+
+
+def show_size(num_bytes: float) -> str:
+    """Return a size in a unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

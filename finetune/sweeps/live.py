@@ -6,7 +6,6 @@ them and wherever.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.escaping import for_terminal
-from finetune.reporting.tables import add_row, build_table
+from finetune.reporting.tables import add_row, build_table, shorten_labels
 from finetune.tracking.progress import (
     SETTLED,
     WORKING,
@@ -190,18 +188,6 @@ def _cells(row: Row, *, names_host: bool) -> dict[str, str]:
         "tokens/s": "" if speed is None else f"{speed:.0f}",
         "time left": "" if left is None else show_duration(left),
     }
-
-
-def shorten_labels(labels: Sequence[str]) -> list[str]:
-    """Return swept values without their keys' sections, where that leaves the keys distinct."""
-    keys = {key for label in labels for key in re.findall(r"(?<!\S)([\w.]+)=", label)}
-    last = Counter(key.rpartition(".")[2] for key in keys)
-
-    def shorten(found: re.Match[str]) -> str:
-        name = found[1].rpartition(".")[2]
-        return f"{name}=" if last[name] == 1 else found[0]
-
-    return [for_terminal(re.sub(r"(?<!\S)([\w.]+)=", shorten, label)) for label in labels]
 
 
 def _cut(text: str, width: int) -> str:

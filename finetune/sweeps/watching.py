@@ -14,6 +14,7 @@ from rich.live import Live
 
 from finetune.escaping import for_terminal
 from finetune.problems import Refused, first_line
+from finetune.reporting.tables import shorten_labels
 from finetune.streams import is_gone
 from finetune.sweeps.live import (
     REFRESH_SECONDS,
@@ -23,7 +24,6 @@ from finetune.sweeps.live import (
     Runs,
     is_settled,
     render_rows,
-    shorten_labels,
     summarise,
 )
 from finetune.tracking.run_folder import RunFolder

@@ -48,6 +48,8 @@ class RunState:
     progress: Progress = Progress()
     reason: str | None = None
     seconds: float | None = None  # from start to end
+    started: float | None = None  # seconds since the epoch
+    ended: float | None = None
 
 
 class EventTail:
@@ -164,6 +166,8 @@ class FollowedRun:
             state, *place, progress=progress, reason=status.reason,
             process=(holder.hostname, holder.pid) if holder and state in WORKING else None,
             seconds=status.ended - status.started if status.ended and status.started else None,
+            started=status.started,
+            ended=status.ended,
         )  # fmt: skip
 
     def _is_changed(self, name: str) -> bool:
@@ -184,16 +188,17 @@ def name_state(status: Status, claim: Sighting, *, is_trained: bool) -> str:
     return "scoring" if is_trained else "running"
 
 
-def find_state(run: RunFolder) -> str:
+def look_once(run: RunFolder) -> RunState:
     """Return a run's state by a single look; `unknown` without a status.
 
     A run on another machine counts as running for as long as its claim is there.
     """
-    claim, status = Watch(run.claim).look(), run.status()
-    if status is None:
-        return "unknown"
-    state = name_state(status, claim, is_trained=run.read_json("training.json") is not None)
-    return "lost" if state == "running" and claim.holder is None else state
+    seen = FollowedRun(run).look()
+    if seen.state == "waiting":
+        return replace(seen, state="unknown")
+    if seen.state == "running" and seen.process is None:
+        return replace(seen, state="lost")
+    return seen
 
 
 def read_place(run: RunFolder) -> tuple[str, str]:
