@@ -119,7 +119,7 @@ def test_an_export_copies_no_file_from_elsewhere(tmp_path: Path, name: str) -> N
     (run / "adapter" / "inside.json").symlink_to(run / "adapter" / "adapter_config.json")
     (run / name).symlink_to(secret)
     with pytest.raises(Refused, match="out of the run's folder") as refused:
-        export.export(run, tmp_path / "into")
+        export.export(run, tmp_path / "into", export.Wanted())
     assert len(refused.value.problems) == 1
     assert not (tmp_path / "into").exists()
 

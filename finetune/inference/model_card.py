@@ -5,7 +5,7 @@ All of it comes from the run's own files; settings are shown as composed, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from finetune.config.schema import ModelConfig
 from finetune.data.templates import PROMPT_FILE, load_template
 from finetune.inference.conversation import render_prompt
 from finetune.inference.merging import Check
+from finetune.inference.serving import Use
 from finetune.inference.trained import Trained
 from finetune.problems import Refused
 from finetune.reporting.rendering import build_pages
@@ -46,7 +47,9 @@ class ReportedScore:
     num_questions: int | None
 
 
-def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | None) -> str:
+def render_card(
+    run: Trained, place: str, *, is_merged: bool, check: Check | None, uses: Sequence[Use]
+) -> str:
     """Return the card of a model that is loaded from `place`, a folder or OWNER/NAME of the hub."""
     is_whole = is_merged or run.is_full
     page = (
@@ -61,6 +64,7 @@ def render_card(run: Trained, place: str, *, is_merged: bool, check: Check | Non
             is_whole=is_whole,
             is_merged=is_merged,
             check=check,
+            uses=uses,
             changes_the_base=run.changes_the_base,
             package=_package(run.config.model.path),
             generation=_generation_code(run),
