@@ -59,6 +59,15 @@ def test_many_runs_are_sorted_and_not_named_on_the_axis(tmp_path: Path) -> None:
     assert f"lora.r={ranks[-1]}" in values_of(spec["differences-arc"])
 
 
+def test_five_settings_are_drawn_as_parallel_coordinates(tmp_path: Path) -> None:
+    """An axis for each, and one for the metric; a heat map would need a fifth dimension."""
+    swept = {key: ["1", "2"] for key in ("lora.r", "lora.alpha", "a", "b")} | {"c": ["1"]}
+    found = charts_of(write_grid(tmp_path, swept, [n % 7 for n in range(16)]))
+    assert "grid" not in found
+    alt.Chart.from_dict(found["parallel"])
+    assert all(f'"{key}"' in values_of(found["parallel"]) for key in (*swept, "arc/acc"))
+
+
 def test_a_heat_map_of_equal_scores_is_readable(tmp_path: Path) -> None:
     """Black on one bright colour."""
     swept = {"lora.r": ["4", "8"], "optimizer.lr": ["1e-4", "1e-3"]}
@@ -88,16 +97,17 @@ def test_steps_are_whole_numbers_and_curves_are_thinned(tmp_path: Path) -> None:
 
 PROBE = """<script type="module">
 await window.drawn;
-const rows = [...document.querySelectorAll(".sortable [data-run]")];
+const rows = [...document.querySelectorAll("#summary [data-run]")];
 rows[1].click();
 const marked = document.querySelectorAll(".picked").length;
-document.querySelectorAll(".sortable th")[2].click();
-const first = document.querySelector(".sortable tbody").rows[0].cells[2].textContent;
+document.querySelectorAll("#summary th")[2].click();
+const body = document.querySelector("#summary tbody");
+const first = [...body.rows].slice(0, 2).map((row) => row.cells[2].textContent);
 const field = document.querySelector(".filter");
 field.value = rows[0].dataset.run;
 field.dispatchEvent(new Event("input"));
-const shown = document.querySelectorAll(".sortable tbody tr:not(.hidden)").length;
-document.title = [document.querySelectorAll(".chart svg").length, marked, first, shown].join(" ");
+const charts = document.querySelectorAll(".chart svg").length;
+document.title = [charts, marked, ...first, body.rows.length].join(" ");
 </script></body>"""
 
 
@@ -117,4 +127,4 @@ def test_the_page_draws_without_a_network(tmp_path: Path) -> None:
     ).stdout  # fmt: skip
     title = re.search("<title>(.*?)</title>", found)
     assert title is not None
-    assert title[1] == "3 3 0.5750 1"
+    assert title[1] == "3 3 0.5000 0.5750 1"  # the base stays on top

@@ -64,6 +64,9 @@ def test_equal_runs_have_no_share(tmp_path: Path) -> None:
         (["4", "8"], [1, 2], ""),
         (["a", "b", "c"], [1, 2, 3], ""),
         (["4", "8", "16"], [1, 3, 3], ""),
+        (["0", "4", "8"], [1, 3, 2], ""),
+        (["0", "4", "8"], [1, 2, 3], "8, is the highest that was tried: try 16."),
+        (["0", "4", "8"], [3, 2, 1], ""),
     ],
 )
 def test_a_best_value_at_the_edge_is_named(
@@ -72,3 +75,9 @@ def test_a_best_value_at_the_edge_is_named(
     """With the next one to try; a tie, two values or words have no edge."""
     results = read_results(write_grid(tmp_path, {"lora.r": values}, right))
     assert find_edges(results) == ([f"The best lora.r, {said}"] if said else [])
+
+
+def test_a_seed_has_no_edge(tmp_path: Path) -> None:
+    """Its numbers have no order."""
+    results = read_results(write_grid(tmp_path, {"training.seed": ["1", "2", "3"]}, [1, 2, 3]))
+    assert find_edges(results) == []

@@ -26,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
 PICKED = alt.param(name="picked", value=None)
 IS_PICKED = "!isValid(picked) || picked === datum.run"
+PARALLEL = "parallel"
 MOST_NAMED = 40  # runs with their labels on an axis; of more, hovering says which
 MOST_COLOURS = len(COLOURS)
 MOST_FACETS = 24  # small multiples of a heat map
@@ -39,9 +40,15 @@ Records = list[dict[str, Any]]
 class Chart:
     """One chart: the name of its file, its caption, and its spec without a width."""
 
+    section: str  # of the page: scores, settings, training or cost
     name: str
     caption: str
     spec: Spec
+
+    @property
+    def is_wide(self) -> bool:
+        """True if it takes the page's width: small multiples, parallel coordinates."""
+        return "facet" in self.spec or self.name == PARALLEL
 
 
 def build_charts(results: Results) -> list[Chart]:
@@ -51,10 +58,10 @@ def build_charts(results: Results) -> list[Chart]:
                 *_costs(results)]  # fmt: skip
 
 
-def _chart(name: str, caption: str, drawn: alt.TopLevelMixin) -> Chart:
+def _chart(section: str, name: str, caption: str, drawn: alt.TopLevelMixin) -> Chart:
     spec = cast(Any, drawn).add_params(PICKED).to_dict(validate=False)
     spec.pop("config", None)  # of the page, in light or dark
-    return Chart(name, caption, spec)
+    return Chart(section, name, caption, spec)
 
 
 def _faded() -> Any:
@@ -73,12 +80,17 @@ def _differences(results: Results) -> Iterator[Chart]:
         compared = [n for n in names if n in results.comparisons]
         changed = [name for name in compared if results.comparisons[name].has_changes]
         if changed:
-            caption = f"Difference to the base in {changed[0]}, with 95 % interval"
-            drawn = _forest(results, changed[0], results.comparisons[changed[0]])
-            yield _chart(f"differences-{task}", caption, drawn)
+            caption = f"Difference to the base in {changed[0]}{_describe(results, changed[0])}"
+            drawn = _forest(results, results.comparisons[changed[0]])
+            yield _chart("scores", f"differences-{task}", caption, drawn)
 
 
-def _forest(results: Results, metric: str, comparison: Comparison) -> alt.LayerChart:
+def _describe(results: Results, metric: str) -> str:
+    better = {True: ", higher is better", False: ", lower is better", None: ""}
+    return f" with 95 % interval{better[results.metrics[metric].higher_is_better]}"
+
+
+def _forest(results: Results, comparison: Comparison) -> alt.LayerChart:
     scale = 100 if comparison.is_share else 1
     records: Records = []
     for row in results.rows:
@@ -98,9 +110,7 @@ def _forest(results: Results, metric: str, comparison: Comparison) -> alt.LayerC
     many = len(records) > MOST_NAMED
     if many:
         records.sort(key=lambda one: -one["difference"])
-    unit = ", points" if comparison.is_share else ""
-    better = {True: " (higher is better)", False: " (lower is better)", None: ""}
-    title = f"difference in {metric}{unit}{better[comparison.metric.higher_is_better]}"
+    title = "difference, points" if comparison.is_share else "difference"
     y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labels=not many, ticks=not many,
               labelLimit=320))  # fmt: skip
     colour = alt.Color(
@@ -131,11 +141,51 @@ def _grid(results: Results) -> Iterator[Chart]:
     if metric is None or not swept or len(rows) < 2:
         return
     if len(swept) == 1:
-        yield _chart("grid", f"{metric} over {swept[0]}", _line(results, metric, rows))
+        yield _chart("scores", "grid", f"{metric} over {swept[0]}", _line(results, metric, rows))
         return
     facets = [len({row[key] for row in rows}) for key in swept[2:4]]
     if len(swept) <= 4 and prod(facets) <= MOST_FACETS:
-        yield _chart("grid", f"{metric} over the grid", _heat(results, metric, rows))
+        yield _chart("scores", "grid", f"{metric} over the grid", _heat(results, metric, rows))
+
+    elif len(swept) > 4:
+        yield _chart("scores", PARALLEL, f"Settings and {metric} of each run",
+                     _parallel(results, metric, rows))  # fmt: skip
+
+
+def _parallel(results: Results, metric: str, rows: Sequence[Row]) -> alt.LayerChart:
+    """Return parallel coordinates: an axis for each setting, and one for the metric."""
+    scores = [row[metric] for row in rows]
+    low, extent = min(scores), max(scores) - min(scores)
+    axes = {key: list(dict.fromkeys(str(row[key]) for row in rows)) for key in results.record.swept}
+    records: Records = []
+    for row, score in zip(rows, scores, strict=True):
+        places = {key: _place(values, str(row[key])) for key, values in axes.items()}
+        places[metric] = (score - low) / extent if extent else 0.5
+        common = {"run": results.label(row), "score": score}
+        records += [{"axis": key, "place": round(place, 4), **common}
+                    for key, place in places.items()]  # fmt: skip
+    marks = [{"axis": key, "place": _place(values, value), "text": value}
+             for key, values in axes.items() for value in values]  # fmt: skip
+    marks += [{"axis": metric, "place": place, "text": f"{low + place * extent:.4f}"}
+              for place in ((0, 1) if extent else (0.5,))]  # fmt: skip
+    axis = alt.Axis(labelAngle=-20, labelLimit=120, grid=True)
+    x = alt.X("axis:N", sort=None, title=None, axis=axis)
+    y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[0, 1]))
+    colour = alt.Color("score:Q", title=metric, scale=alt.Scale(scheme="cividis"))
+    opacity = alt.condition("isValid(picked) && picked !== datum.run", alt.value(0.06),
+                            alt.value(0.7))  # fmt: skip
+    lines = alt.Chart(_data(records)).mark_line(strokeWidth=1.6).encode(
+        x=x, y=y, color=colour, detail="run:N", strokeOpacity=opacity,
+        tooltip=["run:N", alt.Tooltip("score:Q", title=metric, format=".4f")],
+    )  # fmt: skip
+    texts = alt.Chart(_data(marks)).mark_text(align="right", dx=-6, dy=-6, fontSize=11)
+    labels = texts.encode(x=x, y=y, text="text:N")
+    return cast(alt.LayerChart, alt.layer(lines, labels).properties(height=HEIGHT))
+
+
+def _place(values: Sequence[str], value: str) -> float:
+    """Return a value's place on its axis, 0 to 1."""
+    return values.index(value) / (len(values) - 1) if len(values) > 1 else 0.5
 
 
 def _line(results: Results, metric: str, rows: Sequence[Row]) -> alt.LayerChart:
@@ -188,12 +238,12 @@ def _heat(results: Results, metric: str, rows: Sequence[Row]) -> Any:
     )
     colour = alt.Color("score:Q", title=metric, scale=alt.Scale(scheme="cividis", domain=domain),
                        legend=None if low == high else alt.Legend(format=".3f"))  # fmt: skip
-    ink = alt.Color("ink:N", scale=None)
-    layers = alt.layer(
+    ink = alt.condition("datum.ink === 'white'", alt.value("white"), alt.value("black"))
+    layers: Any = alt.layer(
         cells.mark_rect().encode(color=colour),
         cells.mark_text(fontSize=11).encode(text="text:N", color=ink),
         data=_data(records),
-    ).resolve_scale(color="independent")
+    )
     if len(swept) == 2:
         return layers.properties(height=alt.Step(34))
     sides = {
@@ -212,7 +262,7 @@ def _effects(results: Results) -> Iterator[Chart]:
         caption = f"Mean {results.main_metric} over {effect.key}"
         if effect.share is not None:
             caption += f": {effect.share:.0%} of the variance between runs"
-        yield _chart(f"effect-{place + 1}", caption, _effect(results, effect))
+        yield _chart("settings", f"effect-{place + 1}", caption, _effect(results, effect))
 
 
 def _effect(results: Results, effect: KeyEffect) -> alt.LayerChart:
@@ -255,7 +305,7 @@ def _curves(results: Results) -> Iterator[Chart]:
             for one in found
         ]
         if any(points):
-            yield _chart(curve.file, curve.caption, _curve(curve.title, points, labels))
+            yield _chart("training", curve.file, curve.caption, _curve(curve.title, points, labels))
 
 
 def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str]) -> Any:
@@ -301,11 +351,12 @@ def _costs(results: Results) -> Iterator[Chart]:
         for row in rows
     ]  # fmt: skip
     drawn = alt.Chart(_data(records)).mark_point(filled=True, size=80, color=COLOURS[0]).encode(
-        x=alt.X("seconds:Q", title="training, seconds", scale=alt.Scale(zero=False, padding=14)),
+        x=alt.X("seconds:Q", title="training, seconds", axis=alt.Axis(tickCount=8),
+                scale=alt.Scale(zero=False, padding=14)),
         y=alt.Y("score:Q", title=metric, scale=alt.Scale(zero=False, padding=14)),
         opacity=_faded(),
         tooltip=["run:N", alt.Tooltip("seconds:Q", format=".0f"),
                  alt.Tooltip("score:Q", title=metric, format=".4f"),
                  alt.Tooltip("parameters:Q", title="trainable parameters", format=",")],
     ).properties(height=HEIGHT)  # fmt: skip
-    yield _chart("cost", f"Training time against {metric}", drawn)
+    yield _chart("cost", "cost", f"Training time against {metric}", drawn)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from finetune.reporting.outcomes import find_outcomes
 from finetune.reporting.results import Results
 from finetune.reporting.rows import Row
+from finetune.reporting.seeds import SEED_KEYS
 from finetune.statistics.comparison import Outcomes, paired_interval
 from finetune.statistics.metric_names import MetricName
 
@@ -117,22 +118,25 @@ def find_edges(results: Results) -> list[str]:
     leaders = results.leaders()
     if metric is None or len(leaders) != 1:
         return []
-    lines = []
-    for key in results.record.swept:
-        tried = sorted({number for row in results.compared_rows() if (number := _number(row[key]))})
-        best = _number(leaders[0][key])
-        if best is None or len(tried) < FEWEST_VALUES or best not in (tried[0], tried[-1]):
-            continue
-        is_high = best == tried[-1]
-        beyond = best * best / (tried[-2] if is_high else tried[1])
-        side = "highest" if is_high else "lowest"
-        lines.append(f"The best {key}, {best:g}, is the {side} that was tried: try {beyond:.3g}.")
-    return lines
+    keys = [key for key in results.record.swept if key not in SEED_KEYS]
+    lines = [_find_edge(key, results.compared_rows(), leaders[0]) for key in keys]
+    return [line for line in lines if line]
+
+
+def _find_edge(key: str, rows: Sequence[Row], best_row: Row) -> str:
+    numbers, best = [_number(row[key]) for row in rows], _number(best_row[key])
+    tried = sorted({number for number in numbers if number is not None})
+    if best is None or best <= 0 or None in numbers or len(tried) < FEWEST_VALUES:
+        return ""
+    if best not in (tried[0], tried[-1]):
+        return ""
+    beside = tried[-2] if best == tried[-1] else tried[1]
+    beyond = best * best / beside if beside > 0 else 2 * best
+    side = "highest" if best == tried[-1] else "lowest"
+    return f"The best {key}, {best:g}, is the {side} that was tried: try {beyond:.3g}."
 
 
 def _number(value: object) -> float | None:
-    """Return a swept value as a number above 0; None for anything else."""
     with suppress(ValueError):
-        number = float(str(value))
-        return number if number > 0 else None
+        return float(str(value))
     return None

@@ -13,6 +13,7 @@ from finetune.files import write_atomic
 from finetune.home import cache_dir
 from finetune.reporting.charts import Chart, Spec
 
+JAVASCRIPT = "vega.js"  # beside a report that loads it from there
 WIDTH = 680  # pixels of a PNG, before its scale
 SCALE = 1.5
 CONFIG: dict[str, Any] = {  # of the PNG; the page has its own, for light and dark
@@ -41,14 +42,16 @@ def sized(spec: Spec, width: int | str) -> Spec:
 
 
 def read_javascript() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed in one script, to stand in a page.
+    """Return Vega, Vega-Lite and Vega-Embed in one script, to stand in a page or a file.
 
-    Bundling takes seconds, so that it is done once for each version of vl-convert.
+    Bundling takes seconds, so that it is done once for each version of vl-convert. The bundle is
+    made to be a module; a function around it lets browsers load it from a local file too.
     """
-    path = cache_dir() / "javascript" / f"vega-{version('vl-convert-python')}.js"
+    path = cache_dir() / "javascript" / f"vega-script-{version('vl-convert-python')}.js"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    script = str(cast(Any, vl_convert).javascript_bundle()).replace("</script", "<\\/script")
+    bundle = str(cast(Any, vl_convert).javascript_bundle()).replace("</script", "<\\/script")
+    script = f'(() => {{"use strict";{bundle}}})();\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, script)
     return script

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from finetune.escaping import for_markdown, for_terminal
+from finetune.reporting.glossary import find_term
 
 SHORT = 120  # characters of a text within a line
 
@@ -29,15 +31,26 @@ def build_pages(name: str) -> Environment:
         lstrip_blocks=True,
     )
     pages.filters |= {"code": _code, "span": _span, "short": _short}
-    pages.filters |= {"json": as_json, "markup": Markup}
-    pages.globals["script"] = read_script
+    pages.filters |= {"json": as_json, "markup": Markup, "term": render_term}
+    pages.globals["asset"] = read_asset
     return pages
 
 
-def read_script(name: str) -> Markup:
-    """Return a script of the templates' folder, to stand in a page."""
+def read_asset(name: str) -> Markup:
+    """Return a script, style sheet or licence of the templates' folder, to stand in a page."""
     text = resources.files("finetune.reporting").joinpath("templates", name).read_text("utf-8")
     return Markup(text)  # noqa: S704  # it is our own
+
+
+def render_term(heading: str) -> Markup:
+    """Return a table's heading: explained on hover, with a link to its entry, if it is a term."""
+    term, parts = find_term(heading), re.split(r"(?<=/)|(?<=, )", _visible(heading))
+    if term is None:
+        return Markup("<wbr>").join(parts)
+    before, last = Markup("<wbr>").join(escape(part) for part in parts[:-1]), parts[-1]
+    return before + Markup(
+        '<span class="term"><abbr title="{}">{}</abbr><a class="help" href="#{}">?</a></span>'
+    ).format(term.meaning, last, term.anchor)
 
 
 def as_json(value: Any) -> Markup:

@@ -39,6 +39,7 @@ class Results:
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by task/metric
     remarks: list[str] = field(default_factory=list)  # on what was not compared, and why
     refused: set[str] = field(default_factory=set)  # metrics of unequal questions
+    scores: list[dict[str, TaskScores | None]] = field(default_factory=list)  # of each run, by task
     scored: dict[str, ScoredRuns] = field(default_factory=dict)  # by task
     curves: dict[str, dict[str, Series]] = field(default_factory=dict)  # by run and metric
 
@@ -158,7 +159,7 @@ def read_results(folder: Path) -> Results:
         build_row(run, place.swept, found)
         for run, place, found in zip(runs, record.runs, scores, strict=True)
     ]
-    results = Results(folder, record, runs, rows)
+    results = Results(folder, record, runs, rows, scores=scores)
     _add_tracked(results)
     for run, row in zip(runs, rows, strict=True):
         _add_events(results, run, row)

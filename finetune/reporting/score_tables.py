@@ -39,9 +39,10 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One run's cells in the table of all metrics; `run` is its label, none of the base's row."""
+    """One run's cells in the table of all metrics; the base's row has neither label nor name."""
 
-    run: str | None
+    run: str | None  # its label
+    name: str | None
     cells: list[Cell]
 
 
@@ -66,10 +67,10 @@ def build_summary(results: Results) -> Summary:
         cells = [Cell(str(row.get(key, ""))) for key in swept] + [Cell(mark)]
         for metric in results.metrics:
             cells += _summary_cells(results, row, metric)
-        rows.append(SummaryRow(results.label(row), cells))
+        rows.append(SummaryRow(results.label(row), row["run"], cells))
     base = [cell for metric in results.metrics for cell in _base_cells(results, metric)]
     if any(cell.text for cell in base):
-        rows.insert(0, SummaryRow(None, [Cell("base"), *[Cell("")] * len(swept), *base]))
+        rows.insert(0, SummaryRow(None, None, [Cell("base"), *[Cell("")] * len(swept), *base]))
     return Summary("All runs", columns, rows)
 
 

@@ -16,17 +16,23 @@ NOTHING = "No run has been scored yet, so there is nothing to compare."
 
 def verdict(results: Results) -> str:
     """Return a paragraph: the best run by the main metric, then its results in other tasks."""
+    main, sentences = results.main_metric, [main_verdict(results)]
+    if main is not None:
+        sentences += [_verdict_on_other(results, name) for name in _other_tasks(results, main)]
+    return " ".join(sentence.strip() for sentence in sentences if sentence)
+
+
+def main_verdict(results: Results) -> str:
+    """Return the sentences on the main metric, or on the validation loss where there is none."""
     main = results.main_metric
     if main is None:
         return _verdict_without_ranking(results)
     comparison = results.comparisons.get(main)
     if comparison is None:
-        sentences = [_verdict_without_base(results, main)]
-    elif not comparison.has_changes:
-        sentences = [_no_change(main, len(comparison.differences))]
-    else:
-        sentences = [_tie(results, main), _verdict_on_main(results, main, comparison)]
-    sentences += [_verdict_on_other(results, name) for name in _other_tasks(results, main)]
+        return _verdict_without_base(results, main).strip()
+    if not comparison.has_changes:
+        return _no_change(main, len(comparison.differences))
+    sentences = (_tie(results, main), _verdict_on_main(results, main, comparison))
     return " ".join(sentence.strip() for sentence in sentences if sentence)
 
 
@@ -243,15 +249,18 @@ def _verdict_on_other(results: Results, metric: str) -> str:
     if not found.changed:
         return f"In {name} {label} answers as the base does."
     tested = _tested(found, len(comparison.differences))
-    claim = _claim(found, comparison)
+    claim, _ = show_claim(found, comparison, found.p_adjusted)
     change = _change(found, comparison)
     return f"In {name} {label} differs from the base by {change} ({tested}): {claim}."
 
 
-def _claim(found: Difference, comparison: Comparison) -> str:
-    if not found.is_significant:
-        return "not significant"
+def show_claim(found: Difference, comparison: Comparison, p: float) -> tuple[str, bool]:
+    """Return what may be claimed of a difference with this p, and whether it is significant."""
+    if not comparison.has_changes or not found.changed:
+        return "no detectable difference", False
+    if p >= LEVEL:
+        return "not significant", False
     better = found.value * comparison.metric.sign
     if not better:
-        return "significant"
-    return "significantly better" if better > 0 else "significantly worse"
+        return "significant", True
+    return "significantly better" if better > 0 else "significantly worse", True
