@@ -6,13 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pytest
 
-from finetune.reporting.charts import MOST_NAMED, build_charts
+from finetune.reporting.chart_parts import MOST_NAMED
+from finetune.reporting.charts import build_charts
 from finetune.reporting.curves import (
     CURVES,
     FEWEST_POINTS,
@@ -46,6 +48,12 @@ def test_each_chart_has_titles_and_the_parameter_that_fades_others(tmp_path: Pat
         assert '"title"' in json.dumps(spec)
         assert "config" not in spec
         alt.Chart.from_dict(spec)  # raises where it is not of Vega-Lite's schema
+
+
+def test_charts_wait_for_pandas_that_another_thread_imports() -> None:
+    """Altair takes it from sys.modules, where it may be half imported while a sweep begins."""
+    code = "import finetune.reporting.charts, sys; assert sys.modules['pandas'].Timestamp"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_many_runs_are_sorted_and_not_named_on_the_axis(tmp_path: Path) -> None:

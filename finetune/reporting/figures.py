@@ -11,7 +11,7 @@ import vl_convert
 
 from finetune.files import write_atomic
 from finetune.home import cache_dir
-from finetune.reporting.charts import Chart, Spec
+from finetune.reporting.chart_parts import Chart, Spec
 
 JAVASCRIPT = "vega.js"  # beside a report that loads it from there
 WIDTH = 680  # pixels of a PNG, before its scale
