@@ -92,12 +92,14 @@ def compose_and_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def run(composed: DictConfig) -> None:
     """Run a single job as a sweep of one."""
-    from finetune.sweeps.planning import build_job
-    from finetune.sweeps.run_sweep import run_sweep
+    from finetune.sweeps.planning import announce, build_job
 
     try:
         refuse_any(find_grid_problems(HydraConfig.get()))
         job = build_job(composed, swept=[])
+        announce(1)
+        from finetune.sweeps.run_sweep import run_sweep
+
         code = run_sweep([job], job.overrides, sys.argv[1:])
     except Refused as refused:  # here, since Hydra would put a line of its own before it
         refuse(refused.problems)

@@ -55,14 +55,21 @@ def complete_environment() -> None:
 
 
 def find_folder_problem(name: str, folder: Path, remedy: str) -> str | None:
-    """Return why a folder, created if missing, cannot be written to; None if it can."""
+    """Return why a folder cannot be written to, or made where it is missing; None if it can."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        there = next(path for path in _upwards(folder) if os.path.lexists(path))
+        there.mkdir(exist_ok=True)  # raises where it is a file or a broken link
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(ROOM_BYTES))  # a full disk still makes empty files
     except OSError as error:
         return f"{name} cannot be written to ({error.strerror}); {remedy}"
     return None
+
+
+def _upwards(folder: Path) -> tuple[Path, ...]:
+    """Return a folder and all that it is in."""
+    absolute = Path(os.path.abspath(folder))
+    return (absolute, *absolute.parents)
 
 
 def find_cache_problem() -> str | None:

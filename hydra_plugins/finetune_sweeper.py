@@ -44,10 +44,12 @@ class FinetuneSweeper(Sweeper):
     def sweep(self, arguments: Sequence[str]) -> None:
         """Run the grid; ends the process with the sweep's exit code."""
         from finetune.sweeps.grid import build_jobs
-        from finetune.sweeps.run_sweep import run_sweep
+        from finetune.sweeps.planning import announce
 
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
-        jobs, arguments = build_jobs(loader, self.config, arguments)
+        jobs, arguments = build_jobs(loader, self.config, arguments, begin=announce)
+        from finetune.sweeps.run_sweep import run_sweep
+
         raise SystemExit(run_sweep(jobs, arguments, sys.argv[1:]))

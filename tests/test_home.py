@@ -88,6 +88,16 @@ def test_a_user_without_name_or_home_gets_both(
     assert home.find_cache_problem() is None
 
 
+def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
+    """A dry run, and a command that is refused, leave nothing behind."""
+    folders = {"output_dir": str(tmp_path / "a" / "b"), "report_dir": str(tmp_path / "c")}
+    assert _folder_problems(Config(**folders)) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "c").symlink_to(tmp_path / "nothing")
+    (problem,) = _folder_problems(Config(**folders))
+    assert problem.startswith(f"report_dir={tmp_path / 'c'} cannot be written to")
+
+
 def test_without_a_place_for_the_cache_the_remedy_is_said(nameless: None) -> None:
     """Neither HOME nor FINETUNE_CACHE."""
     home.complete_environment()
@@ -134,6 +144,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
     else:
         setattr(config, place, str(folder))
     if kind == "a full disk":
+        folder.mkdir()
         real = tempfile.TemporaryFile
         monkeypatch.setattr(
             tempfile, "TemporaryFile", lambda dir: Full() if dir == folder else real(dir=dir)

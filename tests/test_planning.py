@@ -13,7 +13,8 @@ from finetune.files import file_digest
 from finetune.pipeline.jobs import Job
 from finetune.reporting.tables import print_table
 from finetune.sweeps import planning
-from finetune.sweeps.planning import Action, Point, Sweep, decide, render_plan, sweep_name
+from finetune.sweeps.plan_tables import render_plan, render_time
+from finetune.sweeps.planning import Action, Point, Sweep, decide, sweep_name
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.checkpoints import MANIFEST, MARKER
@@ -130,7 +131,7 @@ def test_the_plan_says_in_words_what_becomes_of_each_run(
         Point(job(), run, "train", earlier="interrupted"),
     ]
     assert {point.action for point in points} == set(get_args(Action))
-    print_table(render_plan(Sweep("grid", points, [])))
+    print_table(render_plan(Sweep("grid", points, []), 80))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["lora.r", "run", "action"]
     assert [line.split(maxsplit=2)[2].rstrip() for line in lines[1:]] == [
@@ -139,3 +140,53 @@ def test_the_plan_says_in_words_what_becomes_of_each_run(
     ]  # fmt: skip
     assert [point.is_waiting for point in points] == [False, False, *[True] * 6]
     assert [point.trains for point in points] == [*[False] * 4, *[True] * 4]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "seconds", "expected"),
+    [
+        (1, [0.5, 0.5], "to train: 2 runs, about 3 min"),
+        (4, [0.5, 0.5], "to train: 2 runs, about 80 s on 2 workers"),
+        (1, [0.5, None], "by the speed known for 1 of them"),
+        (1, [None, None], "2 runs; how long is known once"),
+    ],
+)
+def test_the_plan_says_how_long_training_takes(
+    num_workers: int, seconds: list[float | None], expected: str, tmp_path: Path
+) -> None:
+    """Rows times the seconds that one took before; what is finished takes none."""
+    run = RunFolder(tmp_path / "run")
+    points = [Point(job(), run, "train", rows=160, row_seconds=one) for one in seconds]
+    line = render_time(Sweep("grid", [*points, Point(job(), run, "skip")], []), num_workers)
+    assert line is not None
+    assert expected in line
+    assert render_time(Sweep("grid", [Point(job(), run, "skip")], []), 1) is None
+
+
+def test_a_resumed_training_takes_what_is_left_of_it(tmp_path: Path) -> None:
+    """From the step of its checkpoint on."""
+    given, run = job(), RunFolder(tmp_path / "run")
+    given.config.training.batch_size, given.config.training.gradient_accumulation_steps = 4, 2
+    point = Point(given, run, "resume", step=5, rows=80, row_seconds=0.5)
+    assert point.train_seconds == 20.0
+    assert Point(given, run, "evaluate", rows=80, row_seconds=0.5).train_seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("width", "heading", "row"),
+    [
+        (120, "lora.r optimizer.lr run action", "16 0.001 tiny-lora-r16-0123456789ab new"),
+        (40, "lora.r optimizer.lr run action", "16 0.001 012345 new"),
+        (28, "r lr run action", "16 0.001 012345 new"),
+    ],
+)
+def test_the_plan_fits_the_terminal(
+    width: int, heading: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names give way to ids, then keys lose their sections."""
+    given = Job(Config(), "", [], {"lora.r": "16", "optimizer.lr": "0.001"})
+    run = RunFolder(tmp_path / "tiny-lora-r16-0123456789ab")
+    print_table(render_plan(Sweep("grid", [Point(given, run, "train")], []), width))
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [heading, row]
+    assert max(len(line.rstrip()) for line in lines) <= width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
 from finetune.sweeps import grid
 from finetune.sweeps.grid import compose_grid
-from finetune.sweeps.planning import build_job
+from finetune.sweeps.planning import announce, build_job
 from finetune.sweeps.points import PointComposer
 
 GRIDS: dict[str, list[str]] = {
@@ -233,3 +234,21 @@ def test_hydra_composes_once_for_each_choice_of_options(monkeypatch: pytest.Monk
     jobs = jobs_of(["lora=default,attention", "lora.r=2,4,8", "+data.columns.more=a,b"])
     assert len(jobs) == 12
     assert calls == [["lora=default"], ["lora=attention"]]
+
+
+def test_the_number_of_runs_is_printed_before_they_are_composed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Composing hundreds takes seconds, and so do the imports after it."""
+    composed = PointComposer.compose
+
+    def compose(self: PointComposer, point: Sequence[str]) -> DictConfig:
+        assert capsys.readouterr().out in ("checking 2 runs ...\n", "")
+        return composed(self, point)
+
+    build = partial(grid.build_jobs, begin=announce)
+    monkeypatch.setattr(PointComposer, "compose", compose)
+    monkeypatch.setattr(grid, "build_jobs", build)
+    assert len(jobs_of(["lora.r=2,4"])) == 2
+    announce(1)
+    assert capsys.readouterr().out == "checking 1 run ...\n"

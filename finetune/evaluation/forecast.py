@@ -8,7 +8,7 @@ another; generation in questions of the same task, since the lengths of answers 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +37,23 @@ class Speeds:
         if task.notes:
             line += f"; {task.notes}"
         measure, amount = _measure(task)
-        speed = self._read().get(measure)
+        speed = self.read().get(measure)
         return line if speed is None else f"{line}, about {_render_seconds(amount() / speed)}"
 
     def record(self, task: LoadedTask, seconds: float) -> None:
         """Record a task's speed for later forecasts, if the cache can be written to."""
         measure, amount = _measure(task)
-        speeds = {**self._read(), measure: amount() / max(seconds, 1e-3)}
+        self.keep({measure: amount() / max(seconds, 1e-3)})
+
+    def keep(self, measured: Mapping[str, float]) -> None:
+        """Add speeds to the file, if the cache can be written to."""
+        speeds = {**self.read(), **measured}
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.file, json.dumps(speeds))
 
-    def _read(self) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
+        """Return the speeds by what is measured; none where the file is missing or damaged."""
         with suppress(Damaged):  # a speed that is lost is measured again
             speeds = read_json(self.file, dict) or {}
             return {name: one for name, one in speeds.items() if isinstance(one, float) and one > 0}

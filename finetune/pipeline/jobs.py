@@ -37,3 +37,4 @@ class CheckedJob:
     base_scores: tuple[str, ...] = ()  # files of the base's scores that are not there yet
     base: str = ""  # a digest of the base that a worker loads for it
     rows: float = 0.0  # that it trains on, about; each epoch's count
+    row_seconds: float | None = None  # to train on one; None: not known

@@ -37,6 +37,7 @@ from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import CheckedJob
 from finetune.pipeline.scores import build_scorers, forecasts, is_done
 from finetune.pipeline.session import Session, base_key
+from finetune.pipeline.training_speed import find_row_seconds, rows_per_step
 from finetune.problems import first_line, nearest
 from finetune.statistics.objective import Objective
 from finetune.tracking.run_folder import RunFolder
@@ -98,6 +99,7 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         base_scores=tuple(str(file) for scorer in base for file in scorer.missing(tasks)),
         base=digest(base_key(config, inputs)),
         rows=_count_rows(config, inputs, session),
+        row_seconds=find_row_seconds(config, inputs),
     )  # fmt: skip
 
 
@@ -120,8 +122,9 @@ def _count_rows(config: Config, inputs: Inputs, session: Session) -> float:
     """Return about how many rows a run trains on, over all epochs."""
     training = config.training
     if training.max_steps is not None:
-        return training.max_steps * training.batch_size * training.gradient_accumulation_steps
-    return training.epochs * (config.data.num_examples or session.count_rows(inputs.data))
+        return training.max_steps * rows_per_step(config)
+    share = 1 - config.data.validation_fraction
+    return training.epochs * share * (config.data.num_examples or session.count_rows(inputs.data))
 
 
 def find_row_problems(config: Config, session: Session) -> list[str]:

@@ -51,6 +51,7 @@ from finetune.pipeline.scores import (
     write_scores,
 )
 from finetune.pipeline.session import Session
+from finetune.pipeline.training_speed import record_speed
 from finetune.tracking.claims import ClaimLost
 from finetune.tracking.events import NullEventLog, State
 from finetune.tracking.run_files import WEIGHTS
@@ -182,11 +183,6 @@ def _fail(run: ActiveRun, error: Exception) -> None:
         run.end("failed", f"{type(error).__name__}: {error}")
 
 
-def _base(run: ActiveRun, session: Session) -> PreTrainedModel:
-    """Return the base that the run shares with those before it, or a fresh one."""
-    return session.base(run.config, run.inputs)
-
-
 def _tokenizer(run: ActiveRun, session: Session) -> PreTrainedTokenizerBase:
     return session.tokenizer(run.config.model, run.inputs.source)
 
@@ -212,7 +208,7 @@ def _train(runs: Sequence[ActiveRun], session: Session) -> None:
     with _guarded(runs):
         try:
             wanted = runs[0].config.training.use_liger_kernel
-            with liger_kernels(_base(runs[0], session), wanted=wanted):
+            with liger_kernels(session.base(runs[0].config, runs[0].inputs), wanted=wanted):
                 _train_once(runs, session)
         except (RuntimeError, MemoryError) as error:
             if len(runs) == 1 or not is_out_of_memory(error):
@@ -248,7 +244,9 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
             with _guarded([run]):
                 _train_separately(run, spec, session)
         return
-    trained = multi_adapter.train_together(_base(first, session), specs, precision)
+    trained = multi_adapter.train_together(
+        session.base(first.config, first.inputs), specs, precision
+    )
     for number, weights, outcome in trained:
         if isinstance(outcome, Exception):
             _fail(runs[number], outcome)
@@ -279,7 +277,7 @@ def take_part(config: Config, inputs: Inputs, session: Session) -> None:
     spec, wanted = _spec(run, session), config.training.use_liger_kernel
     try:
         with (
-            liger_kernels(_base(run, session), wanted=wanted),
+            liger_kernels(session.base(run.config, run.inputs), wanted=wanted),
             _trainable(run, spec, session) as model,
         ):
             _train_by_trainer(spec, model, _tokenizer(run, session))
@@ -292,7 +290,7 @@ def _trainable(
     run: ActiveRun, spec: AdapterSpec, session: Session
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """Yield the base with its trainable parameters; at the end it is restored or released."""
-    base, config = _base(run, session), run.config
+    base, config = session.base(run.config, run.inputs), run.config
     if METHODS[config.peft.method].trains_base:
         try:
             yield base.requires_grad_(True)
@@ -336,6 +334,7 @@ def _save_trained(
     run.folder.record(*WEIGHTS)
     run.events.metrics({"train/mean_loss": result.mean_loss}, result.steps)
     run.folder.write_json("training.json", asdict(result))
+    record_speed(run.config, run.inputs, result)
     check()
     remove_folder(run.folder.checkpoints)
 
@@ -358,7 +357,7 @@ def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftM
     _refuse_damaged_weights(run)
     if config.training.is_skipped:
         if config.model.adapter is None:
-            yield _base(run, session)
+            yield session.base(run.config, run.inputs)
             return
         folder = Path(config.model.adapter)
     elif METHODS[config.peft.method].trains_base:
@@ -367,7 +366,7 @@ def _tuned(run: ActiveRun, session: Session) -> Iterator[PreTrainedModel | PeftM
         device = torch.device(run.inputs.device)
         yield base_model.load_base(own, Source(own.path, run.inputs.identity), device)
         return
-    with _restored(adapters.load(_base(run, session), folder), session) as adapted:
+    with _restored(adapters.load(session.base(run.config, run.inputs), folder), session) as adapted:
         yield adapted
 
 

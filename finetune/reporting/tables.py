@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from finetune.escaping import for_terminal
 
+GAP = 2  # characters between columns
 WIDTH_OF_A_FILE = 200  # characters, where the output is no terminal
 
 
@@ -48,16 +51,33 @@ def output_width() -> int:
     return console.width if console.is_terminal or is_set else WIDTH_OF_A_FILE
 
 
+def find_width(rows: Sequence[Sequence[str]]) -> int:
+    """Return the characters of a table of cells, its headings among the rows."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def print_text(text: str) -> None:
+    """Print text, on a terminal broken between words; addresses and commands stay in one piece."""
+    for line in for_terminal(text).split("\n"):
+        wrapped = textwrap.wrap(
+            line, output_width(), break_long_words=False, break_on_hyphens=False
+        )
+        print("\n".join(wrapped) if len(line) > output_width() else line)
+
+
+def shorten_keys(keys: Collection[str]) -> dict[str, str]:
+    """Return each key without its section, where that leaves the keys distinct."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    ends = {key: key.rpartition(".")[2] for key in keys}
+    return {key: end if last[end] == 1 else key for key, end in ends.items()}
+
+
 def shorten_labels(labels: Sequence[str]) -> list[str]:
     """Return swept values without their keys' sections, where that leaves the keys distinct."""
-    keys = {key for label in labels for key in re.findall(r"(?<!\S)([\w.]+)=", label)}
-    last = Counter(key.rpartition(".")[2] for key in keys)
-
-    def shorten(found: re.Match[str]) -> str:
-        name = found[1].rpartition(".")[2]
-        return f"{name}=" if last[name] == 1 else found[0]
-
-    return [for_terminal(re.sub(r"(?<!\S)([\w.]+)=", shorten, label)) for label in labels]
+    found = re.compile(r"(?<!\S)([\w.]+)=")
+    short = shorten_keys({key for label in labels for key in found.findall(label)})
+    return [for_terminal(found.sub(lambda one: f"{short[one[1]]}=", label)) for label in labels]
 
 
 def show_size(num_bytes: float) -> str:
@@ -67,3 +87,10 @@ def show_size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} GB"
+
+
+def show_duration(seconds: float) -> str:
+    """Return a duration in a unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

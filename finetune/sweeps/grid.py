@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,11 @@ class Grid:
 
 
 def build_jobs(
-    loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]
+    loader: ConfigLoader,
+    config: DictConfig,
+    arguments: Sequence[str],
+    *,
+    begin: Callable[[int], object] = lambda num_jobs: None,
 ) -> tuple[list[Job], list[str]]:
     """Compose every point of a grid, in Hydra's order.
 
@@ -68,6 +72,7 @@ def build_jobs(
         loader: Hydra's, of config groups.
         config: composed without the swept settings.
         arguments: the overrides as typed.
+        begin: called with the number of points, before they are composed.
 
     Returns:
         The jobs, and the overrides, those of a grid in a config file included.
@@ -84,7 +89,9 @@ def build_jobs(
     last = {override.key_or_group: override for override in overrides}  # of a key typed twice
     swept = [key for key, override in last.items() if override.is_sweep_override()]
     composer, jobs = PointComposer(loader, config), []
-    for point in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
+    points = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    begin(len(points))
+    for point in points:
         composed = composer.compose(without_null(point))
         HydraConfig.instance().set_config(composed)
         jobs.append(build_job(composed, swept=swept))

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.reporting.tables import add_row, build_table, shorten_labels
+from finetune.reporting.tables import add_row, build_table, shorten_labels, show_duration
 from finetune.tracking.progress import (
     SETTLED,
     WORKING,
@@ -196,13 +196,6 @@ def _cut(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def show_duration(seconds: float) -> str:
-    """Return a duration in a unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def summarise(rows: Sequence[Row]) -> str:

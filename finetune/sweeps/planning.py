@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
 
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, freeze, without_hydra
 from finetune.files import digest, distinct_slug, resolved, slug
 from finetune.pipeline.jobs import CheckedJob, Job
 from finetune.problems import Refused
-from finetune.reporting.tables import add_row, build_table
 from finetune.sweeps.pool import Pool
 from finetune.sweeps.worker_process import WorkerDied
 from finetune.tracking.events import State
@@ -38,7 +36,6 @@ log = logging.getLogger("finetune")
 # skip: it is finished; leave: it failed or diverged, and is not retried; evaluate: it is trained;
 # resume: train from its newest checkpoint; train: from the first step.
 Action = Literal["skip", "leave", "evaluate", "resume", "train"]
-MOST_NAMED = 4  # runs named in a line; more are counted
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,22 @@ class Point:
     base: str = ""  # tells one base that a worker loads from another
     base_scores: tuple[str, ...] = ()  # files of the base's scores that are not there yet
     rows: float = 0.0  # that it trains on, about
+    row_seconds: float | None = None  # to train on one, of earlier runs; None: not known
 
     @property
     def trains(self) -> bool:
         """True if it has optimizer steps to take."""
         return self.action in ("resume", "train")
+
+    @property
+    def train_seconds(self) -> float | None:
+        """About how long its training takes, from its checkpoint on; None: not known."""
+        if not self.trains:
+            return 0.0
+        training = self.job.config.training
+        done = (self.step or 0) * training.batch_size * training.gradient_accumulation_steps
+        is_known = self.row_seconds is not None
+        return max(0.0, self.rows - done) * (self.row_seconds or 0.0) if is_known else None
 
     @property
     def is_waiting(self) -> bool:
@@ -138,6 +146,12 @@ class Sweep:
         ]
         objective = list(self.config.evaluation.objective)
         return SweepRecord(self.name, list(arguments), self.swept, self.tasks, runs, objective)
+
+
+def announce(num_jobs: int) -> None:
+    """Print at once that the checks begin, which take some seconds; imports too."""
+    runs = "1 run" if num_jobs == 1 else f"{num_jobs} runs"
+    print(f"checking {runs} ...", flush=True)
 
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:
@@ -298,6 +312,7 @@ def _point(job: Job, run: RunFolder, plan: CheckedJob) -> Point:
         base=plan.base,
         base_scores=plan.base_scores,
         rows=plan.rows,
+        row_seconds=plan.row_seconds,
     )  # fmt: skip
 
 
@@ -310,30 +325,6 @@ def decide(job: Job, run: RunFolder, earlier: State | None) -> Action:
     if job.config.training.is_skipped or run.is_trained:
         return "evaluate"
     return "train" if newest_step(run.checkpoints) is None else "resume"
-
-
-def render_plan(sweep: Sweep) -> Table:
-    """Return the table of the plan: swept values, run, and action."""
-    table = build_table(*sweep.swept, "run", "action")
-    for point in sweep.points:
-        values = (point.job.swept[key] for key in sweep.swept)
-        add_row(table, *values, point.run_name, point.describe_action())
-    return table
-
-
-def render_groups(sweep: Sweep) -> Iterator[str]:
-    """Yield lines on the runs that are trained together, and why others are not."""
-    separate: dict[str, list[str]] = {}
-    for group in sweep.groups:
-        names = [str(sweep.points[index]) for index in group.indices]
-        if len(names) > 1:
-            yield f"trained together: {'; '.join(names)}"
-        elif group.reason is not None:
-            separate.setdefault(group.reason, []).extend(names)
-    if sum(point.trains for point in sweep.points) > 1:
-        for reason, names in separate.items():
-            runs = "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
-            yield f"trained separately: {runs} ({reason})"
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -27,14 +27,15 @@ from finetune.problems import Refused
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results, write_csv
 from finetune.reporting.score_tables import render_table
-from finetune.reporting.tables import print_table
+from finetune.reporting.tables import output_width, print_table, print_text
 from finetune.reporting.verdict import verdict
 from finetune.sweeps import crew, launchers
 from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.elsewhere import Follower
 from finetune.sweeps.joining import join
 from finetune.sweeps.live import is_watched, live_table
-from finetune.sweeps.planning import Sweep, plan_sweep, render_groups, render_plan, sweep_name
+from finetune.sweeps.plan_tables import render_groups, render_plan, render_time
+from finetune.sweeps.planning import Sweep, plan_sweep, sweep_name
 from finetune.sweeps.pool import Pool, build_pool
 from finetune.sweeps.slurm_queue import Array
 from finetune.sweeps.watching import runs_of_sweep
@@ -73,10 +74,7 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
     with build_pool(jobs, is_quiet=is_watched()) as pool:
         name = sweep_name(jobs, arguments)
         sweep = check_sweep(jobs, name, pool)
-        if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
-            print_table(render_plan(sweep))
-            for line in render_groups(sweep):
-                print(for_terminal(line))
+        _print_plan(sweep, len(pool))
         if sweep.config.sweep.dry_run:
             return 0
         if sweep.config.workers.join:
@@ -91,6 +89,16 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
         ending = conduct(sweep, arguments, launch, deadline)
         _print_ending(sweep.config, ending)
         return ending.exit_code if ending.stopped is None else signals.end_stopped(ending.stopped)
+
+
+def _print_plan(sweep: Sweep, num_workers: int) -> None:
+    """Print the plan, of a single run only how long it takes."""
+    if len(sweep.points) > 1 or sweep.config.sweep.dry_run:
+        print_table(render_plan(sweep, output_width()))
+        for line in render_groups(sweep):
+            print_text(line)
+    if (time := render_time(sweep, num_workers)) is not None:
+        print_text(time)
 
 
 def _submit(sweep: Sweep, arguments: Sequence[str], again: Sequence[str]) -> Array:
