@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -392,9 +394,10 @@ def test_results_are_rows_a_frame_and_a_table(swept: finetune.Results, tmp_path:
     assert list(frame.columns)[-1] == "mlflow_run_id"
     assert frame["lora.r"].tolist() == [2, 4]
     assert frame["science/acc"].isna().tolist() == [False, True]
-    assert "0.2500 -> 0.7500" in repr(swept)
+    assert re.search(r"^base +0.2500 *\n2 +0.7500 *\n +\+0.5000", repr(swept), re.MULTILINE)
     assert swept._repr_html_().startswith("<pre>")
-    assert "-&gt;" in swept._repr_html_()
+    assert "0.7500" in swept._repr_html_()
+    assert "&lt;b&gt;" in replace(swept, text="<b>")._repr_html_()
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -452,8 +455,6 @@ def test_a_prompt_is_tokenised_as_in_training(
     template: str, text: Any, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its text gives the tokens that stood before a response."""
-    from dataclasses import replace
-
     from finetune.inference.trained import find_trained
 
     if template == "question.jinja":

@@ -90,11 +90,11 @@ def test_a_user_without_name_or_home_gets_both(
 
 def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
     """A dry run, and a command that is refused, leave nothing behind."""
-    folders = {"output_dir": str(tmp_path / "a" / "b"), "report_dir": str(tmp_path / "c")}
-    assert _folder_problems(Config(**folders)) == []
+    config = Config(output_dir=str(tmp_path / "a" / "b"), report_dir=str(tmp_path / "c"))
+    assert _folder_problems(config) == []
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "c").symlink_to(tmp_path / "nothing")
-    (problem,) = _folder_problems(Config(**folders))
+    (problem,) = _folder_problems(config)
     assert problem.startswith(f"report_dir={tmp_path / 'c'} cannot be written to")
 
 

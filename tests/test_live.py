@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,3 +161,38 @@ def test_a_terminal_shows_the_runs_as_they_go(tmp_path: Path) -> None:
     assert b"waiting" in seen
     assert b"it/s" not in seen
     assert b"step/s" not in seen
+
+
+LOGGED = """
+import logging, sys, time
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from pathlib import Path
+from finetune.sweeps.live import live_table
+from finetune.tracking.run_folder import RunFolder
+with live_table(lambda: [("lora.r=4", RunFolder(Path("run")))]):
+    for number in range(2):
+        time.sleep(1.2)
+        logging.info("line %d", number)
+logging.info("after it")
+"""
+
+
+def test_what_is_logged_stands_above_the_table(tmp_path: Path) -> None:
+    """Written into the table, each line would leave a copy of the table's head behind."""
+    ours, theirs = pty.openpty()
+    size = struct.pack("HHHH", 24, 80, 0, 0)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    terminal = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOGGED], cwd=tmp_path, stdout=theirs, stderr=theirs, env=terminal
+    )
+    process.wait()
+    os.close(theirs)
+    written = os.read(ours, 65536).decode()
+    os.close(ours)
+    # A line of text never follows the table's last line: the cursor is moved up before it.
+    assert "0 finished, 0 running, 1 waiting" in written
+    for number in range(2):
+        before, _, _ = written.partition(f"line {number}")
+        assert before.endswith(("\n", "\x1b[2K")), repr(before[-40:])
+    assert written.endswith("after it\r\n")

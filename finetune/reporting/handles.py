@@ -11,9 +11,9 @@ from rich.console import Console
 
 from finetune.config.schema import Config
 from finetune.escaping import for_terminal
+from finetune.reporting.end_tables import render_end
 from finetune.reporting.results import Results as SweepResults
 from finetune.reporting.rows import list_columns
-from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import WIDTH_OF_A_FILE
 from finetune.reporting.verdict import verdict
 from finetune.statistics.comparison import Comparison
@@ -182,7 +182,7 @@ def view_results(found: SweepResults) -> Results:
     said = for_terminal(verdict(found)) if best is not None or found.metrics else ""
     console = Console(file=io.StringIO(), width=WIDTH_OF_A_FILE)
     with console.capture() as table:
-        console.print(render_table(found))
+        console.print(render_end(found, WIDTH_OF_A_FILE))
     return Results(
         path=found.folder.resolve(),
         runs=[runs[one.name] for one in found.runs],

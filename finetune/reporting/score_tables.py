@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from finetune.reporting.results import Results
-from finetune.reporting.rows import MEAN_LOSS, Row
-from finetune.reporting.tables import add_row, build_table
+from finetune.reporting.rows import Row
 from finetune.reporting.verdict import show_detectable, show_difference
 from finetune.statistics.comparison import Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
-from finetune.statistics.objective import VALIDATION
 
 NO_DIFFERENCE = "no detectable difference"
 
@@ -208,36 +204,3 @@ def describe_methods(results: Results) -> list[str]:
             "(by Holm where the runs' swaps cannot be joined)."
         )
     return lines
-
-
-def render_table(results: Results) -> Table:
-    """Return the table of a sweep's end: swept values, base and tuned scores, difference, time."""
-    rows, swept = results.rows, results.record.swept or ["run"]
-    metrics = list(results.metrics)
-    losses = [MEAN_LOSS, *([VALIDATION] if results.validated_rows() else [])]
-    numbers = ["\n".join(name.rsplit("/", 1)) for name in (*metrics, *losses, "train/time")]
-    table = build_table(*swept, "status", *numbers, right=numbers)
-    for row in rows:
-        cells = [str(row.get(key, "")) for key in swept]
-        cells += [row["status"], *(_score_cell(row, metric) for metric in metrics)]
-        cells += [_number(row[name], ".3f") for name in losses]
-        cells.append(_number(row["train_seconds"], ".0f", " s"))
-        add_row(table, *cells)
-    return table
-
-
-def _score_cell(row: Row, metric: str) -> str:
-    name = MetricName.parse(metric)
-    tuned, base = row.get(metric), row.get(name.base)
-    if tuned is None:
-        return ""
-    if base is None:
-        return show_score(tuned)
-    mark = "*" if (row.get(name.p_adjusted) or 1.0) < 0.05 else " "
-    difference = tuned - base
-    shown = f"{difference:+.4f}" if abs(difference) < 1000 else f"{difference:+.5g}"
-    return f"{show_score(base)} -> {show_score(tuned)} \n{shown}{mark}"
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"

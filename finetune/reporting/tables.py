@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import TextIO
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +41,7 @@ def add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(for_terminal(cell)) for cell in cells))
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Group) -> None:
     """Print a table; where the output is no terminal, without colours and line breaks."""
     Console(width=output_width()).print(table)
 
@@ -57,13 +59,12 @@ def find_width(rows: Sequence[Sequence[str]]) -> int:
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def print_text(text: str) -> None:
+def print_text(text: str, file: TextIO | None = None) -> None:
     """Print text, on a terminal broken between words; addresses and commands stay in one piece."""
+    width = output_width()
     for line in for_terminal(text).split("\n"):
-        wrapped = textwrap.wrap(
-            line, output_width(), break_long_words=False, break_on_hyphens=False
-        )
-        print("\n".join(wrapped) if len(line) > output_width() else line)
+        lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        print("\n".join(lines) if len(line) > width else line, file=file or sys.stdout)
 
 
 def shorten_keys(keys: Collection[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import cast, get_args
 
 from finetune import distributed, signals
+from finetune.reporting.tables import show_duration
 from finetune.sweeps.lost_runs import write_cut_off, write_failure
 from finetune.sweeps.planning import Sweep
 from finetune.sweeps.pool import Ended, Pool
@@ -43,6 +44,7 @@ class Conduct:
         self._used: dict[int, float] = defaultdict(float)  # seconds of work on a run so far
         self._took: list[float] = []  # seconds that each run took that is finished
         self._begun: set[int] = set()
+        self._num_runs = sum(point.action != "skip" for point in self._points)
 
     def states(self, deadline: signals.Deadline | None = None) -> Iterator[State]:
         """Run what is to be run and yield how each run ended, in any order.
@@ -79,7 +81,7 @@ class Conduct:
         """
         reason, is_ended = signals.describe(stop), False
         if not self._pool.is_idle:
-            log.info("%s: waiting for a checkpoint; Ctrl-C, again, stops without one", reason)
+            log.info("%s: writing checkpoints; Ctrl-C again stops without them", reason)
         try:
             is_ended = self._pool.interrupt(stop, INTERRUPT_SECONDS)
         finally:
@@ -174,12 +176,12 @@ class Conduct:
             yield state
 
     def _announce(self, places: Places) -> None:
-        """Log the runs that begin, once each."""
+        """Log the runs that begin, once each, but those that are finished already."""
         for place in places:
-            if place not in self._begun:
+            if place not in self._begun and self._points[place].action != "skip":
                 self._begun.add(place)
                 number, point = len(self._begun), self._points[place]
-                log.info("[%d/%d] %s%s", number, len(self._points), point, self._time_left())
+                log.info("[%d/%d] %s%s", number, self._num_runs, point, self._time_left())
 
     def _time_left(self) -> str:
         """Estimate the remaining time from the runs so far."""
@@ -187,7 +189,8 @@ class Conduct:
             return ""
         waiting = {p for one in self._schedule.waiting if one.kind != "base" for p in one.places}
         left = sum(self._points[place].action != "skip" for place in waiting)
-        return f" (about {left * fmean(self._took) / 60 / len(self._pool):.0f} min left)"
+        seconds = left * fmean(self._took) / len(self._pool)
+        return f" (about {show_duration(seconds)} left)" if seconds else ""
 
 
 def build_work(sweep: Sweep) -> Work:

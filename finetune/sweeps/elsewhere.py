@@ -72,7 +72,7 @@ class Follower:
 
     def interrupt(self, stop: KeyboardInterrupt) -> None:
         """Let the tasks end that end with this process."""
-        log.info("%s: Ctrl-C, again, does not wait for the workers", signals.describe(stop))
+        log.info("%s: waiting for the workers; Ctrl-C again does not wait", signals.describe(stop))
         self._tasks.interrupt(INTERRUPT_SECONDS)
 
     def _find_ended(self) -> Iterator[State]:

@@ -6,6 +6,8 @@ them and wherever.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -84,12 +86,35 @@ def live_table(find_runs: FindRuns) -> AbstractContextManager[Any]:
         return _notebook_table(find_runs, board)
     if not console.is_terminal:
         return nullcontext()
-    return Live(
-        get_renderable=lambda: render_rows(board.look(find_runs()), console.width, console.height),
-        console=console,
-        refresh_per_second=1 / REFRESH_SECONDS,
-        transient=True,
+    return _terminal_table(
+        Live(
+            get_renderable=lambda: render_rows(
+                board.look(find_runs()), console.width, console.height
+            ),
+            console=console,
+            refresh_per_second=1 / REFRESH_SECONDS,
+            transient=True,
+        )
     )
+
+
+@contextmanager
+def _terminal_table(live: Live) -> Iterator[None]:
+    """Show a live table; what is logged to the terminal meanwhile is printed above it."""
+    handlers = [
+        one
+        for one in logging.getLogger().handlers
+        if isinstance(one, logging.StreamHandler) and one.stream.isatty()
+    ]
+    streams = [handler.stream for handler in handlers]
+    with live:
+        for handler in handlers:
+            handler.setStream(sys.stderr)  # rich's, which knows where the table is
+        try:
+            yield
+        finally:
+            for handler, stream in zip(handlers, streams, strict=True):
+                handler.setStream(stream)
 
 
 @contextmanager

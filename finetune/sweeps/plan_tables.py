@@ -53,9 +53,12 @@ def render_groups(sweep: Sweep) -> Iterator[str]:
             yield f"trained together: {'; '.join(names)}"
         elif group.reason is not None:
             separate.setdefault(group.reason, []).extend(names)
-    if sum(point.trains for point in sweep.points) > 1:
+    num_training = sum(point.trains for point in sweep.points)
+    if num_training > 1:
         for reason, names in separate.items():
-            runs = "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
+            all_of = "all " if len(names) == num_training else ""
+            is_named = len(names) <= MOST_NAMED and not all_of
+            runs = "; ".join(names) if is_named else f"{all_of}{len(names)} runs"
             yield f"trained separately: {runs} ({reason})"
 
 
@@ -72,9 +75,7 @@ def render_time(sweep: Sweep, num_workers: int) -> str | None:
     runs = "1 run" if len(training) == 1 else f"{len(training)} runs"
     known = [point.train_seconds for point in training if point.train_seconds is not None]
     if not known:
-        return (
-            f"to train: {runs}; the time is known once this model has been trained on this device"
-        )
+        return f"to train: {runs}; how long is known once one has trained here"
     of = "" if len(known) == len(training) else f", by the speed known for {len(known)} of them"
     workers = min(num_workers, len(training))
     on = f" on {workers} workers" if workers > 1 else ""

@@ -19,14 +19,13 @@ from filelock import Timeout
 from finetune import signals
 from finetune.config.durations import read_duration
 from finetune.config.schema import Config
-from finetune.escaping import for_terminal
 from finetune.files import is_obstructed
 from finetune.home import find_cache_problem, find_folder_problem, find_foreign_problem
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused
+from finetune.reporting.end_tables import render_end
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results, write_csv
-from finetune.reporting.score_tables import render_table
 from finetune.reporting.tables import output_width, print_table, print_text
 from finetune.reporting.verdict import verdict
 from finetune.sweeps import crew, launchers
@@ -301,13 +300,12 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
 def _print_ending(config: Config, ending: Ending) -> None:
     """Print the results, and where to find report, runs and MLflow."""
     results = ending.results
-    print_table(render_table(results))
+    print_table(render_end(results, output_width()))
     for row in results.rows:
         if row["reason"]:
-            reason = for_terminal(str(row["reason"]))
-            print(f"{row['run']}: {row['status']}: {reason}", file=sys.stderr)
+            print_text(f"{results.label(row)}: {row['status']}: {row['reason']}", sys.stderr)
     if results.best_run() is not None or results.metrics:
-        print(f"\n{for_terminal(verdict(results))}")
+        print_text(f"\n{verdict(results)}")
     if ending.is_written:
         print(f"\nreport: {results.folder / 'report.html'}    runs: {config.output_dir}/")
     else:
