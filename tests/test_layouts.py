@@ -91,7 +91,7 @@ def test_every_architecture_trains_as_stock_does(
     base, one = model(kind, settings), spec(tmp_path / "ours", kind)
     rows = [example["input_ids"] for example in one.examples.train]
     obstacle = find_layout_problem(base, rows)
-    if multi_adapter.find_obstacle(base, rows, CPU) is None:
+    if multi_adapter.find_obstacle(base, rows) is None:
         ((_, _, result),) = train_together(base, [one], CPU)
     else:
         adapted = adapters.attach(base, methods.lora_settings(one.lora), one.arguments.seed)

@@ -35,6 +35,7 @@ from finetune.training.steps import Diverged, TrainResult
 from tests.trainings import (
     CPU,
     TINY,
+    Killed,
     Setting,
     broken_off,
     copied,
@@ -115,8 +116,8 @@ def test_every_run_of_a_group_is_bitwise_its_solo_run(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("autocast", "tolerance"),
-    [(torch.float32, 1e-4), (torch.bfloat16, 0.02)],
-    ids=["fp32", "bf16"],
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.02), (torch.float16, 0.02)],
+    ids=["fp32", "bf16", "fp16"],
 )
 def test_on_a_card_every_run_of_a_group_follows_its_solo_run(
     autocast: torch.dtype, tolerance: float, tmp_path: Path
@@ -378,6 +379,94 @@ def test_low_precision_groups_equal_their_solo_runs(
         scale = max(tensor.abs().max() for tensor in alone.values())
         difference = max((mine[name] - alone[name]).abs().max() for name in alone)
         assert difference <= tolerance * scale
+
+
+FP16 = Precision(torch.device("cpu"), torch.float16)  # which only tests train in, on a CPU
+HALF = ModelConfig(path="random://tiny", dtype="fp16")
+
+
+def scales(monkeypatch: pytest.MonkeyPatch, *firsts: float) -> None:
+    """Let the trainings that are built next begin with these loss scales, in order."""
+    remaining, build = list(firsts), torch.amp.GradScaler
+
+    def begin(device: str, *, enabled: bool) -> torch.amp.GradScaler:
+        return build(device, init_scale=remaining.pop(0), enabled=enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", begin)
+
+
+@pytest.mark.parametrize("model", [TINY, HALF], ids=["fp32 weights", "fp16 weights"])
+def test_every_run_of_a_group_in_fp16_is_bitwise_its_solo_run(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside a run whose gradients overflow at first: each has its own loss scale."""
+    firsts = (65536.0, 2.0**21, 65536.0, 65536.0)
+    scales(monkeypatch, *firsts, *firsts)
+    together = train(tmp_path / "together", VARIED, load(model), FP16)
+    for number, setting in enumerate(VARIED):
+        (alone, _) = train(tmp_path / f"alone{number}", [setting], load(model), FP16)[0]
+        folder = tmp_path / "together" / str(number)
+        assert equal(together[number][0], alone), number
+        assert losses(folder) == losses(tmp_path / f"alone{number}" / "0")
+        skipped = len(losses(folder)) - len(losses(folder, "train/grad_norm"))
+        assert (skipped > 0) == (number == 1)
+
+
+def test_a_step_that_overflows_is_skipped_with_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by accelerate: the loss scale is halved, and the schedule waits."""
+    scales(monkeypatch, 2.0**21)
+    setting = Setting({}, {"lr": 1e-2, "warmup_ratio": 0.0}, {"max_steps": 12})
+    train(tmp_path, [setting], load(), FP16)
+    rates = losses(tmp_path / "0", "train/lr")
+    events = read_events(tmp_path / "0" / "events.jsonl")
+    taken = {e["step"] for e in events if e.get("key") == "train/grad_norm"}
+    assert 0 < len(taken) < 12
+    moved = [later < rate for rate, later in itertools.pairwise(rates)]
+    assert moved == [step in taken for step in range(1, 12)]
+
+
+def test_gradients_that_overflow_without_a_loss_scale_have_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halving it further would not help."""
+    scales(monkeypatch, 1.0)
+    overflow = torch.tensor(float("inf"))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: overflow)
+    outcome = train(tmp_path, [Setting()], load(), FP16)[0][1]
+    assert isinstance(outcome, Diverged)
+
+
+def test_a_training_in_fp16_resumes_with_its_loss_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; a first scale would overflow again, and skip other steps."""
+    setting = Setting(training={"max_steps": 12, "checkpoint_every": 6})
+    scales(monkeypatch, *[2.0**21] * 3)
+    (whole, _) = train(tmp_path / "whole", [setting], load(), FP16)[0]
+    run = RunFolder(tmp_path / "killed" / "0")
+    killed = broken_off(spec(run, setting, FP16), LOSS, 9, "killed")
+    with pytest.raises(Killed):
+        list(train_together(load(), [killed], FP16))
+    killed.events.close()
+    assert newest_step(run.checkpoints) == 6
+    (resumed, _) = train(tmp_path / "killed", [setting], load(), FP16)[0]
+    assert equal(whole, resumed)
+
+
+def test_a_checkpoint_of_the_trainer_is_not_resumed_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs that it trained in an earlier version, as those in fp16, begin anew."""
+    setting = Setting(training={"max_steps": 4, "checkpoint_every": 2})
+    (whole, _) = train(tmp_path / "whole", [setting])[0]
+    trained_by_the_trainer(tmp_path / "0", setting)
+    assert newest_step(tmp_path / "0" / "checkpoints") is not None
+    with caplog.at_level("WARNING", logger="finetune"):
+        (anew, _) = train(tmp_path, [setting])[0]
+    assert "was written by the Trainer: training begins anew" in caplog.text
+    assert equal(whole, anew)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])

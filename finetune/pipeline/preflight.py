@@ -42,7 +42,6 @@ from finetune.problems import first_line, nearest
 from finetune.statistics.objective import Objective
 from finetune.tracking.run_folder import RunFolder
 from finetune.training.grouping import NOT_TRAINED, Limit, find_limit, find_obstacle
-from finetune.training.multi_adapter import find_precision_obstacle
 
 log = logging.getLogger("finetune")
 
@@ -148,8 +147,7 @@ def _find_limit(
     config: Config, shape: Shape, device: memory_estimate.DeviceMemory, tokens: int
 ) -> Limit:
     """Return how many runs may be trained together with this one; `model` is as loaded."""
-    obstacle = find_obstacle(config) or find_precision_obstacle(find_precision(config))
-    if obstacle is not None:
+    if (obstacle := find_obstacle(config)) is not None:
         return Limit(1, obstacle)
     limit = find_limit(config)
     fit = memory_estimate.most_adapters(config, shape, device, tokens, limit.most)

@@ -234,9 +234,7 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
     precision = find_precision(first.config)
     rows = specs[0].examples.shortest_and_longest()
     loaded = replace(first.config, model=first.inputs.model)
-    obstacle = find_obstacle(loaded) or session.obstacle(
-        first.config, first.inputs, rows, precision
-    )
+    obstacle = find_obstacle(loaded) or session.obstacle(first.config, first.inputs, rows)
     if obstacle is not None:
         level = logging.INFO if len(runs) > 1 else logging.DEBUG  # the plan said: trained together
         log.log(level, "trained separately, by the Trainer: %s", obstacle)

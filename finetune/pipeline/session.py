@@ -26,7 +26,6 @@ from finetune.evaluation.local_data import find_file_digests
 from finetune.evaluation.task_folder import find_contents
 from finetune.evaluation.tasks import BuildOwn, LoadedTask, load_task
 from finetune.models import base_model
-from finetune.models.precision import Precision
 from finetune.models.shape import Shape, describe_shape
 from finetune.pipeline import samples
 from finetune.pipeline.finished_runs import FinishedRuns
@@ -251,22 +250,19 @@ class Session:
         key = asdict(config.data), asdict(config.training), asdict(config.model), source
         return self._examples.get((*key, [one.digest for one in found]), build)
 
-    def obstacle(
-        self, config: Config, inputs: Inputs, rows: Sequence[list[int]], precision: Precision
-    ) -> str | None:
+    def obstacle(self, config: Config, inputs: Inputs, rows: Sequence[list[int]]) -> str | None:
         """Return why adapters cannot be trained together on the base; the Trainer then trains them.
 
         Args:
             config: of a run on the base.
             inputs: of the same run.
             rows: the shortest and the longest one's tokens.
-            precision: of the training.
         """
 
         def look() -> str | None:
-            return multi_adapter.find_obstacle(self.base(config, inputs), rows, precision)
+            return multi_adapter.find_obstacle(self.base(config, inputs), rows)
 
-        return self._obstacles.get((*base_key(config, inputs), list(rows), precision), look)
+        return self._obstacles.get((*base_key(config, inputs), list(rows)), look)
 
     def base_answers(
         self, config: Config, inputs: Inputs, prompts: Sequence[Sequence[int]]

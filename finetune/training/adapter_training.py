@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ from finetune.training.steps import (
 from finetune.training.trainer import Arguments
 from finetune.training.validation import Validations
 
+log = logging.getLogger("finetune")
+
 STATE = "state.json"
+LOWEST_SCALE = 1.0  # of fp16's losses; gradients that overflow with it have diverged
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class AdapterTraining:
         self.cast: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.num_steps = num_steps(len(spec.examples.train), self.arguments)
         self.optimizer = self._build_optimizer()
+        # In fp16 each run has its own loss scale; without it nothing is scaled.
+        self._scaler = torch.amp.GradScaler(base.device.type, enabled=self.arguments.fp16)
         self.scheduler = get_scheduler(
             self.arguments.lr_scheduler_type,
             self.optimizer,
@@ -162,8 +168,16 @@ class AdapterTraining:
         )
         torch._foreach_copy_(cast, matrices)
 
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss to differentiate: in fp16 multiplied by the run's own loss scale."""
+        scaled: torch.Tensor = self._scaler.scale(loss)
+        return scaled
+
     def learn(self, loss: float) -> None:
         """Add the loss of a micro-batch; after the last one of a step, take the optimizer step.
+
+        In fp16 a step whose gradients overflow is skipped and the loss scale halved, as the Trainer
+        does.
 
         Raises:
             Diverged: the loss or the gradient's norm is not finite.
@@ -171,14 +185,20 @@ class AdapterTraining:
         self._loss += loss
         if self._waiting:
             return
+        self._scaler.unscale_(self.optimizer)
         bound = self.arguments.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
         rate = float(self.scheduler.get_last_lr()[0])
         self.step += 1
         logs = {"loss": self._loss, "grad_norm": norm, "learning_rate": rate}
+        overflows = self._scaler.is_enabled() and not math.isfinite(norm)
+        if overflows and self._scaler.get_scale() > LOWEST_SCALE:
+            del logs["grad_norm"]
         record_step(self.spec.events, logs, self.step, self.num_steps)
-        self.optimizer.step()
-        self.scheduler.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if not overflows:
+            self.scheduler.step()
         self.optimizer.zero_grad()
         self.total_loss += self._loss
         self.last_loss, self._loss = self._loss, 0.0
@@ -220,6 +240,7 @@ class AdapterTraining:
                 "total_loss": self.total_loss,
                 "num_tokens": self.num_tokens,
                 "validations": list(self.validations.losses.items()),
+                "loss_scale": self._scaler.state_dict(),
             }
             write_atomic(folder / STATE, json.dumps(kept) + "\n")
 
@@ -233,6 +254,9 @@ class AdapterTraining:
         checkpoint = find_resume(self.arguments, self.spec.events)
         if checkpoint is None:
             return
+        if not (checkpoint.path / STATE).is_file():
+            log.warning("%s was written by the Trainer: training begins anew", checkpoint.path)
+            return
         adapters.load_weights(self.weights, checkpoint.path)
         device = self.parameters[0].device
         for name, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
@@ -242,6 +266,8 @@ class AdapterTraining:
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.total_loss, self.num_tokens = kept["total_loss"], kept["num_tokens"]
         self.validations.losses = dict(kept["validations"])
+        if kept.get("loss_scale"):
+            self._scaler.load_state_dict(kept["loss_scale"])
 
 
 def _tokens(batch: list[Example]) -> int:

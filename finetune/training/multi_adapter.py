@@ -2,7 +2,8 @@
 
 The micro-batches of all runs are concatenated for one forward/backward pass over the base. Each
 run's matrices apply to its tokens only; each has its own optimizer, schedule, gradient clipping,
-checkpoints and end. Bitwise equal to solo training from 7 tokens per run and micro-batch upward.
+loss scale (fp16), checkpoints and end. Bitwise equal to solo training from 7 tokens per run and
+micro-batch upward.
 """
 
 from __future__ import annotations
@@ -31,18 +32,13 @@ from finetune.training.steps import TrainResult, advance, open_bar
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 
 
-def find_obstacle(
-    base: PreTrainedModel, rows: Sequence[Sequence[int]], precision: Precision
-) -> str | None:
+def find_obstacle(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str | None:
     """Return why a base needs the Trainer instead; None where it can be trained here.
 
     Args:
         base: the model, in evaluation mode.
         rows: the tokens of all sequences that it will see.
-        precision: of the training.
     """
-    if (obstacle := find_precision_obstacle(precision)) is not None:
-        return obstacle
     settings = base.config.get_text_config().to_dict()
     if "output_router_logits" in settings and settings.get("router_aux_loss_coef"):
         return "the model's router loss is computed over the tokens of all runs in a batch"
@@ -50,13 +46,6 @@ def find_obstacle(
     if any(dropouts) or settings.get("attention_dropout") or settings.get("dropout"):
         return "the base model uses dropout, which shares one random generator between runs"
     return find_layout_problem(base, rows) or _find_routed_layer(base)
-
-
-def find_precision_obstacle(precision: Precision) -> str | None:
-    """Return why a precision needs the Trainer instead; None where it does not."""
-    if precision.autocast == torch.float16:
-        return "training.precision or model.dtype is fp16, whose loss scale the runs would share"
-    return None
 
 
 def _find_routed_layer(base: PreTrainedModel) -> str | None:
@@ -237,7 +226,8 @@ def _advance(
     """Train one micro-batch of every run; return the outcomes of those that ended."""
     started = time.monotonic()
     losses = shared.losses([(one, *one.next_batch()) for one in live.values()])
-    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+    scaled = [one.scaled(loss) for one, loss in zip(live.values(), losses, strict=True)]
+    torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
     values = losses.tolist()
     share = (time.monotonic() - started) / len(live)
     for one in live.values():
