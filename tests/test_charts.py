@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import altair as alt
 import pytest
+import vl_convert
+from PIL import Image
 
 from finetune.reporting.chart_parts import MOST_NAMED
 from finetune.reporting.charts import build_charts
@@ -23,6 +26,7 @@ from finetune.reporting.curves import (
     smooth,
     thin,
 )
+from finetune.reporting.figures import compress
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import read_results
 from finetune.tracking.events import EventLog, read_events
@@ -101,6 +105,19 @@ def test_steps_are_whole_numbers_and_curves_are_thinned(tmp_path: Path) -> None:
             assert len(points) == most
             assert (points[0][0], points[-1][0]) == (1, 1000)
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_pictures_are_compressed_without_loss(tmp_path: Path) -> None:
+    """The same pixels in fewer bytes."""
+    spec: dict[str, Any] = {
+        "mark": "line", "data": {"values": [{"x": n, "y": n % 7} for n in range(50)]},
+        "encoding": {axis: {"field": axis, "type": "quantitative"} for axis in ("x", "y")},
+    }  # fmt: skip
+    png = vl_convert.vegalite_to_png(spec)
+    small = compress(png)
+    assert len(small) < 0.7 * len(png)
+    before, after = (Image.open(io.BytesIO(one)).convert("RGBA") for one in (png, small))
+    assert before.tobytes() == after.tobytes()
 
 
 PROBE = """<script type="module">

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetune.reporting.chart_parts import Chart, Spec
 JAVASCRIPT = "vega.js"  # beside a report that loads it from there
 WIDTH = 680  # pixels of a PNG, before its scale
 SCALE = 1.5
+SIGNATURE, LEVEL = b"\x89PNG\r\n\x1a\n", 6  # of a PNG; of its compression
 CONFIG: dict[str, Any] = {  # of the PNG; the page has its own, for light and dark
     "background": "white", "view": {"stroke": None}, "axis": {"gridColor": "#e8e8e8"},
     "font": "DejaVu Sans, Arial, sans-serif",
@@ -32,8 +34,29 @@ def draw_figures(charts: Sequence[Chart], folder: Path) -> dict[str, str]:
             old.unlink()
     for chart in charts:
         png = vl_convert.vegalite_to_png(sized(chart.spec, WIDTH), scale=SCALE, config=CONFIG)
-        (figures / f"{chart.name}.png").write_bytes(png)
+        (figures / f"{chart.name}.png").write_bytes(compress(png))
     return {chart.caption: f"figures/{chart.name}.png" for chart in charts}
+
+
+def compress(png: bytes) -> bytes:
+    """Return a picture a third as large: vl-convert compresses as fast as it can, not well."""
+    parts, pixels, place = [png[: len(SIGNATURE)]], b"", len(SIGNATURE)
+    while place < len(png):  # chunks: length, name, content, checksum
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        name = png[place + 4 : place + 8]
+        if name == b"IDAT":
+            pixels += png[place + 8 : end - 4]
+        else:
+            if name == b"IEND":
+                parts.append(_chunk(b"IDAT", zlib.compress(zlib.decompress(pixels), LEVEL)))
+            parts.append(png[place:end])
+        place = end
+    return b"".join(parts)
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(name + content)
+    return len(content).to_bytes(4, "big") + name + content + checksum.to_bytes(4, "big")
 
 
 def sized(spec: Spec, width: int | str) -> Spec:

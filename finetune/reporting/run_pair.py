@@ -6,10 +6,9 @@ from math import isclose
 
 from rich.table import Table
 
-from finetune.config.schema import CONDUCT, Config, flatten, marked
-from finetune.problems import Refused
 from finetune.reporting.outcomes import read_answers
 from finetune.reporting.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
+from finetune.reporting.settings import read_run_settings
 from finetune.reporting.tables import add_row, build_table
 from finetune.reporting.verdict import show_difference
 from finetune.statistics.comparison import compare
@@ -27,7 +26,7 @@ def render_settings(one: RunFolder, other: RunFolder) -> Table:
     names = shorten_names([one.name, other.name])
     table = build_table("setting", *names)
     for sides in (
-        [_read_settings(run) for run in (one, other)],
+        [_show_settings(run) for run in (one, other)],
         [_read_environment(run) for run in (one, other)],
     ):
         for key in dict.fromkeys(key for side in sides for key in side):
@@ -37,14 +36,8 @@ def render_settings(one: RunFolder, other: RunFolder) -> Table:
     return table
 
 
-def _read_settings(run: RunFolder) -> dict[str, str]:
-    """Return the settings of a run, without those of its sweep; none where they are damaged."""
-    conduct = marked(Config, CONDUCT)
-    try:
-        pairs = flatten(run.read_settings())
-        return {k: str(v) for k, v in pairs if k.partition(".")[0] not in conduct}
-    except Refused:
-        return {}
+def _show_settings(run: RunFolder) -> dict[str, str]:
+    return {key: str(value) for key, value in read_run_settings(run).items()}
 
 
 def _read_environment(run: RunFolder) -> dict[str, str]:

@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.config.schema import flatten
+from finetune.config.schema import CONDUCT, Config, flatten, marked
 from finetune.problems import Refused
 from finetune.reporting.results import Results
 from finetune.tracking.run_folder import RunFolder
-
-# What changes no number of a run.
-LEFT_OUT = ("tracking", "sweep", "workers", "output_dir", "report_dir")
 
 Settings = Mapping[str, Any]  # by key, such as lora.r; interpolations unresolved
 
 
 def read_settings(results: Results) -> dict[str, Settings]:
     """Return the settings of each run whose config.yaml can be read, by the run's name."""
-    found = {run.name: _read(run) for run in results.runs}
+    found = {run.name: read_run_settings(run) for run in results.runs}
     return {name: one for name, one in found.items() if one}
 
 
-def _read(run: RunFolder) -> Settings:
+def read_run_settings(run: RunFolder) -> Settings:
+    """Return a run's settings without those of its sweep; none where they cannot be read."""
     try:
         settings = run.read_settings()
     except Refused:  # it has not begun, or the file is damaged, which the remarks say
         return {}
-    return dict(flatten({key: one for key, one in settings.items() if key not in LEFT_OUT}))
+    conduct = marked(Config, CONDUCT)
+    return dict(flatten({key: one for key, one in settings.items() if key not in conduct}))
 
 
 def list_values(settings: Sequence[Settings], key: str) -> list[Any]:

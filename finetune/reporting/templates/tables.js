@@ -61,7 +61,7 @@ function sort(table, cell, column) {
   const order = (a, b) => place(a) - place(b) || compare(value(a, column), value(b, column), way);
   table.rows.sort(order);
   table.shown = [...table.shown].sort(order);
-  show(table);
+  showTop(table);
 }
 
 function filter(table, text) {
@@ -70,6 +70,11 @@ function filter(table, text) {
     const content = `${row.dataset.run || ""} ${row.textContent}`.toLowerCase();
     return words.every((word) => content.includes(word));
   });
+  showTop(table);
+}
+
+function showTop(table) {
+  if (table.box) table.box.scrollTop = 0;
   show(table);
 }
 
