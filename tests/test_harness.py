@@ -10,11 +10,13 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 
 from finetune.config.schema import EvaluationConfig, ModelConfig
 from finetune.evaluation.harness import Item, ScoreStore, TaskScore, score
 from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.question_bar import named_alike
 from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks import load_task
 from finetune.models.base_model import find_model, load_base, load_tokenizer
@@ -268,3 +270,13 @@ def test_a_sweep_chooses_on_the_selection(tmp_path: Path, finetune: Command) -> 
     assert json.loads(selected.read_text())["tuned"]["num_questions"] == 6
     again = finetune(*grid, "evaluation.select_split=validation")
     assert again.stdout.count("finished already") == 2
+
+
+def test_lm_evals_bars_have_the_name_of_ours() -> None:
+    """Where HFLM scores a task, "score" is what progresses, as elsewhere."""
+    before = huggingface.tqdm
+    with named_alike():
+        bar = huggingface.tqdm(total=2, disable=False, desc="Running loglikelihood requests")
+        assert (bar.desc, bar.unit) == ("score", "request")
+        bar.close()
+    assert huggingface.tqdm is before

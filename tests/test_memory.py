@@ -124,8 +124,9 @@ def test_the_reference_experiment_fits_its_card(finetune: Command) -> None:
         "experiment=mistral_alpaca_arc", "model=mistral_7b", module="finetune.memory"
     )
     assert too_much.returncode == 1
-    assert "GiB are needed, 16.0 GiB are free on the GPU" in too_much.stdout
-    assert "set model.quantization=nf4" in too_much.stdout
+    said = " ".join(too_much.stdout.split())  # its lines are broken between words
+    assert "GiB are needed, 16.0 GiB are assumed on the GPU" in said
+    assert "set model.quantization=nf4" in said
 
 
 def test_a_typing_error_is_told_in_one_line(
@@ -162,6 +163,56 @@ def test_the_cheapest_change_that_fits_is_named(gib: float, remedy: str | None) 
     else:
         assert problem is not None
         assert remedy in problem
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    """Return the exit code of finetune.memory, and what it prints."""
+    monkeypatch.setattr("sys.argv", ["finetune.memory", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        memory.main()
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), " ".join((printed.out + printed.err).split())
+
+
+def test_a_grid_has_a_row_for_each_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its peak; each remedy once, and exit code 1 where one does not fit."""
+    grid = ("model=tiny", "lora.r=2,4", "training.batch_size=1,64", "training.max_length=2048")
+    code, said = call(monkeypatch, capsys, *grid, "--gib", "1")
+    assert code == 1
+    assert "lora.r training.batch_size weights activations peak GiB of fits 2 1 " in said
+    assert said.count(" yes ") == said.count(" no ") == 2
+    assert "set training.batch_size=1 training.gradient_accumulation_steps=" in said
+    code, said = call(monkeypatch, capsys, "model=tiny", "lora.r=2,4", "--gib", "8")
+    assert (code, said.endswith("all fit")) == (0, True)
+
+
+def test_an_assumed_card_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only where a GPU is asked for, none is there, and --gib names none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assumed = "this machine has no GPU: one of 16 GiB is assumed"
+    for arguments, is_assumed in (
+        (["training.device=cuda"], True), (["training.device=cuda", "lora.r=2,4"], True),
+        (["training.device=cuda", "--gib", "24"], False), (["training.device=cpu"], False),
+    ):  # fmt: skip
+        _, said = call(monkeypatch, capsys, "model=tiny", *arguments)
+        assert (assumed in said) == is_assumed, said
+        assert ("assumed on the GPU 16.00" in said) == (is_assumed and len(arguments) == 1)
+
+
+def test_the_table_of_cards_is_for_one_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before torch is imported, as every problem of the settings."""
+    code, said = call(monkeypatch, capsys, "model=tiny", "lora.r=2,4", "--cards")
+    assert (code, said) == (2, "--cards is for one run; give each setting one value")
+    code, said = call(monkeypatch, capsys, "model=tiny", "lora.r=0,-1")
+    assert (code, said.count("it must be at least 1")) == (2, 2)
 
 
 def cards(

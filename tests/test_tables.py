@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.reporting.tables import add_row, build_table, print_table
+from finetune.reporting.tables import add_row, build_table, print_table, print_text
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 
@@ -52,3 +52,19 @@ def set_of(path: Path) -> set[str]:
     """Return which of the two calls a file makes."""
     text = path.read_text(encoding="utf-8")
     return {call for call in (" Table(", ".add_row(") if call in text}
+
+
+@pytest.mark.parametrize("is_narrow", [True, False])
+def test_text_is_broken_between_words_on_a_terminal_alone(
+    is_narrow: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An address stays in one piece, to be copied; a file has each sentence on its line."""
+    if is_narrow:
+        monkeypatch.setenv("COLUMNS", "20")
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    print_text("some words and http://an-address/that-is-long here\n\nend")
+    expected = "some words and\nhttp://an-address/that-is-long\nhere\n\nend\n"
+    if not is_narrow:
+        expected = "some words and http://an-address/that-is-long here\n\nend\n"
+    assert capsys.readouterr().out == expected

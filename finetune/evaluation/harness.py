@@ -23,6 +23,7 @@ from finetune.config.schema import EvaluationConfig
 from finetune.evaluation import bootstrap
 from finetune.evaluation.aggregation import find_definitions
 from finetune.evaluation.loglikelihood import SharedContextLM
+from finetune.evaluation.question_bar import named_alike
 from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.task_templates import quick_and_quiet
 from finetune.evaluation.tasks import SEED, LoadedTask, chat_settings
@@ -91,7 +92,7 @@ def score(lm: SharedContextLM, task: LoadedTask, evaluation: EvaluationConfig) -
     torch.manual_seed(SEED)
     for one in task.tasks.values():
         one.set_fewshot_seed(seed=SEED)
-    with quick_and_quiet(), bootstrap.in_process():
+    with quick_and_quiet(), named_alike(), bootstrap.in_process():
         results = evaluator.evaluate(
             lm, task.loaded, limit=evaluation.limit, log_samples=True,
             **chat_settings(task.name, evaluation),

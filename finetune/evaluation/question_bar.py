@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+from lm_eval.models import huggingface
 from tqdm import tqdm
+
+from finetune.substitution import substituted
+
+
+@contextmanager
+def named_alike() -> Iterator[None]:
+    """Let the bars of lm-eval's HFLM have the name of ours; they count requests."""
+    bar = huggingface.tqdm
+
+    def named(*arguments: Any, **settings: Any) -> Any:
+        return bar(*arguments, **{**settings, "desc": "score", "unit": "request"})
+
+    with substituted(huggingface, "tqdm", named):
+        yield
 
 
 class QuestionBar:

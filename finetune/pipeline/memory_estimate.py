@@ -63,19 +63,25 @@ class DeviceMemory:
     size: int  # bytes of a number in the base's dtype
     free: float  # bytes
     workers: int = 1  # that share it
+    is_assumed: bool = False  # a GPU that this machine does not have
 
     @classmethod
     def find(cls, config: Config, gib: float | None = None) -> DeviceMemory:
         """Return the configured device, or an assumed GPU where this machine has none."""
         if config.training.device == "cuda" and not torch.cuda.is_available():
             size = 4 if config.model.dtype == "fp32" else 2
-            return cls("cuda", size, (gib or ASSUMED_CARD_GIB) * GIB)
+            free = ASSUMED_CARD_GIB if gib is None else gib
+            return cls("cuda", size, free * GIB, is_assumed=gib is None)
         device = pick_device(config.training.device)
         size = compute_dtype(config.model, device).itemsize
         if gib is not None:
             return cls(device.type, size, gib * GIB)
         workers = config.workers.num or 1 if device.type == "cpu" else 1  # a GPU is one worker's
         return cls(device.type, size, free_bytes(device) / workers, workers)
+
+    def describe(self) -> str:
+        """Return what its memory is."""
+        return f"{'assumed' if self.is_assumed else 'free'} on the {NAMES[self.kind]}"
 
 
 def free_bytes(device: torch.device) -> float:
@@ -184,7 +190,7 @@ def find_problem(config: Config, shape: Shape, device: DeviceMemory, tokens: int
     shared = f" for each of {device.workers} workers" if device.workers > 1 else ""
     return (
         f"model.path={config.model.path}: about {need.total / GIB:.1f} GiB are needed, "
-        f"{device.free / GIB:.1f} GiB are free on the {NAMES[device.kind]}{shared} "
+        f"{device.free / GIB:.1f} GiB are {device.describe()}{shared} "
         f"({need.weights / GIB:.1f} GiB weights, {need.activations / GIB:.1f} GiB activations of "
         f"{tokens} tokens); "
         + (f"set {remedy}" if remedy else "no setting makes it fit: use a smaller model")

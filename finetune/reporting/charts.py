@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import altair as alt
-import pandas  # noqa: F401  # Altair takes a half-made import of it, by MLflow's thread, for a whole
 from altair.utils.schemapi import debug_mode
 
 from finetune.reporting.chart_parts import (

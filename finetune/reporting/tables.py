@@ -48,9 +48,12 @@ def print_table(table: Table | Group) -> None:
 
 def output_width() -> int:
     """Return the characters of a line: the terminal's, or COLUMNS; wide in a file."""
-    console = Console()
-    is_set = os.environ.get("COLUMNS", "").isdigit()
-    return console.width if console.is_terminal or is_set else WIDTH_OF_A_FILE
+    return Console().width if is_narrow() else WIDTH_OF_A_FILE
+
+
+def is_narrow() -> bool:
+    """Return whether the output is a terminal, or COLUMNS is set."""
+    return Console().is_terminal or os.environ.get("COLUMNS", "").isdigit()
 
 
 def find_width(rows: Sequence[Sequence[str]]) -> int:
@@ -61,7 +64,7 @@ def find_width(rows: Sequence[Sequence[str]]) -> int:
 
 def print_text(text: str, file: TextIO | None = None) -> None:
     """Print text, on a terminal broken between words; addresses and commands stay in one piece."""
-    width = output_width()
+    width = output_width() if is_narrow() else sys.maxsize
     for line in for_terminal(text).split("\n"):
         lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
         print("\n".join(lines) if len(line) > width else line, file=file or sys.stdout)

@@ -13,7 +13,7 @@ from finetune.reporting.tables import (
     shorten_keys,
     show_duration,
 )
-from finetune.sweeps.planning import Sweep
+from finetune.sweeps.planning import Sweep, count_runs
 from finetune.tracking.run_names import shorten_names
 
 MOST_NAMED = 4  # runs named in a line; more are counted
@@ -72,7 +72,7 @@ def render_time(sweep: Sweep, num_workers: int) -> str | None:
     training = [point for point in sweep.points if point.trains]
     if not training or sweep.config.workers.is_elsewhere:
         return None
-    runs = "1 run" if len(training) == 1 else f"{len(training)} runs"
+    runs = count_runs(len(training))
     known = [point.train_seconds for point in training if point.train_seconds is not None]
     if not known:
         return f"to train: {runs}; how long is known once one has trained here"

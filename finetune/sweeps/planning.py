@@ -150,8 +150,11 @@ class Sweep:
 
 def announce(num_jobs: int) -> None:
     """Print at once that the checks begin, which take some seconds; imports too."""
-    runs = "1 run" if num_jobs == 1 else f"{num_jobs} runs"
-    print(f"checking {runs} ...", flush=True)
+    print(f"checking {count_runs(num_jobs)} ...", flush=True)
+
+
+def count_runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"
 
 
 def build_job(composed: DictConfig, swept: Sequence[str]) -> Job:

@@ -34,7 +34,7 @@ from finetune.sweeps.elsewhere import Follower
 from finetune.sweeps.joining import join
 from finetune.sweeps.live import is_watched, live_table
 from finetune.sweeps.plan_tables import render_groups, render_plan, render_time
-from finetune.sweeps.planning import Sweep, plan_sweep, sweep_name
+from finetune.sweeps.planning import Sweep, count_runs, plan_sweep, sweep_name
 from finetune.sweeps.pool import Pool, build_pool
 from finetune.sweeps.slurm_queue import Array
 from finetune.sweeps.watching import runs_of_sweep
@@ -165,7 +165,7 @@ def conduct(
         KeyboardInterrupt: a second request to stop.
     """
     with _claimed_folder(sweep.folder):
-        log.info("sweep %s: %d runs", sweep.name, len(sweep.points))
+        log.info("sweep %s: %s", sweep.name, count_runs(len(sweep.points)))
         tracker = _begin(sweep, arguments)
         with crew.assembled(sweep, tracker, launch) as workers:
             states, stopped = _run(sweep, workers, deadline)
