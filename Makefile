@@ -10,7 +10,7 @@ MODELS ?= $(CASES)/data/models
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
-.PHONY: help install demo test test-slow test-gpu test-cluster cases lint format ui clean
+.PHONY: help install demo example test test-slow test-gpu test-cluster cases lint format ui clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ install: $(INSTALLED)  ## make .venv with the pinned packages
 
 demo: $(INSTALLED)  ## a two-point rank sweep on the embedded model and data, minutes on a CPU
 	$(BIN)/python -m finetune lora.r=4,16 --multirun
+
+example: $(INSTALLED)  ## write multirun_reports/example anew: six runs, half an hour on two cores
+	$(BIN)/python -m finetune lora.r=2,4,8 optimizer.lr=1e-4,1e-3 data.validation_fraction=0.1 \
+	  training.validate_every=20 tracking=none sweep.name=example --multirun
 
 test: $(INSTALLED)  ## the quick tests: a tiny random model, no network
 	$(PYTEST)

@@ -94,3 +94,10 @@ def test_every_link_to_a_term_has_its_entry_in_the_page(tmp_path: Path) -> None:
     linked = set(re.findall(r'href="#(term-[^"]+)"', page))
     assert len(linked) > 5
     assert linked <= set(re.findall(r'<dt id="([^"]+)"', page))
+
+
+def test_the_docs_have_all_terms() -> None:
+    """docs/report.md ends with the page's glossary."""
+    page = Path(__file__).parents[1] / "docs" / "report.md"
+    rows = [f"| {', '.join(term.names)} | {term.meaning} [more]({term.link}) |" for term in TERMS]
+    assert page.read_text(encoding="utf-8").endswith("\n".join(["|---|---|", *rows, ""]))

@@ -44,13 +44,15 @@ def read_asset(name: str) -> Markup:
 
 def render_term(heading: str) -> Markup:
     """Return a table's heading: explained on hover, with a link to its entry, if it is a term."""
-    term, parts = find_term(heading), re.split(r"(?<=/)|(?<=, )", _visible(heading))
+    term = find_term(heading)
+    name = re.sub(r", (?=\w+$)", ",\N{NO-BREAK SPACE}", _visible(heading))  # before a unit
+    *parts, last = (escape(part) for part in re.split(r"(?<=/)(?=..)", name))
+    before = Markup("").join(part + Markup("<wbr>") for part in parts)
     if term is None:
-        return Markup("<wbr>").join(parts)
-    before, last = Markup("<wbr>").join(escape(part) for part in parts[:-1]), parts[-1]
-    return before + Markup(
-        '<span class="term"><abbr title="{}">{}</abbr><a class="help" href="#{}">?</a></span>'
-    ).format(term.meaning, last, term.anchor)
+        return before + last
+    return before + Markup('<abbr title="{}">{}</abbr><a class="help" href="#{}">?</a>').format(
+        term.meaning, last, term.anchor
+    )
 
 
 def as_json(value: Any) -> Markup:

@@ -102,7 +102,7 @@ def _training(settings: Sequence[Settings]) -> str:
                      accumulation="training.gradient_accumulation_steps"),
              _values(settings, "optimizer.name"),
              *_named(settings, lr="optimizer.lr"), _values(settings, "optimizer.scheduler"),
-             *_named(settings, **{"up to tokens": "training.max_length"})]  # fmt: skip
+             *_named(settings, max_length="training.max_length")]  # fmt: skip
     return ", ".join(part for part in parts if part)
 
 

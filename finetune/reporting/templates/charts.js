@@ -23,7 +23,7 @@ function inColour(spec) {
 async function draw() {
   views.forEach((view) => view.finalize());
   views = await Promise.all(places.map(async (place) => {
-    const options = { actions: false, renderer: "svg", config: config() };
+    const options = { actions: false, renderer: "svg", config: config(), tooltip: { theme: dark.matches ? "dark" : "light" } };
     const { view } = await vegaEmbed(place, inColour(data.specs[place.dataset.chart]), options);
     view.addEventListener("click", (event, item) => pick(item && item.datum && item.datum.run));
     return view;
