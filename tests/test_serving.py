@@ -23,6 +23,7 @@ from finetune.inference.ollama_prompt import OllamaPrompt
 from finetune.inference.portable import SavedLora, read_lora
 from finetune.inference.trained import Trained, find_trained
 from finetune.models import base_model
+from finetune.problems import Refused
 from tests.conftest import train_tiny
 from tests.test_chat import full_copy
 from tests.test_export import call
@@ -66,6 +67,7 @@ def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for script, *_ in (gguf_files.ADAPTER, gguf_files.MODEL):
         (folder / script).write_text(CONVERTER)
     monkeypatch.setenv(gguf_files.FOLDER, str(folder))
+    monkeypatch.setattr(gguf_files, "find_spec", lambda _: "there")
     return folder
 
 
@@ -332,6 +334,30 @@ def test_a_missing_converter_is_refused_at_once(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("has_gguf", "is_adapter", "missing"),
+    [
+        (False, True, "gguf"),
+        (True, True, None),
+        (False, False, "gguf sentencepiece"),
+        (True, False, "sentencepiece"),
+    ],
+)
+def test_what_a_converter_imports_is_refused_before_a_merge(
+    has_gguf: bool, is_adapter: bool, missing: str | None, llama_cpp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A checkout has a gguf of its own; sentencepiece is imported for every model."""
+    monkeypatch.setattr(gguf_files, "find_spec", lambda _: None)
+    if has_gguf:
+        (llama_cpp / "gguf-py").mkdir()
+    if missing is None:
+        assert gguf_files.find_converter(os.environ, is_adapter=is_adapter)
+        return
+    with pytest.raises(Refused, match=f"needs {missing}; pip install {missing}"):
+        gguf_files.find_converter(os.environ, is_adapter=is_adapter)
 
 
 def test_a_converter_that_fails_leaves_nothing(

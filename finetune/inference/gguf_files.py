@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ def find_converter(environment: Mapping[str, str], *, is_adapter: bool) -> list[
     """Return the command of llama.cpp's converter: from the folder LLAMA_CPP, or on the PATH.
 
     Raises:
-        Refused: it is not there.
+        Refused: it is not there, or a package that it imports.
     """
     script, command, *_ = ADAPTER if is_adapter else MODEL
     if folder := environment.get(FOLDER):
@@ -37,16 +38,32 @@ def find_converter(environment: Mapping[str, str], *, is_adapter: bool) -> list[
             raise Refused(
                 [f"{FOLDER}={folder}: there is no {script} in it; set it to a llama.cpp checkout"]
             )
-        return [sys.executable, str(found)]
-    for name in (script, command):
-        if on_path := shutil.which(name, path=environment.get("PATH")):
-            return [sys.executable, on_path] if name == script else [on_path]
+        return _by_this_python(found, is_adapter=is_adapter)
+    path = environment.get("PATH")
+    if on_path := shutil.which(script, path=path):
+        return _by_this_python(Path(on_path), is_adapter=is_adapter)
+    if on_path := shutil.which(command, path=path):
+        return [on_path]
     raise Refused(
         [
             f"--gguf: llama.cpp's {script} is neither on the PATH nor in {FOLDER}; "
             f"git clone https://github.com/ggml-org/llama.cpp and set {FOLDER} to that folder"
         ]
     )
+
+
+def _by_this_python(script: Path, *, is_adapter: bool) -> list[str]:
+    """Return the command of a script.
+
+    Raises:
+        Refused: a package that it imports is missing; a checkout has its own gguf.
+    """
+    needed = [] if (script.resolve().parent / "gguf-py").is_dir() else ["gguf"]
+    needed += [] if is_adapter else ["sentencepiece"]  # imported for every tokenizer
+    if missing := [name for name in needed if find_spec(name) is None]:
+        names = " ".join(missing)
+        raise Refused([f"--gguf: llama.cpp's {script.name} needs {names}; pip install {names}"])
+    return [sys.executable, str(script)]
 
 
 def write_adapter_gguf(run: Trained, folder: Path, converter: Sequence[str]) -> None:
