@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trl
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.chat_tokens import Chat
 from finetune.data.templates import load_template
+from finetune.data.turns import Turn
 from finetune.inference.ollama_prompt import build_prompt
+from finetune.models.chat_templates import find_chat_template
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
@@ -37,7 +43,19 @@ BRACES = (
     "{% for m in messages %}{{ '{{' + m['role'] + '}}' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '{{assistant}}' }}{% endif %}"
 )
+ENDED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+THOUGHT = (  # of the last answer alone
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 TEMPLATES = {
+    "an end of the conversation": ENDED,
+    "a thought in the last answer": THOUGHT,
     "chatml with a default system message": CHATML,
     "chatml": NO_DEFAULT,
     "system in the question, BOS in each": INSTRUCT,
@@ -72,14 +90,28 @@ def ollama(template: str, system: str, turns: Sequence[tuple[str, str | None]]) 
     )
 
 
+def let_add_bos(tokenizer: Any) -> None:
+    """Make a tokenizer put its BOS before any text, as Llama's do."""
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[bos]
+    )
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
 @pytest.mark.parametrize("system", ["", "Answer in verse."])
+@pytest.mark.parametrize("adds_bos", [False, True])
 def test_a_chat_template_asks_as_in_training(
-    kind: str, system: str, tokenizer: PreTrainedTokenizerBase
+    kind: str, system: str, adds_bos: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """A question, and another one after its answer; BOS, which Ollama adds, is left out."""
+    """A question, and another one after its answer; a BOS that Ollama adds is left out."""
     tokenizer.chat_template = TEMPLATES[kind]
+    if adds_bos:
+        let_add_bos(tokenizer)
     prompt = build_prompt("chat", tokenizer)
+    if kind == "no system role" and not adds_bos:  # it writes a BOS before the first turn alone
+        assert prompt.template is None
+        return
     assert prompt.template is not None
     if kind == "no system role" and system:
         assert ".System" not in prompt.template
@@ -95,7 +127,8 @@ def test_a_chat_template_asks_as_in_training(
             )
         )
         found = ollama(prompt.template, system or prompt.system or "", turns)
-        assert found == wanted.removeprefix("<s>")
+        assert found == (wanted.removeprefix("<s>") if adds_bos else wanted)
+    assert (prompt.note is not None) == (adds_bos and not wanted.startswith("<s>"))
 
 
 def test_a_default_system_message_and_the_end_of_a_turn_are_carried_over(
@@ -107,8 +140,10 @@ def test_a_default_system_message_and_the_end_of_a_turn_are_carried_over(
     assert build_prompt("chat", tokenizer).stop is None
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert build_prompt("chat", tokenizer).stop == "<|im_end|>"
-    tokenizer.chat_template = NO_SYSTEM
-    assert build_prompt("chat", tokenizer).stop == "</s>"
+    let_add_bos(tokenizer)
+    for template in (NO_SYSTEM, INSTRUCT):
+        tokenizer.chat_template = template
+        assert build_prompt("chat", tokenizer).stop == "</s>"
 
 
 @pytest.mark.parametrize(
@@ -170,3 +205,36 @@ def test_a_prompt_file_with_one_field_is_a_template(
 def test_plain_text_is_continued(tokenizer: PreTrainedTokenizerBase) -> None:
     """Without a frame, as it was learned."""
     assert build_prompt("text", tokenizer).template == "{{ .Prompt }}{{ .Response }}"
+
+
+SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_templates_of_known_models_ask_as_in_training(
+    file: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Those that TRL ships, where they have a form in Ollama."""
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    let_add_bos(tokenizer)
+    prompt, template = build_prompt("chat", tokenizer), find_chat_template(tokenizer)
+    if prompt.template is None:
+        return
+    for system in ("", "Answer in verse."):
+        before = [Turn("system", system)] if system and ".System" in prompt.template else []
+        messages = [turn.message for turn in (*before, Turn("user", "Why?"))]
+        wanted = Chat(messages, template, tokenizer, None, {}).render(asks=True)
+        found = ollama(prompt.template, system or prompt.system or "", [("Why?", None)])
+        assert found == wanted.removeprefix("<s>")
+
+
+def test_most_known_templates_have_a_form_in_ollama(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Llama 3, Gemma, Qwen and Phi among them."""
+    let_add_bos(tokenizer)
+    expressible = set()
+    for file in SHIPPED:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        if build_prompt("chat", tokenizer).template is not None:
+            expressible.add(file.stem)
+    assert {"llama3", "gemma", "qwen2_5", "qwen3", "phi3"} <= expressible
+    assert len(expressible) > len(SHIPPED) / 2

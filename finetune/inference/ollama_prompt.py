@@ -77,6 +77,7 @@ class _Turns:
     later: str  # before another one
     before_answer: str
     after_answer: str
+    end: str  # of an answer, without the BOS that may follow it
 
 
 def _build_chat(tokenizer: PreTrainedTokenizerBase) -> OllamaPrompt:
@@ -87,22 +88,32 @@ def _build_chat(tokenizer: PreTrainedTokenizerBase) -> OllamaPrompt:
         return chat.render(asks=asks)
 
     system, user, answer = (Turn(role, mark) for role, mark in MARKS.items())
+    bos = _added_bos(tokenizer)
     turns = _find_turns(
-        render(user), render(user, answer, asks=False),
-        render(user, answer, Turn("user", LATER)), str(tokenizer.bos_token or ""),
-    )  # fmt: skip
+        render(user),
+        render(user, answer, asks=False),
+        render(user, answer, Turn("user", LATER)),
+        bos,
+    )
     try:
         with_system = render(system, user)
     except Unusable:  # the template has no system role
         with_system = ""
-    prefix, default = _find_prefix(turns, with_system.removeprefix(str(tokenizer.bos_token or "")))
+    prefix, default = _find_prefix(turns, with_system.removeprefix(bos))
     body = "{{ .Prompt }}" + escape(turns.before_answer) + "{{ .Response }}"
-    stop = turns.after_answer.strip()
+    note = f"Ollama begins with {bos}, which the chat template of the training does not write"
     return OllamaPrompt(
         prefix + body + escape(turns.after_answer),
         system=default,
-        stop=stop if stop in tokenizer.get_vocab() else None,
+        stop=turns.end if turns.end in tokenizer.get_vocab() else None,
+        note=note if bos and not render(user).startswith(bos) else None,
     )
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the BOS that the tokenizer, and so Ollama, puts before any text; else nothing."""
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
 
 
 def _find_turns(asked: str, answered: str, continued: str, bos: str) -> _Turns:
@@ -112,19 +123,21 @@ def _find_turns(asked: str, answered: str, continued: str, bos: str) -> _Turns:
     """
     first, before_answer = _split(asked, USER)
     head, after_answer = _split(answered, ANSWER)
-    longer, rest = _split(continued, ANSWER)
+    earlier, rest = _split(continued, ANSWER)
     between, tail = _split(rest, LATER)
-    is_asked = head.startswith(asked) and not head[len(asked) :].strip()  # a space of the answer
-    if not is_asked or head != longer or not between.startswith(after_answer):
+    # What follows the question beyond `asked` is generated, as a space or an empty thought.
+    is_same = head.startswith(asked) and earlier in (asked, head)
+    if not is_same or tail != before_answer:
         raise _NotExpressible
+    if not between.startswith(after_answer):  # a template that ends a conversation in its own way
+        after_answer = between.removesuffix(first)
     later = between.removeprefix(after_answer)
+    end = after_answer.strip()
     if bos and first.startswith(bos):
         first = first.removeprefix(bos)
         if later.startswith(bos):
             later, after_answer = later.removeprefix(bos), after_answer + bos
-    if tail != before_answer:
-        raise _NotExpressible
-    return _Turns(first, later, before_answer, after_answer)
+    return _Turns(first, later, before_answer, after_answer, end)
 
 
 def _find_prefix(turns: _Turns, with_system: str) -> tuple[str, str | None]:
@@ -140,8 +153,8 @@ def _find_prefix(turns: _Turns, with_system: str) -> tuple[str, str | None]:
     default = None
     if turns.first != turns.later:
         is_framed = turns.first.startswith(before) and turns.first.endswith(after)
-        if not is_framed or len(turns.first) < len(before) + len(after):
-            raise _NotExpressible
+        if not is_framed or len(turns.first) <= len(before) + len(after):
+            raise _NotExpressible  # an empty message, for one, is none to Ollama
         default = turns.first[len(before) : len(turns.first) - len(after)]
     framed = f"{escape(before)}{{{{ .System }}}}{escape(after)}"
     return f"{{{{ if .System }}}}{framed}{{{{ else }}}}{escape(turns.later)}{{{{ end }}}}", default
