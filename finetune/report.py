@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.escaping import for_terminal
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import find_damage
+from finetune.reporting.tables import print_text
 from finetune.reporting.verdict import verdict
 from finetune.streams import keep_streams
 
@@ -34,7 +35,7 @@ def main() -> None:
         sys.exit(2)
     for line in (line for run in results.runs for line in find_damage(run)):
         print(for_terminal(line), file=sys.stderr)
-    print(for_terminal(verdict(results)))
+    print_text(verdict(results))
     print(f"written: {results.folder / 'report.html'}, report.md, results.csv, figures/")
 
 

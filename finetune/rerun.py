@@ -24,6 +24,7 @@ from finetune.config.schema import build_config, flatten
 from finetune.pipeline.jobs import Job
 from finetune.problems import Refused, first_line
 from finetune.reporting.reproduction import compare_runs, find_other_conditions, is_conduct
+from finetune.reporting.tables import print_text
 from finetune.streams import keep_streams
 from finetune.sweeps.run_sweep import run_sweep
 from finetune.tracking.run_folder import REMEDY, RunFolder
@@ -114,13 +115,13 @@ def report(before: RunFolder, into: Path) -> int:
     (config,) = into.glob("*/config.yaml")
     after = RunFolder(config.parent)
     for difference in find_other_conditions(before, after):
-        print(f"not the same: {difference}")
+        print_text(f"not the same: {difference}")
     damage = before.find_damage() | before.find_weights_damage(thorough=True)
     for name, problem in damage.items():
         print(f"damaged: {before.path / name}: {problem}")
     found = compare_runs(before, after)
     print(found.verdict)
-    print(found.describe())
+    print_text(found.describe())
     print(f"rerun: {after.path}")
     return int(found.verdict == "different")
 

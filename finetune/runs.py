@@ -21,7 +21,7 @@ from finetune.reporting.run_list import (
     sort_runs,
 )
 from finetune.reporting.run_pair import render_pair, render_settings
-from finetune.reporting.tables import output_width, print_table, show_size
+from finetune.reporting.tables import output_width, print_table, print_text, show_size
 from finetune.streams import keep_streams
 from finetune.sweeps.live import LOST, FindRuns
 from finetune.sweeps.watching import find_sweep, runs_of_folder, runs_of_sweep, watch
@@ -133,7 +133,7 @@ def require_runs(runs: Sequence[RunFolder]) -> None:
     missing = [str(run.path) for run in runs if not is_run(run)]
     if missing:
         names = ", ".join(missing)
-        raise Refused([f"no run in {names}: config.yaml is missing; name outputs/RUN"])
+        raise Refused([f"no run in {names}: config.yaml is missing; name outputs/RUN, or its id"])
 
 
 def compare_two(runs: Sequence[RunFolder]) -> None:
@@ -187,11 +187,12 @@ def list_runs(outputs: Path, args: argparse.Namespace) -> None:
     Raises:
         Refused: there is none.
     """
-    listed = read_runs(outputs)
+    listed = sort_runs(read_runs(outputs), args.sort, is_reversed=args.reverse)
     chosen = choose(listed, args.filter)
-    print_runs(sort_runs(chosen, args.sort, is_reversed=args.reverse))
-    if not chosen:
-        print(f"none of {len(listed)} runs: {' '.join(args.filter)}", file=sys.stderr)
+    if chosen:
+        print_runs(chosen)
+    else:
+        print_text(f"none of {len(listed)} runs has {' and '.join(args.filter)}", sys.stderr)
     if any(one.state.state == "lost" for one in chosen):
         print(LOST, file=sys.stderr)
 
@@ -200,7 +201,7 @@ def print_runs(listed: Sequence[ListedRun]) -> None:
     print_table(render_list(listed, output_width()))
     if shared := find_shared(listed):
         settings = " ".join(f"{key}={value}" for key, value in shared.items())
-        print(for_terminal(f"all with {settings}"))
+        print_text(f"all with {settings}")
 
 
 def remove(runs: Sequence[RunFolder], reports: Path, *, is_confirmed: bool) -> int:

@@ -148,6 +148,15 @@ def test_runs_are_sorted(
     assert ranks(sort_runs(read(outputs), key, is_reversed=is_reversed)) == expected
 
 
+def test_a_filter_may_leave_nothing(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says so; the key of the order is one of any run."""
+    assert call(monkeypatch, "--filter", "state=lost", "--filter", "r=2", "--sort", "acc") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "none of 3 runs has state=lost and r=2\n")
+
+
 def test_runs_without_a_value_come_last(outputs: Path) -> None:
     """In both directions."""
     write_run(outputs / "new", "8", "running", started=1.0)

@@ -154,6 +154,8 @@ def sort_runs(
     Raises:
         Refused: no run has such a value.
     """
+    if not listed:
+        return []
     value_of = find_value(listed, key or "started")
 
     def place(one: ListedRun) -> tuple[bool, float, str]:

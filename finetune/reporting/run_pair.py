@@ -7,7 +7,7 @@ from math import isclose
 from rich.table import Table
 
 from finetune.reporting.outcomes import read_answers
-from finetune.reporting.score_tables import NO_DIFFERENCE, show_flips, show_p, show_range
+from finetune.reporting.score_tables import show_flips, show_p, show_range
 from finetune.reporting.settings import read_run_settings
 from finetune.reporting.tables import add_row, build_table
 from finetune.reporting.verdict import show_difference
@@ -90,7 +90,7 @@ def _pair_cells(
     if not isclose(found.base, values[0], rel_tol=1e-6, abs_tol=1e-9):
         return [*plain, "", "", ""]  # scored by an older version, without its outcomes
     if not found.changed:
-        return [*plain[:2], NO_DIFFERENCE, "", "", ""]
+        return [*plain[:2], "none", "", "", ""]
     interval, flips = show_range(found, comparison), show_flips(found)
     return [
         *plain[:2], show_difference(found.value, comparison), interval, flips, show_p(found.p)

@@ -181,16 +181,14 @@ class Conduct:
             if place not in self._begun and self._points[place].action != "skip":
                 self._begun.add(place)
                 number, point = len(self._begun), self._points[place]
-                log.info("[%d/%d] %s%s", number, self._num_runs, point, self._time_left())
+                log.info("[%d/%d] %s%s", number, self._num_runs, point, self._time_left(number))
 
-    def _time_left(self) -> str:
-        """Estimate the remaining time from the runs so far."""
+    def _time_left(self, number: int) -> str:
+        """Estimate the time for the run of this number and those after it, from the runs so far."""
         if not self._took:
             return ""
-        waiting = {p for one in self._schedule.waiting if one.kind != "base" for p in one.places}
-        left = sum(self._points[place].action != "skip" for place in waiting)
-        seconds = left * fmean(self._took) / len(self._pool)
-        return f" (about {show_duration(seconds)} left)" if seconds else ""
+        seconds = (self._num_runs - number + 1) * fmean(self._took) / len(self._pool)
+        return f" (about {show_duration(seconds)} left)"
 
 
 def build_work(sweep: Sweep) -> Work:

@@ -303,7 +303,9 @@ def _print_ending(config: Config, ending: Ending) -> None:
     print_table(render_end(results, output_width()))
     for row in results.rows:
         if row["reason"]:
-            print_text(f"{results.label(row)}: {row['status']}: {row['reason']}", sys.stderr)
+            is_named = str(row["reason"]).startswith(row["status"])
+            state = "" if is_named else f"{row['status']}: "
+            print_text(f"{results.label(row)}: {state}{row['reason']}", sys.stderr)
     if results.best_run() is not None or results.metrics:
         print_text(f"\n{verdict(results)}")
     if ending.is_written:
