@@ -54,7 +54,7 @@ def main() -> None:
         refuse_foreign(before, args.overrides)
         job = build_job(before, args.into)
         with signals.stops_raised():
-            code = run_sweep([job], job.overrides)
+            code = run_sweep([job], job.overrides, resumes=describe_again(before, job))
     except Refused as refused:
         print("\n".join(refused.problems), file=sys.stderr)
         sys.exit(2)
@@ -64,6 +64,12 @@ def main() -> None:
         print(f"the rerun ended with exit code {code}: see above", file=sys.stderr)
         sys.exit(code)
     sys.exit(report(before, Path(job.config.output_dir)))
+
+
+def describe_again(before: RunFolder, job: Job) -> str:
+    """Return what resumes a rerun: the same command without `--into` would begin another one."""
+    words = ["--into", job.config.output_dir]
+    return f"{shlex.join(['python', '-m', 'finetune.rerun', str(before.path), *words])} resumes it"
 
 
 def refuse_foreign(before: RunFolder, typed: Sequence[str]) -> None:

@@ -165,9 +165,12 @@ def _stop_handlers() -> list[StopHandler]:
     return [handler for handler in handlers if isinstance(handler, StopHandler)]
 
 
-def end_stopped(stop: KeyboardInterrupt) -> int:
-    """Print why the process ends; return its exit code."""
-    print(f"finetune: {describe(stop)}; the same command resumes", file=sys.stderr)
+RESUMES = "the same command resumes"
+
+
+def end_stopped(stop: KeyboardInterrupt, resumes: str = RESUMES) -> int:
+    """Print why the process ends, and what resumes it; return its exit code."""
+    print(f"finetune: {describe(stop)}; {resumes}", file=sys.stderr)
     return exit_code(stop)
 
 

@@ -162,7 +162,7 @@ def test_a_command_that_finds_runs_left_submits_and_returns(
     stand_in(commands, "squeue", COUNTED)
     monkeypatch.setattr(run_sweep, "check_sweep", lambda *_: sweep)
     monkeypatch.setattr(run_sweep, "sweep_name", lambda *_: sweep.name)
-    monkeypatch.setattr(run_sweep, "render_plan", lambda _: "")
+    monkeypatch.setattr(run_sweep, "render_plan", lambda *_: "")
     monkeypatch.setattr(run_sweep, "_record", lambda *_: None)
     job = sweep.points[0].job
     assert run_sweep.run_sweep([job], ["lora.r=2"], LAUNCH.again) == 0

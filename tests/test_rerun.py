@@ -266,7 +266,7 @@ def test_a_rerun_that_was_stopped_has_the_exit_code_of_its_sweep(
     run = RunFolder(tmp_path / "run")
     run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rerun, "run_sweep", lambda jobs, arguments: code)
+    monkeypatch.setattr(rerun, "run_sweep", lambda jobs, arguments, resumes: code)
     monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
     with pytest.raises(SystemExit) as end:
         rerun.main()
@@ -280,8 +280,30 @@ def test_a_rerun_that_the_machine_stops_exits_with_75(
     run = RunFolder(tmp_path / "run")
     run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rerun, "run_sweep", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(rerun, "run_sweep", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
     with pytest.raises(SystemExit) as end:
         rerun.main()
     assert end.value.code == 75
+
+
+def test_a_rerun_that_was_stopped_says_what_resumes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would begin another one, in a new folder."""
+    run = RunFolder(tmp_path / "a run")
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())))
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+
+    def stop(jobs: object, arguments: object, resumes: str) -> int:
+        said.append(resumes)
+        return 130
+
+    monkeypatch.setattr(rerun, "run_sweep", stop)
+    monkeypatch.setattr(sys, "argv", ["rerun", str(run.path)])
+    with pytest.raises(SystemExit):
+        rerun.main()
+    (folder,) = (tmp_path / "reruns").iterdir()
+    again = f"python -m finetune.rerun '{run.path}' --into '{folder.relative_to(tmp_path)}'"
+    assert said == [f"{again} resumes it"]

@@ -58,13 +58,20 @@ class Ending:
     stopped: KeyboardInterrupt | None = None  # the request that stopped it
 
 
-def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str] = ()) -> int:
+def run_sweep(
+    jobs: Sequence[Job],
+    arguments: Sequence[str],
+    again: Sequence[str] = (),
+    *,
+    resumes: str = signals.RESUMES,
+) -> int:
     """Run every job, print plan and results, and return the exit code.
 
     Args:
         jobs: the points of the grid, at least one.
         arguments: the overrides as typed, which name the sweep.
         again: all arguments of the command, by which workers elsewhere join the sweep.
+        resumes: what resumes the sweep once it was stopped, as a clause.
 
     Raises:
         Refused: something in the grid cannot run; nothing was started.
@@ -87,7 +94,9 @@ def run_sweep(jobs: Sequence[Job], arguments: Sequence[str], again: Sequence[str
         launch = crew.Launch(pool, again, array)
         ending = conduct(sweep, arguments, launch, deadline)
         _print_ending(sweep.config, ending)
-        return ending.exit_code if ending.stopped is None else signals.end_stopped(ending.stopped)
+        if ending.stopped is None:
+            return ending.exit_code
+        return signals.end_stopped(ending.stopped, resumes)
 
 
 def _print_plan(sweep: Sweep, num_workers: int) -> None:
@@ -309,7 +318,7 @@ def _print_ending(config: Config, ending: Ending) -> None:
     if results.best_run() is not None or results.metrics:
         print_text(f"\n{verdict(results)}")
     if ending.is_written:
-        print(f"\nreport: {results.folder / 'report.html'}    runs: {config.output_dir}/")
+        print_text(f"\nreport: {results.folder / 'report.html'}    runs: {config.output_dir}/")
     else:
         again = f"python -m finetune.report {results.folder}"
         print(
@@ -318,4 +327,4 @@ def _print_ending(config: Config, ending: Ending) -> None:
     if ending.unsent:
         print(ending.unsent, file=sys.stderr)
     elif ending.open_command:
-        print(f"compare: {ending.open_command}")
+        print_text(f"compare: {ending.open_command}")
