@@ -31,6 +31,7 @@ from finetune.inference.trained import find_trained, load_as_published
 from finetune.models import adapters, base_model
 from tests.conftest import train_tiny
 from tests.test_chat import change, full_copy
+from tests.test_quantization import write_checkpoint
 
 TINY = ModelConfig(path="random://tiny")
 
@@ -188,6 +189,23 @@ def test_a_merged_model_says_what_the_run_says(
     assert torch.allclose(found, unmerged, rtol=0, atol=1e-6 if exact else 2e-3)
     tuned = (log_likelihoods(trained.load_base(), prompts) - unmerged).abs().max()
     assert tuned > 0.02  # the base itself would not pass
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantised_already_is_merged(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dequantised in the run's dtype, and saved without its quantisation."""
+    model = write_checkpoint(tmp_path / "model", kind)
+    run = train_tiny(tmp_path / "outputs", model=model, lora=LoraConfig(r=2))
+    into = tmp_path / "merged"
+    assert call(monkeypatch, run, "--merge", "--into", into) == 0
+    assert "quantization_config" not in json.loads((into / "config.json").read_text())
+    plain = ModelConfig(path=str(into))
+    merged = base_model.load_base(plain, base_model.find_model(plain), torch.device("cpu"))
+    prompts = find_prompts(find_trained(run), find_trained(run).load_tokenizer())
+    found, trained = log_likelihoods(merged, prompts), trained_log_likelihoods(run)
+    assert torch.allclose(found, trained, rtol=0, atol=1e-5 if kind == "nf4" else 2e-2)
 
 
 def test_ia3_on_a_quantised_base_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from finetune.data import dataset
 from finetune.data.row_prompts import last_prompts
 from finetune.data.turns import Prompt
 from finetune.inference.trained import Trained, load_as_published
-from finetune.models import adapters, base_model
+from finetune.models import adapters, base_model, quantization
 from finetune.models.precision import compute_dtype
 from finetune.problems import Refused
 
@@ -92,8 +92,7 @@ def merge(run: Trained, adapted: PeftModel) -> PreTrainedModel:
     adapters.take_off(adapted)
     base = adapters.base_of(adapted)
     if run.model.quantization != "none":
-        base = base.dequantize()
-        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # left set, and IA3 reads them
+        base = quantization.dequantize(base)
     merged = load_as_published(base, run.folder.adapter).merge_and_unload(safe_merge=True)
     return cast(PreTrainedModel, merged)
 

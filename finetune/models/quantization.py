@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -161,13 +161,38 @@ def cast_unquantised(base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the norms and embeddings of a 4-bit bitsandbytes checkpoint to the compute dtype.
 
     transformers 5.23 leaves them in the checkpoint's dtype whatever `dtype` it is called with: in
-    bf16 on a GPU without bf16, and in bf16 where fp32 is set.
+    bf16 on a GPU without bf16, and in bf16 where fp32 is set. The same dtype would round the
+    weights that are dequantised, on a GPU and for a merge.
     """
     if not getattr(base, "is_loaded_in_4bit", False):
         return
     for parameter in base.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.to(dtype)
+    for layer in linears_4bit(base):
+        layer.weight.quant_state.dtype = dtype
+
+
+def dequantize(base: PreTrainedModel) -> PreTrainedModel:
+    """Return a bitsandbytes base in floats, to be merged into and saved.
+
+    transformers 5.23 leaves its marks, which PEFT's (IA)^3 reads, and for saving the conversions of
+    a checkpoint that was quantised already, which cannot be reversed.
+    """
+    plain: Any = base.dequantize()
+    plain.is_loaded_in_4bit = plain.is_loaded_in_8bit = False
+    conversions = getattr(plain, "_weight_conversions", None)
+    if conversions is not None:
+        plain._weight_conversions = [one for one in conversions if _is_reversible(one)]
+    return cast(PreTrainedModel, plain)
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def copy_mapped_weights(base: PreTrainedModel) -> None:
