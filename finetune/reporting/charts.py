@@ -93,16 +93,14 @@ def _forest(results: Results, comparison: Comparison) -> alt.LayerChart:
         y=y, color=colour, opacity=fade_others(), tooltip=tooltip
     )
     zero = alt.Chart(inline([{"base": 0}])).mark_rule(strokeDash=[3, 3], color=GREY)
-    return cast(
-        alt.LayerChart,
-        alt.layer(
-            zero.encode(x=alt.X("base:Q")),
-            runs.mark_rule(strokeWidth=2).encode(
-                x=alt.X("low:Q", title=title), x2=alt.X2("high:Q")
-            ),
-            runs.mark_point(filled=True, size=30 if many else 80).encode(x="difference:Q"),
-        ).properties(height=alt.Step(5 if many else 22)),
-    )
+    x: dict[str, Any] = {"title": title, "axis": alt.Axis(tickCount=8)}
+    layers = [  # points first: the order of runs is theirs, also where one has no interval
+        zero.encode(x=alt.X("base:Q", **x)),
+        runs.mark_point(filled=True, size=30 if many else 80).encode(x=alt.X("difference:Q", **x)),
+        runs.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", **x), x2=alt.X2("high:Q")),
+    ]
+    drawn = alt.layer(*layers).properties(height=alt.Step(5 if many else 22))
+    return cast(alt.LayerChart, drawn)
 
 
 def _effects(results: Results) -> Iterator[Chart]:

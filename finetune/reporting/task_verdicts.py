@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from finetune.reporting.results import Results
 from finetune.reporting.rows import Row
 from finetune.reporting.score_tables import Cell, ScoreTable, show_p, show_range
-from finetune.reporting.verdict import show_claim, show_detectable, show_difference
+from finetune.reporting.verdict import main_verdict, show_claim, show_detectable, show_difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
 
@@ -28,8 +28,9 @@ def build_verdicts(results: Results) -> ScoreTable | None:
     if _is_adjusted(results, max((len(one.differences) for one in compared), default=1)):
         columns[columns.index("p")] = "p, adjusted"
         columns.append("runs better")
-    notes = list(dict.fromkeys(note for one in compared if (note := show_detectable(one))))
-    return ScoreTable(title, columns, rows, notes[:1])
+    notes = [note for one in compared[:1] if (note := show_detectable(one))]
+    said = main_verdict(results)
+    return ScoreTable(title, columns, rows, [note for note in notes if note not in said])
 
 
 def choose_metrics(results: Results) -> list[str]:
