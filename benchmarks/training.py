@@ -293,7 +293,7 @@ def comparisons(quick: bool, device: torch.device) -> list[tuple[str, Case, Case
 
 def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
     """Return the comparisons on CUDA: the reference's batches, and groups by lengths of rows."""
-    case = Case("nf4-bf16", 8, 4, 1 if quick else 6, 2048, checkpointing=True)
+    case = Case("nf4-bf16", 8, 4, 1 if quick else 12, 2048, checkpointing=True)
     stock = replace(case, is_stock=True)
     found = [("8 x 4 rows, nf4-bf16", stock, case)]
     if find_spec("liger_kernel") is not None:
@@ -303,7 +303,7 @@ def _cuda_comparisons(quick: bool) -> list[tuple[str, Case, Case]]:
     found.append(("32 x 1 rows, nf4-bf16", replace(whole, is_stock=True), whole))
     groups = [(4, 50), (4, 100), (4, 200), (4, 400), (2, 200), (8, 200)]
     for count, length in [(4, 200)] if quick else groups:
-        alone = Case("nf4-bf16", 1, 1, 12, 2048, times=count, row_tokens=length)
+        alone = Case("nf4-bf16", 1, 1, 24, 2048, times=count, row_tokens=length)
         name = f"{count} adapters, micro-batch 1, nf4-bf16, {length} tokens"
         found.append((name, alone, replace(alone, together=count, times=1)))
     return found

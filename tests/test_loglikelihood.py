@@ -16,10 +16,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.config.schema import ModelConfig
+from finetune.evaluation import block_attention
 from finetune.evaluation.loglikelihood import SharedContextLM
 from finetune.evaluation.prefix_tree import count_tokens
+from finetune.evaluation.request_tokens import encode_together
 from finetune.models.adapters import foldable_layers, folded
 from finetune.models.base_model import cast_parameters, find_model, load_base, load_tokenizer
+from tests.flash import attend_in_each
 
 TINY = ModelConfig(path="random://tiny")
 SIZES = {
@@ -435,3 +438,43 @@ def test_quantised_models_are_scored(quantization: str, atol: float) -> None:
     plain, ours, lm = both(base, questions(6))
     assert_equal(plain, ours, atol)
     assert lm.scoring.path == "shared" or plain == ours
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_one_kernel_for_all_chains_gives_the_same_answers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; Gemma 2 caps its scores, which that kernel cannot."""
+    settings = {} if kind == "llama" else {"head_dim": 8}
+    model, asked = build(kind, settings), questions(6)
+    _, expected, _ = both(model, asked)
+    calls: list[int] = []
+
+    def attend(*given: Any) -> torch.Tensor:
+        calls.append(len(given[0]))
+        return attend_in_each(*given)
+
+    monkeypatch.setattr(block_attention, "has_varlen", lambda _: True)
+    monkeypatch.setattr(block_attention, "fits_varlen", lambda *_: True)
+    monkeypatch.setattr(block_attention, "FLASH_DTYPES", (torch.float32,))
+    monkeypatch.setattr(block_attention, "attend_by_varlen", attend)
+    _, found, lm = both(model, asked)
+    assert bool(calls) == (kind != "gemma2")
+    assert lm.scoring.path == "shared"
+    assert_equal(found, expected)
+
+
+def test_texts_encoded_together_have_lm_evals_tokens() -> None:
+    """Of all kinds of spaces and beginnings; each context once, however many choices it has."""
+    base = load_base(TINY, find_model(TINY), torch.device("cpu"))
+    lm = SharedContextLM(base, load_tokenizer(TINY, find_model(TINY)))
+    begin = lm.tokenizer.decode(lm.prefix_token_id)
+    pairs = [
+        ("a question", " yes"), ("a question", " no"), ("ends in spaces  ", "x"), ("   ", "y"),
+        ("line\n", "\nz"), (begin + "begun", " on"), ("", "alone"), ("täxt 字", "\U0001f600"),
+    ]  # fmt: skip
+    for add in (None, True, False):
+        lm.add_bos_token = add
+        found = encode_together(lm, pairs)
+        assert len(found) == 10
+        assert all(found[text] == HFLM.tok_encode(lm, text) for text in found)

@@ -200,13 +200,13 @@ def test_micro_batches_of_a_step_are_taken_together_up_to_the_longest_one(
             for step in range(self.num_steps)
             for batch in rows_of_step(step, len(self.spec.examples.train), self.arguments)
         ]
-        self._longest = self._longest_batch()
-        assert self._longest == max(rows)
+        self.longest, self._is_on_gpu = self._longest_batch(), True
+        assert self.longest == max(rows)
         sizes.append(len(rows))
 
     def count(self: AdapterTraining) -> Any:
         found = passed(self)
-        assert sum(len(example["input_ids"]) for example in found[0]) <= (self._longest or 0)
+        assert sum(len(example["input_ids"]) for example in found[0]) <= self.longest
         sizes[0] -= 1
         return found
 

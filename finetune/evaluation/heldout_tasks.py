@@ -19,7 +19,6 @@ from finetune.config.rules import HELD_OUT
 from finetune.config.schema import EvaluationConfig
 from finetune.data.heldout import HeldoutRow
 from finetune.data.questions import Question
-from finetune.evaluation.loglikelihood import TokenText
 from finetune.evaluation.question_tasks import (
     TEXT_METRICS,
     TEXTS,
@@ -27,6 +26,7 @@ from finetune.evaluation.question_tasks import (
     build_dataset,
     build_group,
 )
+from finetune.evaluation.request_tokens import TokenText
 
 RESPONSES, ANSWERS = f"{HELD_OUT}_responses", f"{HELD_OUT}_answers"  # where some are short
 VERSION = 1.0  # raised when a row would be asked or scored otherwise

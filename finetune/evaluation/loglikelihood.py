@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ from transformers.cache_utils import Cache
 from finetune.evaluation.block_attention import BlockAttention
 from finetune.evaluation.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.evaluation.question_bar import QuestionBar
+from finetune.evaluation.request_tokens import TokenText, encode_together
 from finetune.evaluation.scoring import MODEL_ERRORS, TOLERANCE, Scoring
 from finetune.evaluation.text_requests import answer_texts
 from finetune.models.adapters import base_of, foldable_layers, folded
@@ -46,18 +48,6 @@ SAMPLED_QUESTIONS = 32  # whose flipped answers are counted where evaluation.dty
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 Answer = tuple[float, bool]  # log-likelihood, whether greedy decoding would say the same
 Key = tuple[Tokens, Tokens]  # context, continuation
-
-
-class TokenText(str):
-    """A text of a request with its tokens, which are not to be found anew."""
-
-    tokens: tuple[int, ...]
-
-    def __new__(cls, text: str, tokens: Sequence[int]) -> TokenText:
-        """Keep tokens beside their text, which is for people and must not be empty."""
-        made = super().__new__(cls, text or " ")
-        made.tokens = tuple(tokens)
-        return made
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -85,11 +75,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         with _tied_as_loaded(base_of(model)):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=PLAIN_BATCH_SIZE)
         self.scoring = Scoring()
+        self._limit = int(self.max_length)  # tokens; lm-eval finds them anew at each look
         self._own_dtype: torch.dtype = model.dtype
         self._dtype = dtype or model.dtype
         self.mixed_precision_dtype = autocast_dtype(model, model.dtype)  # HFLM's name
         self._batch_tokens = batch_tokens or self._free_tokens()
         self.base_passed = base_passed
+        self._encoded: dict[str, list[int]] = {}  # of the requests in hand
         self.attention = BlockAttention(model)
         self._num_forwarded = 0
         self._known: dict[Key, Answer] = {}  # by the shared path, from the check, in _own_dtype
@@ -98,7 +90,11 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Answer requests; lm-eval turns them into tokens as it always does."""
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        self._encoded = encode_together(self, (request.args for request in requests))
+        try:
+            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._encoded = {}
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -106,6 +102,12 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         texts, scoring = answer_texts(self, requests, super().generate_until)
         self.scoring = self.scoring.joined(scoring)
         return texts
+
+    def tok_encode(self, string: str, *args: Any, **settings: Any) -> list[int]:
+        if not args and not settings and string in self._encoded:
+            return list(self._encoded[string])
+        found: list[int] = super().tok_encode(string, *args, **settings)
+        return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):
@@ -131,7 +133,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _is_refused(self, key: Key) -> bool:
         """Return whether lm-eval ends with an error on this request."""
         context, continuation = key
-        return not context or not 0 < len(continuation) <= self.max_length
+        return not context or not 0 < len(continuation) <= self._limit
 
     def _answer(self, keys: list[Key]) -> dict[Key, Answer]:
         """Check the shared path on a sample, then answer all requests by it, or by HFLM."""
@@ -141,7 +143,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if truncated:
             log.warning(
                 "%d of %d requests exceed the model's %d tokens, and their beginning is cut off",
-                truncated, len(keys), self.max_length,
+                truncated, len(keys), self._limit,
             )  # fmt: skip
         checked = self._check(_by_context(keys))
         self.scoring = replace(checked, check_seconds=time.monotonic() - started)
@@ -290,7 +292,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _tokens(self, key: Key) -> Tokens:
         """Return what the model reads for a request: cut from the left, without the last token."""
-        return (key[0] + key[1])[-(self.max_length + 1) :][:-1]
+        return (key[0] + key[1])[-(self._limit + 1) :][:-1]
 
     def _unless_out_of_memory(
         self, batch: Sequence[Tokens], asked: Mapping[Tokens, list[Key]]
@@ -374,7 +376,9 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         ties = greedy.nonzero()[:, 0]
         greedy[ties] = scores[rows[ties]].argmax(-1) == targets[ties]
         lengths = [len(rows) for _, rows in wanted]
-        parts = zip(wanted, torch.split(found, lengths), torch.split(greedy, lengths), strict=True)
+        # Copied at once: a GPU would be waited for at each request.
+        sums, said = torch.split(found.cpu(), lengths), torch.split(greedy.cpu(), lengths)
+        parts = zip(wanted, sums, said, strict=True)
         return {key: (float(part.sum()), bool(said.all())) for (key, _), part, said in parts}
 
     def _free_tokens(self) -> int:

@@ -12,10 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models.adapters import base_of
+from finetune.models.devices import OLDEST_FLASH
 from finetune.models.kernels import FLASH, FLASH_DTYPES
 
 Attend = Callable[..., tuple[torch.Tensor, None]]  # as transformers calls it
 
+WIDEST_HEAD = 256  # features, of flash attention
 ATTENTIONS = ("sdpa", "eager", *FLASH)  # that can be replaced during a forward pass
 
 
@@ -98,3 +100,15 @@ def attention_in(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iter
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Return whether the device has PyTorch's flash attention, Ampere and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLASH
+
+
+def fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether flash attention takes the dtype and the widths of a head."""
+    width = query.shape[-1]
+    is_even = width == value.shape[-1] and width % 8 == 0
+    return query.dtype in FLASH_DTYPES and width <= WIDEST_HEAD and is_even

@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from functools import partial
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -35,27 +36,32 @@ _varlen = (
 )
 
 
+class Sequences(NamedTuple):
+    """Concatenated sequences: their cumulative lengths from 0 on (`cu_seqlens`), int32."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    most_queries: int  # tokens that no sequence exceeds
+    most_keys: int
+
+
 def attend_by_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    sequences: Sequences,
     scale: float | None,
 ) -> torch.Tensor:
     """Attend causally within each of several concatenated sequences, by one kernel.
 
     Args:
         query: [token, head, feature]; key and value may have fewer heads.
-        key: as the query.
-        value: as the query.
-        bounds: the sequences' cumulative lengths from 0 on (`cu_seqlens`), int32.
-        longest: tokens of the longest sequence.
+        key: as the query, or with more tokens: a sequence's queries are its last ones.
+        value: as the key.
+        sequences: where each begins and ends.
         scale: of the scores; None takes the usual one.
     """
-    attended = _varlen(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0)
-    )
+    attended = _varlen(query, key, value, *sequences, scale=scale, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor)
     return attended
 
@@ -66,8 +72,11 @@ def is_checkpointing(model: PreTrainedModel) -> bool:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Enable gradient checkpointing, non-reentrant as PyTorch recommends."""
-    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    """Enable gradient checkpointing, non-reentrant as PyTorch recommends.
+
+    The base has no dropout of its own: no random state needs to be kept for the second pass.
+    """
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def disable_checkpointing(model: PreTrainedModel) -> None:

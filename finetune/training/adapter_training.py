@@ -90,8 +90,9 @@ class AdapterTraining:
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
+        self._is_on_gpu = base.device.type == "cuda"
         # Tokens of the longest micro-batch, up to which a GPU gets several at once.
-        self._longest = self._longest_batch() if base.device.type == "cuda" else None
+        self.longest = self._longest_batch() if self._is_on_gpu else 0
         self._resume()
         rows = spec.examples.train
         tokens = int(example_lengths(rows).sum())
@@ -112,6 +113,11 @@ class AdapterTraining:
         num_epochs = math.ceil(self.num_steps / steps_an_epoch(len(lengths), self.arguments))
         orders = (order_of_epoch(e, len(lengths), self.arguments) for e in range(num_epochs))
         return max(int(np.add.reduceat(lengths[o.numpy()], starts).max()) for o in orders)
+
+    @property
+    def num_passes(self) -> int:
+        """Return the number of micro-batches of the whole training, before any are joined."""
+        return self.num_steps * self.arguments.gradient_accumulation_steps
 
     @property
     def is_done(self) -> bool:
@@ -143,11 +149,11 @@ class AdapterTraining:
 
     def _joined(self, batches: list[list[Example]]) -> list[list[Example]]:
         """Join micro-batches up to the tokens of the longest one, so that a GPU launches less."""
-        if self._longest is None:
+        if not self._is_on_gpu:
             return batches
         joined: list[list[Example]] = []
         for batch in batches:
-            if joined and _tokens(joined[-1]) + _tokens(batch) <= self._longest:
+            if joined and _tokens(joined[-1]) + _tokens(batch) <= self.longest:
                 joined[-1] = joined[-1] + batch
             else:
                 joined.append(batch)
@@ -199,7 +205,8 @@ class AdapterTraining:
         self._scaler.update()
         if not overflows:
             self.scheduler.step()
-        self.optimizer.zero_grad()
+        # On a GPU recorded passes add to the gradients where they lie.
+        self.optimizer.zero_grad(set_to_none=not self._is_on_gpu)
         self.total_loss += self._loss
         self.last_loss, self._loss = self._loss, 0.0
 

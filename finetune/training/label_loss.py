@@ -80,12 +80,12 @@ class LabelLoss:
         head = base.get_output_embeddings()
         assert head is not None, "a causal language model has a head"
         self._head = head
-        self._is_plain = _is_plain(base, head)
+        self.is_plain = _is_plain(base, head)
 
     def __call__(
         self,
         forward: Callable[[], Any],
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         targets: torch.Tensor,
         weights: torch.Tensor,
         parts: Sequence[int],
@@ -94,19 +94,21 @@ class LabelLoss:
 
         Args:
             forward: runs the model on a batch [sequence, token].
-            rows: the positions that predict a label, in the flattened batch.
+            rows: the positions that predict a label, in the flattened batch; None for all.
             targets: their token ids [label].
             weights: [label], fp32.
             parts: the number of labels of each run in the batch, in order.
         """
-        if not self._is_plain:
+        if not self.is_plain:
+            assert rows is not None, "logits of all positions would take too much memory"
             with head_on_rows(self._head, rows):
                 logits = forward().logits[0]
             return F.cross_entropy(logits.float(), targets, reduction="none") * weights
         with _hidden_before(self._head) as caught:
             forward()
         # An adapter in fp32 may have turned it into fp32.
-        hidden = caught[0].flatten(0, 1)[rows].to(self._head.weight.dtype)
+        hidden = caught[0].flatten(0, 1)
+        hidden = (hidden if rows is None else hidden[rows]).to(self._head.weight.dtype)
         losses: torch.Tensor = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
             hidden, self._head, targets, weights, parts
         )

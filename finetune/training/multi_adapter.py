@@ -10,24 +10,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finetune.data.token_rows import IGNORED, Example, row_lengths
+from finetune.data.token_rows import IGNORED, Example
 from finetune.models.adapters import LoraWeights
+from finetune.models.attention import has_varlen
 from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
+from finetune.models.kernels import FLASH
 from finetune.models.precision import Precision
 from finetune.models.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
 from finetune.signals import StopSignals
 from finetune.training.adapter_training import AdapterSpec, AdapterTraining, num_labels
 from finetune.training.grouped_lora import GroupedLora, Part
 from finetune.training.label_loss import LabelLoss
-from finetune.training.sequence_attention import SequenceAttention, find_layout_problem, positions
+from finetune.training.recorded_passes import GraphInputs, RecordedPasses, is_worthwhile
+from finetune.training.sequence_attention import (
+    SequenceAttention,
+    find_layout_problem,
+    positions,
+)
 from finetune.training.steps import TrainResult, advance, open_bar
+from finetune.training.token_batch import TokenBatch
 
 Outcome = TrainResult | Exception  # an exception ends one run, not the others
 
@@ -70,6 +80,14 @@ def _find_routed_layer(base: PreTrainedModel) -> str | None:
     return odd[0] if odd else None
 
 
+@dataclass(frozen=True)
+class Graphs:
+    """The recorded passes of a group of trainings; None where they run as they are."""
+
+    trainings: list[AdapterTraining]
+    passes: RecordedPasses | None
+
+
 class SharedBase:
     """The frozen base with the matrices of all trainings hooked into its layers."""
 
@@ -79,6 +97,7 @@ class SharedBase:
         self._attention = SequenceAttention(base)
         self._loss = LabelLoss(base)
         self._present: list[tuple[AdapterTraining, slice, int]] = []  # tokens, dropout's seed
+        self._graphs: Graphs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +121,7 @@ class SharedBase:
                 enable_checkpointing(self._base)
                 stack.callback(disable_checkpointing, self._base)
             stack.callback(self._base.eval)
+            stack.callback(self._forget_graphs)
             self._base.train()
             yield
 
@@ -123,44 +143,110 @@ class SharedBase:
 
         return add
 
-    def losses(
+    def learn(
         self, batches: Sequence[tuple[AdapterTraining, Sequence[Example], float, int]]
+    ) -> list[float]:
+        """Add the gradients of each training's micro-batch; return the losses, [training]."""
+        trainings = [one for one, *_ in batches]
+        parts = [TokenBatch.of(examples, weight) for _, examples, weight, _ in batches]
+        if self._graphs is None or self._graphs.trainings != trainings:
+            self._graphs = self._find_graphs(trainings)
+        if self._graphs.passes is not None:
+            self._cast(trainings)
+            if (found := self._graphs.passes.learn(parts)) is not None:
+                return found
+            self._graphs = Graphs(trainings, None)
+        losses = self.losses(trainings, parts, [seed for *_, seed in batches])
+        scaled = [one.scaled(loss) for one, loss in zip(trainings, losses, strict=True)]
+        torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+        return [float(loss) for loss in losses.tolist()]
+
+    def losses(
+        self,
+        trainings: Sequence[AdapterTraining],
+        parts: Sequence[TokenBatch],
+        seeds: Sequence[int],
     ) -> torch.Tensor:
         """Return the summed weighted loss of each training's micro-batch, [training]."""
-        device = self.device
-        tokens: list[int] = []
-        labels: list[int] = []
-        weights: list[float] = []
-        bounds, counts = [0], []
-        self._present = []
-        for one, examples, weight, seed in batches:
-            start = len(tokens)
-            for example in examples:
-                tokens += example["input_ids"]
-                labels += [*example["labels"][1:], IGNORED]  # the label of each position
-                for length in row_lengths(example):
-                    bounds.append(bounds[-1] + length)
-            counts.append(sum(num_labels(example) for example in examples))
-            weights += [weight] * counts[-1]
-            self._present.append((one, slice(start, len(tokens)), seed))
-        predicted = torch.tensor(labels, device=device)
-        rows = (predicted != IGNORED).nonzero()[:, 0]
-        self._attention.lay_out(bounds)
-        ids = torch.tensor([tokens], device=device)
-        low, kind = self._precision.autocast, device.type
-        for one, *_ in batches:
-            one.cast_matrices(low)
-        with torch.autocast(kind, low, enabled=low != torch.float32):
+        device, batch = self.device, TokenBatch.joined(parts)
+        bounds = [0, *accumulate(len(part.tokens) for part in parts)]
+        spans = [slice(start, end) for start, end in pairwise(bounds)]
+        self._present = list(zip(trainings, spans, seeds, strict=True))
+        targets = torch.tensor(batch.targets, device=device)
+        rows = (targets != IGNORED).nonzero()[:, 0]
+        self._attention.lay_out(batch.bounds)
+        ids = torch.tensor([batch.tokens], device=device)
+        self._cast(trainings)
+        counts = [part.num_labels for part in parts]
+        weights = torch.tensor(batch.weights, device=device)
+        with self._autocast():
             each = self._loss(
                 lambda: self._base(
-                    input_ids=ids, position_ids=positions(bounds, device), use_cache=False
+                    input_ids=ids, position_ids=positions(batch.bounds, device), use_cache=False
                 ),
                 rows,
-                predicted[rows],
-                torch.tensor(weights, device=device),
+                targets[rows],
+                weights[rows],
                 counts,
             )
         return torch.stack([part.sum() for part in torch.split(each, counts)])
+
+    def _cast(self, trainings: Sequence[AdapterTraining]) -> None:
+        for one in trainings:
+            one.cast_matrices(self._precision.autocast)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        low = self._precision.autocast
+        return torch.autocast(
+            self.device.type, low, enabled=low != torch.float32, cache_enabled=False
+        )
+
+    def _find_graphs(self, trainings: list[AdapterTraining]) -> Graphs:
+        """Return the graphs of a group, empty as yet; none where they cannot be or do not pay."""
+        self._forget_graphs()
+        num_passes = max(one.num_passes for one in trainings)
+        if not (
+            has_varlen(self.device)
+            and self._precision.autocast != torch.float16  # whose loss scales change
+            and self._loss.is_plain
+            and self._base.config._attn_implementation not in FLASH
+            and not any(one.spec.lora.dropout for one in trainings)
+            and is_worthwhile(num_passes)
+        ):
+            return Graphs(trainings, None)
+
+        def run(inputs: GraphInputs, width: int) -> torch.Tensor:
+            return self._losses_on(trainings, inputs, width)
+
+        longest = max(one.longest for one in trainings)
+        return Graphs(
+            trainings,
+            RecordedPasses(run, self.device, longest=longest, num_passes=num_passes),
+        )
+
+    def _forget_graphs(self) -> None:
+        if self._graphs is not None and self._graphs.passes is not None:
+            self._graphs.passes.forget()
+        self._graphs = None
+
+    def _losses_on(
+        self, trainings: Sequence[AdapterTraining], inputs: GraphInputs, width: int
+    ) -> torch.Tensor:
+        """Return the losses as `losses` does, of inputs that lie on the device in slots."""
+        spans = [slice(start * width, (start + 1) * width) for start in range(len(trainings))]
+        self._present = [(one, span, 0) for one, span in zip(trainings, spans, strict=True)]
+        self._attention.lay_out_on_device(inputs.bounds, width)
+        with self._autocast():
+            each = self._loss(
+                lambda: self._base(
+                    input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False
+                ),
+                None,
+                inputs.targets,
+                inputs.weights,
+                [width] * len(trainings),
+            )
+        return each.view(len(trainings), width).sum(1)
 
     def validate(self, one: AdapterTraining) -> float:
         """Return the mean loss of a training's held-out labels."""
@@ -169,7 +255,7 @@ class SharedBase:
         weight = 1 / max(sum(map(num_labels, examples)), 1)
         with torch.no_grad():
             parts = [
-                self.losses([(one, examples[start : start + size], weight, 0)])
+                self.losses([one], [TokenBatch.of(examples[start : start + size], weight)], [0])
                 for start in range(0, len(examples), size)
             ]
         return float(torch.cat(parts).sum())
@@ -225,16 +311,13 @@ def _advance(
 ) -> list[tuple[int, Outcome]]:
     """Train one micro-batch of every run; return the outcomes of those that ended."""
     started = time.monotonic()
-    losses = shared.losses([(one, *one.next_batch()) for one in live.values()])
-    scaled = [one.scaled(loss) for one, loss in zip(live.values(), losses, strict=True)]
-    torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
-    values = losses.tolist()
+    losses = shared.learn([(one, *one.next_batch()) for one in live.values()])
     share = (time.monotonic() - started) / len(live)
     for one in live.values():
         one.seconds += share
     num_steps = 0
     ended: list[tuple[int, Outcome]] = []
-    for (number, one), loss in zip(list(live.items()), values, strict=True):
+    for (number, one), loss in zip(list(live.items()), losses, strict=True):
         started = time.monotonic()
         try:
             before = one.step

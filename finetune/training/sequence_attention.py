@@ -20,13 +20,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune.models.adapters import base_of
-from finetune.models.attention import attention_replaced, find_obstacle, refuse_arguments
-from finetune.models.compatibility import attend_by_varlen
-from finetune.models.devices import OLDEST_FLASH
-from finetune.models.kernels import FLASH, FLASH_DTYPES
+from finetune.models.attention import (
+    attention_replaced,
+    find_obstacle,
+    fits_varlen,
+    has_varlen,
+    refuse_arguments,
+)
+from finetune.models.compatibility import Sequences, attend_by_varlen
+from finetune.models.kernels import FLASH
 
 NAME = "finetune_sequences"
-WIDEST_HEAD = 256  # features, of flash attention
 CHECKED_TOKENS = 64  # of each sequence that is used to check a model
 # Relative difference of logits; attention to another sequence's tokens makes it some tenths.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -40,6 +44,7 @@ class SequenceAttention:
         self._bounds: list[int] = []
         self._longest = 0
         self._on_device: torch.Tensor | None = None  # the bounds, where one kernel takes them all
+        self._is_recorded = False  # as a CUDA graph, which only that one kernel can be
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -55,13 +60,22 @@ class SequenceAttention:
 
     def lay_out(self, bounds: Sequence[int]) -> None:
         """Set the sequences of the next batch by their cumulative lengths, from 0 on."""
-        self._bounds = list(bounds)
+        self._bounds, self._is_recorded = list(bounds), False
         self._longest = max(end - start for start, end in pairwise(bounds))
         self._on_device = (
             torch.tensor(self._bounds, dtype=torch.int32, device=self._base.device)
             if has_varlen(self._base.device)
             else None
         )
+
+    def lay_out_on_device(self, bounds: torch.Tensor, longest: int) -> None:
+        """Set the sequences of passes that are recorded: their bounds may change between replays.
+
+        Args:
+            bounds: the cumulative lengths, int32 on the device; equal ones hold no token.
+            longest: tokens that no sequence exceeds.
+        """
+        self._on_device, self._longest, self._is_recorded = bounds, longest, True
 
     def _attend(
         self,
@@ -78,8 +92,10 @@ class SequenceAttention:
         """Attend [1, head, token, feature] in each sequence; return [1, token, head, feature]."""
         refuse_arguments(more, ("s_aux", "position_bias", "softcap"))
         attend = partial(self._each, scaling=scaling, dropout=dropout)
-        if self._on_device is not None and dropout == 0.0 and fits_varlen(query):
+        if self._on_device is not None and dropout == 0.0 and fits_varlen(query, value):
             attend = partial(self._at_once, scaling=scaling)
+        elif self._is_recorded:
+            raise ValueError("the attention is not PyTorch's flash attention")
         return attend(query, key, value), None
 
     def _at_once(
@@ -93,7 +109,8 @@ class SequenceAttention:
         """Attend by one kernel for all sequences."""
         assert self._on_device is not None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        attended = attend_by_varlen(q, k, v, self._on_device, self._longest, scaling)
+        bounds, longest = self._on_device, self._longest
+        attended = attend_by_varlen(q, k, v, Sequences(bounds, bounds, longest, longest), scaling)
         return _make_deterministic(attended)[None]
 
     def _each(
@@ -136,17 +153,6 @@ def _make_deterministic(attended: torch.Tensor) -> torch.Tensor:
         node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
         node.register_hook(lambda *_: torch.use_deterministic_algorithms(False))
     return attended
-
-
-def has_varlen(device: torch.device) -> bool:
-    """Return whether the device has PyTorch's flash attention, Ampere and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLASH
-
-
-def fits_varlen(query: torch.Tensor) -> bool:
-    """Return whether flash attention takes the query's dtype and the width of a head."""
-    width = query.shape[-1]
-    return query.dtype in FLASH_DTYPES and width <= WIDEST_HEAD and width % 8 == 0
 
 
 def positions(bounds: Sequence[int], device: torch.device) -> torch.Tensor:
