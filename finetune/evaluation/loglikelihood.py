@@ -29,7 +29,14 @@ from transformers.cache_utils import Cache
 from finetune.evaluation.block_attention import BlockAttention
 from finetune.evaluation.prefix_tree import Tokens, build_tree, count_tokens, split
 from finetune.evaluation.question_bar import QuestionBar
-from finetune.evaluation.request_tokens import TokenText, encode_together
+from finetune.evaluation.request_tokens import (
+    Key,
+    TokenText,
+    by_context,
+    context_of,
+    encode_together,
+    length_of,
+)
 from finetune.evaluation.scoring import MODEL_ERRORS, TOLERANCE, Scoring
 from finetune.evaluation.text_requests import answer_texts
 from finetune.models.adapters import base_of, foldable_layers, folded
@@ -47,7 +54,6 @@ SAMPLED_QUESTIONS = 32  # whose flipped answers are counted where evaluation.dty
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 Answer = tuple[float, bool]  # log-likelihood, whether greedy decoding would say the same
-Key = tuple[Tokens, Tokens]  # context, continuation
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -145,7 +151,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 "%d of %d requests exceed the model's %d tokens, and their beginning is cut off",
                 truncated, len(keys), self._limit,
             )  # fmt: skip
-        checked = self._check(_by_context(keys))
+        checked = self._check(by_context(keys))
         self.scoring = replace(checked, check_seconds=time.monotonic() - started)
         if self.scoring.reason is not None:
             log.warning(
@@ -169,7 +175,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
         Of the longest, only the longest choice where the model's base has passed.
         """
-        longest = len(self._tokens(max(questions[-1], key=_length)))
+        longest = len(self._tokens(max(questions[-1], key=length_of)))
         reason = find_obstacle(self.model, longest)
         if reason is not None:
             return Scoring("plain", reason)
@@ -185,7 +191,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _compared(self, questions: list[list[Key]]) -> Scoring:
         longest = questions[-1]
-        sample = [questions[0], [max(longest, key=_length)] if self.base_passed else longest]
+        sample = [questions[0], [max(longest, key=length_of)] if self.base_passed else longest]
         difference, self._known = self._difference(sample)
         seen = {self._own_dtype: difference}
         if self._own_dtype != torch.float32 and is_castable(self.model):
@@ -268,8 +274,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 asked.setdefault(self._tokens(key), []).append(key)
         batches = _longest_first(split(sorted(asked), self._batch_tokens))
         answers = dict(known)
-        with self.sharing(), QuestionBar(map(_context, keys), shown=progress) as bar:
-            bar.add(map(_context, known), num_tokens=0)
+        with self.sharing(), QuestionBar(map(context_of, keys), shown=progress) as bar:
+            bar.add(map(context_of, known), num_tokens=0)
             while batches:
                 answered = self._unless_out_of_memory(batches[0], asked)
                 if answered is None:
@@ -279,7 +285,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                     continue
                 num_tokens, found = answered
                 answers.update(found)
-                bar.add(map(_context, found), num_tokens)
+                bar.add(map(context_of, found), num_tokens)
                 del batches[0]
         self._num_forwarded += bar.num_tokens
         return answers
@@ -400,22 +406,6 @@ def _tied_as_loaded(base: PreTrainedModel) -> Iterator[None]:
     """Keep lm-eval from tying weights again, which fails where an adapter wraps the tied head."""
     with substituted(base, "tie_weights", lambda *_, **__: None):
         yield
-
-
-def _by_context(keys: Sequence[Key]) -> list[list[Key]]:
-    """Group requests into questions, those with the shortest longest choice first."""
-    questions: dict[Tokens, list[Key]] = {}
-    for key in keys:
-        questions.setdefault(key[0], []).append(key)
-    return sorted(questions.values(), key=lambda choices: max(map(_length, choices)))
-
-
-def _context(key: Key) -> Tokens:
-    return key[0]
-
-
-def _length(key: Key) -> int:
-    return len(key[0]) + len(key[1])
 
 
 def _longest_first(batches: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:

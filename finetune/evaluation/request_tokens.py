@@ -10,6 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from lm_eval.models.huggingface import HFLM
 
+from finetune.evaluation.prefix_tree import Tokens
+
+Key = tuple[Tokens, Tokens]  # context, continuation
+
 
 class TokenText(str):
     """A text of a request with its tokens, which are not to be found anew."""
@@ -41,3 +45,19 @@ def encode_together(lm: HFLM, requests: Iterable[tuple[str, str]]) -> dict[str, 
         return {}
     special = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
     return dict(zip(plain, lm.tokenizer(plain, **special)["input_ids"], strict=True))
+
+
+def by_context(keys: Sequence[Key]) -> list[list[Key]]:
+    """Group requests into questions, those with the shortest longest choice first."""
+    questions: dict[Tokens, list[Key]] = {}
+    for key in keys:
+        questions.setdefault(context_of(key), []).append(key)
+    return sorted(questions.values(), key=lambda choices: max(map(length_of, choices)))
+
+
+def context_of(key: Key) -> Tokens:
+    return key[0]
+
+
+def length_of(key: Key) -> int:
+    return len(key[0]) + len(key[1])
