@@ -120,6 +120,12 @@ def test_pictures_are_compressed_without_loss(tmp_path: Path) -> None:
     assert before.tobytes() == after.tobytes()
 
 
+def test_ticks_of_few_steps_are_not_between_them(tmp_path: Path) -> None:
+    """A format without decimals would show one and a half as 2."""
+    spec = charts_of(write_grid(tmp_path, {"lora.r": ["4"]}, [1]))["loss"]
+    assert spec["encoding"]["x"]["axis"]["tickCount"] == 1  # from step 1 to 2
+
+
 PROBE = """<script type="module">
 await window.drawn;
 const rows = [...document.querySelectorAll("#summary [data-run]")];

@@ -14,6 +14,7 @@ from finetune.reporting.results import read_results
 from finetune.reporting.run_facts import describe_runs
 from finetune.reporting.settings import find_differences, read_settings
 from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.sweep_record import RunRecord, SweepRecord
 from tests.test_effects import write_grid
 
 COUNTS = {"read": 589, "drawn": 240, "validation": 24, "truncated": 3}
@@ -94,3 +95,16 @@ def test_the_page_has_them_and_the_links(tmp_path: Path) -> None:
     assert "secret" not in page
     assert "<dt>model<dd>a/model, bf16" in page
     assert "- model: a/model, bf16" in (folder / "report.md").read_text()
+
+
+def test_many_waiting_runs_take_a_line(tmp_path: Path) -> None:
+    """Their labels are behind it."""
+    folder = tmp_path / "sweep"
+    runs = [RunRecord(f"../run-{n}", {"lora.r": str(n)}) for n in range(240)]
+    SweepRecord("sweep", [], ["lora.r"], ["arc"], runs).write(folder)
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "<summary>240 pending</summary>lora.r=0; lora.r=1;" in page
+    assert "<dd>240 pending" in page
+    assert page.count("pending") < 260  # the rest in the table of costs
+    assert "- 240 pending: lora.r=0; lora.r=1;" in (folder / "report.md").read_text()

@@ -18,6 +18,8 @@ from finetune.reporting.chart_parts import (
 from finetune.reporting.curves import CURVES, Point, thin
 from finetune.reporting.results import Results
 
+MOST_TICKS = 8
+
 
 def draw_curves(results: Results) -> Iterator[Chart]:
     """Yield losses, learning rate and gradient norm over the steps of all runs."""
@@ -48,6 +50,8 @@ def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str])
         colour = alt.Color("run:N", scale=scale, legend=None if len(labels) == 1 else legend)
     faint = 1.0 if len(labels) <= MOST_COLOURS else 0.35
     is_short = len(labels) <= MOST_COLOURS and max(map(len, points)) <= 20
+    steps = [step for some in points for step, _ in some]
+    ticks = max(1, min(MOST_TICKS, max(steps) - min(steps)))  # not between whole steps
     condition = {"test": IS_OTHER, "value": 0.06}
     # A line of some opacity is painted as a layer of the picture; its stroke's costs nothing.
     opacity: dict[str, Any] = {"strokeOpacity": alt.StrokeOpacityValue(faint, condition=condition)}
@@ -57,7 +61,7 @@ def _curve(title: str, points: Sequence[Sequence[Point]], labels: Sequence[str])
         alt.Chart(data)
         .transform_calculate(run="runs[datum.n]")
         .encode(
-            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, format="d")),
+            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=ticks, format="d")),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
             color=colour,
             **opacity,

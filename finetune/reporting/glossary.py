@@ -41,6 +41,13 @@ TERMS = (
          f"{LM_EVAL}task_guide.md"),
     Term(("perplexity", "word_perplexity", "byte_perplexity"), "The exponential of the mean loss a "
          "token, word or byte; lower is better.", f"{WIKI}Perplexity"),
+    Term(("contains",), "The share of questions whose generated answer has the right one in it.",
+         f"{LM_EVAL}task_guide.md"),
+    Term(("margin",), "Mean log-likelihood of the right choice minus that of the best wrong one.",
+         f"{LM_EVAL}task_guide.md"),
+    Term(("acc_taught", "acc_control"), "Accuracy on the demo's questions about facts that its "
+         "rows teach, and about others: what rises in both is the form of an answer.",
+         f"{LM_EVAL}task_guide.md"),
     Term(("f1",), "The harmonic mean of precision and recall.", f"{WIKI}F-score"),
     Term(("mcc",), "Matthews' correlation of answers and right answers: 1 perfect, 0 chance.",
          f"{WIKI}Phi_coefficient"),

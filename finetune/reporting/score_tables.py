@@ -11,6 +11,7 @@ from finetune.reporting.verdict import show_detectable, show_difference
 from finetune.statistics.comparison import Comparison, Difference
 from finetune.statistics.metric_names import MetricName
 from finetune.statistics.metrics import show_score
+from finetune.statistics.objective import VALIDATION
 
 NO_DIFFERENCE = "no detectable difference"
 
@@ -57,15 +58,19 @@ def build_summary(results: Results) -> Summary:
     columns, leaders = [*swept, ""], [row["run"] for row in results.leaders()]
     for metric in results.metrics:
         columns += [metric, "difference"] if metric in results.comparisons else [metric]
+    columns += ["validation loss"] if results.validated_rows() else []
     rows = []
     for row in results.rows:
         mark = "" if row["run"] not in leaders else "tied best" if len(leaders) > 1 else "best"
         cells = [Cell(str(row.get(key, ""))) for key in swept] + [Cell(mark)]
         for metric in results.metrics:
             cells += _summary_cells(results, row, metric)
+        if results.validated_rows():
+            cells.append(Cell(show_score(row[VALIDATION])))
         rows.append(SummaryRow(results.label(row), row["run"], cells))
     base = [cell for metric in results.metrics for cell in _base_cells(results, metric)]
     if any(cell.text for cell in base):
+        base += [Cell("")] if results.validated_rows() else []
         rows.insert(0, SummaryRow(None, None, [Cell("base"), *[Cell("")] * len(swept), *base]))
     return Summary("All runs", columns, rows)
 
