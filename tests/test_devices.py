@@ -106,6 +106,36 @@ def test_a_gpu_that_torch_does_not_see_has_its_reason(
     assert said in problem
 
 
+@pytest.mark.parametrize(
+    ("device", "visible", "gpus", "warnings"),
+    [
+        ("auto", "0", ["Tesla T4"], 1),
+        ("auto", "", ["Tesla T4"], 0),  # hidden on purpose
+        ("auto", "0", [], 0),
+        ("cpu", "0", ["Tesla T4"], 0),
+    ],
+)
+def test_a_gpu_that_auto_leaves_unused_is_said_once(
+    device: str,
+    visible: str,
+    gpus: list[str],
+    warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """However many jobs are checked: hours on a CPU would be a surprise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "list_gpus", lambda: [Gpu(name, "GPU-1") for name in gpus])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv(devices.VISIBLE, visible)
+    config, session = Config(model=ModelConfig(path="random://tiny")), Session()
+    config.training.device = device
+    with caplog.at_level("WARNING", logger="finetune"):
+        assert [preflight._find_device_problems(config, session) for _ in range(3)] == [[]] * 3
+    said = "training.device=auto trains on the CPU: the installed torch is built for CUDA 13.0"
+    assert caplog.text.count(said) == warnings
+
+
 def test_the_advice_stands_in_one_place() -> None:
     """Refusals and the README name the page, which has their command and their drivers."""
     root = Path(__file__).parents[1]

@@ -135,6 +135,11 @@ def find_kernel_problems(
     ]
 
 
+def are_hidden(environment: Mapping[str, str]) -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES hides all GPUs."""
+    return environment.get(VISIBLE, "0").split(",")[0].strip() in ("", "-1")
+
+
 def describe_missing(environment: Mapping[str, str], gpus: Sequence[Gpu], cuda: str | None) -> str:
     """Return why torch sees no GPU, with the remedy.
 
@@ -145,7 +150,7 @@ def describe_missing(environment: Mapping[str, str], gpus: Sequence[Gpu], cuda: 
     """
     if not gpus:
         return "this machine has no CUDA device; use one that has"
-    if environment.get(VISIBLE, "0").split(",")[0].strip() in ("", "-1"):
+    if are_hidden(environment):
         return f"{VISIBLE}={environment[VISIBLE]} hides {gpus[0].name}; unset it"
     if cuda is None:
         return (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from finetune import distributed
 from finetune.config.schema import Config, ModelConfig
+from finetune.models import devices
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +56,14 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     own = distributed.local_rank()
     return torch.device(name, own) if name == "cuda" else torch.device(name)
+
+
+def describe_unused_gpu() -> str | None:
+    """Return why torch does not see a GPU that the machine has; None where it has none to hide."""
+    if torch.cuda.is_available() or devices.are_hidden(os.environ):
+        return None
+    gpus = devices.list_gpus()
+    return devices.describe_missing(os.environ, gpus, torch.version.cuda) if gpus else None
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

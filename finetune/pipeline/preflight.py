@@ -172,7 +172,9 @@ def _find_optimizer_problems(config: Config, _: Session) -> list[str]:
     return optimizers.find_optimizer_problems(config.optimizer)
 
 
-def _find_device_problems(config: Config, _: Session) -> list[str]:
+def _find_device_problems(config: Config, session: Session) -> list[str]:
+    if config.training.device == "auto":
+        session.warn_of_unused_gpu()
     if config.training.device == "cuda" and not torch.cuda.is_available():
         why = devices.describe_missing(os.environ, devices.list_gpus(), torch.version.cuda)
         return [f"training.device is cuda, and {why}, or set training.device=auto for the CPU"]

@@ -6,6 +6,7 @@ The worker makes one session and passes it down; a caller without one begins wit
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -26,10 +27,13 @@ from finetune.evaluation.local_data import find_file_digests
 from finetune.evaluation.task_folder import find_contents
 from finetune.evaluation.tasks import BuildOwn, LoadedTask, load_task
 from finetune.models import base_model
+from finetune.models.precision import describe_unused_gpu
 from finetune.models.shape import Shape, describe_shape
 from finetune.pipeline import samples
 from finetune.pipeline.finished_runs import FinishedRuns
 from finetune.training import multi_adapter
+
+log = logging.getLogger("finetune")
 
 Value = TypeVar("Value")
 
@@ -72,6 +76,7 @@ class Session:
         self._row_problems: Kept[list[str]] = Kept(64)
         self._obstacles: Kept[str | None] = Kept(1)
         self._answers: Kept[list[str]] = Kept(1)
+        self._unused_gpus: Kept[str | None] = Kept(1)
         self.finished_runs = FinishedRuns()
 
     def base(self, config: Config, inputs: Inputs) -> PreTrainedModel:
@@ -263,6 +268,16 @@ class Session:
             return multi_adapter.find_obstacle(self.base(config, inputs), rows)
 
         return self._obstacles.get((*base_key(config, inputs), list(rows)), look)
+
+    def warn_of_unused_gpu(self) -> None:
+        """Warn once where the machine has a GPU that the installed torch does not see."""
+
+        def look() -> str | None:
+            if (why := describe_unused_gpu()) is not None:
+                log.warning("training.device=auto trains on the CPU: %s", why)
+            return why
+
+        self._unused_gpus.get("looked", look)
 
     def base_answers(
         self, config: Config, inputs: Inputs, prompts: Sequence[Sequence[int]]
