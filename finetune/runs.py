@@ -216,6 +216,12 @@ def remove(runs: Sequence[RunFolder], reports: Path, *, is_confirmed: bool) -> i
     require_answer(is_confirmed=is_confirmed)
     with run_removal.held(runs, reports) as copies:
         print_runs([ListedRun.read(run) for run in runs])
+        if unsent := [run.name for run in runs if not copies[run.name] and is_tracked(run)]:
+            which = unsent[0] if len(unsent) == 1 else f"{len(unsent)} of them"
+            print_text(
+                f"no sweep in {reports}/ has sent {which} to MLflow, so nothing is removed there; "
+                "--reports names another folder of sweeps"
+            )
         size = show_size(sum(folder_size(run.path) for run in runs))
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         sent = sum(any(copy.run_id for copy in found) for found in copies.values())
@@ -234,6 +240,14 @@ def remove(runs: Sequence[RunFolder], reports: Path, *, is_confirmed: bool) -> i
             else:
                 print(for_terminal("\n".join([f"removed {run.path}", *notes])))
         return code
+
+
+def is_tracked(run: RunFolder) -> bool:
+    """Return whether the run was made with tracking on, as far as its settings can be read."""
+    try:
+        return bool((run.read_settings().get("tracking") or {}).get("enabled", True))
+    except (Refused, AttributeError):
+        return True
 
 
 def is_run(folder: RunFolder) -> bool:

@@ -243,6 +243,21 @@ def test_a_removal_is_confirmed(
     assert list(outputs.iterdir()) == []
 
 
+def test_a_run_that_no_sweep_here_has_sent_is_said_to_stay_in_mlflow(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sweep's folder may be elsewhere; without tracking there is nothing to say."""
+    said = "no sweep in multirun_reports/ has sent tiny-lora-r2-0abcdef01234 to MLflow"
+    assert call(monkeypatch, "0abc", "--remove", "--yes") == 0
+    assert said in capsys.readouterr().out
+    run = RunFolder(next(outputs.glob("*-1abc*")))
+    settings = run.read_settings()
+    settings["tracking"]["enabled"] = False
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
+    assert call(monkeypatch, "1abc", "--remove", "--yes") == 0
+    assert "has sent" not in capsys.readouterr().out
+
+
 def test_a_run_at_work_is_not_removed(
     outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from finetune.problems import Refused
 from finetune.reporting.pages import write_report
 from finetune.sweeps.conduct import Conduct
 from finetune.sweeps.live import live_table
-from finetune.sweeps.planning import Point, Sweep
+from finetune.sweeps.planning import Point, Sweep, count_runs
 from finetune.sweeps.pool import Pool
 from finetune.tracking.claims import CLAIM_FILE, claimed
 from finetune.tracking.run_folder import RunFolder
@@ -35,7 +35,7 @@ def join(sweep: Sweep, pool: Pool, deadline: signals.Deadline | None) -> int:
         KeyboardInterrupt: a second request to stop.
     """
     name_runs(sweep)
-    log.info("joined sweep %s: %d runs", sweep.name, len(sweep.points))
+    log.info("joined sweep %s: %s", sweep.name, count_runs(len(sweep.points)))
     conduct = Conduct(sweep, NullTracker(), pool)
     runs = [(str(point), point.run) for point in sweep.points]
     try:
