@@ -30,20 +30,20 @@ from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.run_names import find_run
 
 DESCRIPTION = """\
-List runs with their state, progress, worker, settings and scores; compare two of them:
-the settings that differ, and their scores on the same questions; watch a sweep from a
-second terminal, whichever machines run it; or remove runs.
+List runs with their state, progress, worker, settings and scores; compare two of
+them: the settings that differ, and their scores on the same questions; watch a
+sweep from a second terminal, whichever machines run it; or remove runs.
 
-RUN is a run's folder, its name, or the beginning of the id at the end of its name.
-KEY is a column of the list (run, state, step, loss, worker, host, started, ended), a
-metric or a setting; the end of its name is enough: acc, lr.
+RUN is a run's folder, its name, or the beginning of the id at the end of its
+name. KEY is a column of the list (run, state, step, loss, worker, host, started,
+ended), a metric or a setting; the end of its name is enough: acc, lr.
 
-States: waiting, running, trained (waits for its score), scoring, finished, failed,
-diverged, interrupted, and lost: nobody works on the run any longer, since its process
-has ended on this machine, or has not renewed its claim for 90 s under --watch. The
-command that made a run resumes it. --watch ends when all runs are finished, failed or
-diverged, or at Ctrl-C, with exit code 0; where the output is no terminal it prints a
-line for each change."""
+States: waiting, running, trained (waits for its score), scoring, finished,
+failed, diverged, interrupted, and lost: nobody works on the run any longer, since
+its process has ended on this machine, or has not renewed its claim for 90 s under
+--watch. The command that made a run resumes it. --watch ends when all runs are
+finished, failed or diverged, or at Ctrl-C, with exit code 0; where the output is
+no terminal it prints a line for each change."""
 EXAMPLES = """\
 examples:
   python -m finetune.runs --filter state=failed,lost --filter lora.r=16
@@ -58,6 +58,7 @@ def main() -> None:
     args = build_parser().parse_args()
     outputs = args.outputs or Path(Config.output_dir)
     try:
+        refuse_clash(args)
         named = [RunFolder(find_run(one, outputs)) for one in args.runs]
         if args.watch is not None:
             watch(find_watched(args.watch, args.outputs))
@@ -109,6 +110,22 @@ def build_parser() -> argparse.ArgumentParser:
         f"{Config.report_dir}; with --outputs, or without any sweep, all runs in that folder)",
     )  # fmt: skip
     return parser
+
+
+def refuse_clash(args: argparse.Namespace) -> None:
+    """Refuse options that would be left out beside others.
+
+    Raises:
+        Refused: there are such.
+    """
+    listing = {"--filter": args.filter, "--sort": args.sort, "--reverse": args.reverse}
+    used = [name for name, value in listing.items() if value]
+    if args.watch is not None and (args.runs or args.remove or used):
+        raise Refused(["--watch shows all runs of a sweep; leave out RUN and the other options"])
+    if args.runs and used:
+        raise Refused([f"{used[0]} is for a list; leave it out, or leave out RUN"])
+    if args.yes and not args.remove:
+        raise Refused(["--yes is for --remove; leave it out"])
 
 
 def find_watched(sweep: str, outputs: Path | None) -> FindRuns:

@@ -175,6 +175,10 @@ def test_runs_without_a_value_come_last(outputs: Path) -> None:
         (["--remove"], "no run to remove"),
         (["--remove", "nothing"], "no run in nothing"),
         (["0abc"], "name two runs"),
+        (["0abc", "1abc", "--sort", "acc"], "--sort is for a list"),
+        (["0abc", "--remove", "--yes", "--filter", "r=4"], "--filter is for a list"),
+        (["--watch", "--remove", "--yes"], "--watch shows all runs"),
+        (["--yes"], "--yes is for --remove"),
         (["0abc", "zz"], "no run in zz"),
     ],
 )
