@@ -9,6 +9,7 @@ import pytest
 
 from finetune.reporting.costs import build_costs, show_duration, show_number
 from finetune.reporting.results import read_results
+from finetune.reporting.rows import list_columns
 from finetune.tracking.run_folder import RunFolder, Status
 from tests.test_effects import write_grid
 
@@ -28,6 +29,22 @@ def test_a_pause_is_no_cost_and_a_shared_base_counts_once(tmp_path: Path) -> Non
     column = table.columns.index("training, s")
     assert [row[column].text for row in table.rows] == ["100", "100"]
     assert "validation loss" not in table.columns
+
+
+def test_energy_has_a_column_where_it_is_known(tmp_path: Path) -> None:
+    """Mean power times the seconds of all steps; on a CPU there is none, and no column."""
+    folder = write_grid(tmp_path, {"lora.r": ["4", "8"]}, [1, 3])
+    without = read_results(folder)
+    assert "energy, Wh" not in build_costs(without).columns
+    assert "energy_wh" not in list_columns(without.rows)
+    run = RunFolder(tmp_path / "run-0")
+    run.write_json("training.json", {"train_seconds": 1800.0, "power_watts": 300.0})
+    results = read_results(folder)
+    table = build_costs(results)
+    column = table.columns.index("energy, Wh")
+    assert [row[column].text for row in table.rows] == ["150", ""]
+    assert "150 Wh of GPUs in training" in table.notes[0]
+    assert list_columns(results.rows)[-2:] == ["energy_wh", "mlflow_run_id"]
 
 
 def test_a_run_without_results_has_empty_cells(tmp_path: Path) -> None:

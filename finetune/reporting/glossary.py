@@ -99,6 +99,9 @@ TERMS = (
     Term(("peak memory, GiB",), "Most memory at a time: of the process on a CPU, of PyTorch's "
          "allocator on a GPU.",
          "https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_allocated.html"),
+    Term(("energy, Wh",), "Energy of the GPU over the training: its mean power, by the driver's "
+         "counter, times the seconds; of one GPU, from Volta on.",
+         "https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html"),
     Term(("trainable parameters",), "Numbers that the optimizer changes; the base's are frozen.",
          f"{PEFT}quicktour"),
     Term(("lora.r",), "Rank of the LoRA matrices: more ranks, more trainable parameters.",

@@ -13,6 +13,7 @@ from finetune.statistics.objective import VALIDATION
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.score_files import ModelScore, TaskScores
 
+ENERGY = "energy_wh"  # of the GPU while training; a column where any run knows it
 COSTS = ("train_seconds", "tokens_per_second", "peak_memory_gib", "num_trainable_parameters")
 MEAN_LOSS = "train/mean_loss"
 
@@ -49,6 +50,8 @@ def build_row(
     row[VALIDATION] = trained.get("validation_loss")
     row["evaluation_seconds"] = seconds or None
     row.update({name: trained.get(name) for name in COSTS})
+    if trained.get("power_watts") is not None:
+        row[ENERGY] = trained["power_watts"] * trained["train_seconds"] / 3600
     row["mlflow_run_id"] = None
     return row
 
@@ -92,6 +95,9 @@ def list_columns(rows: Sequence[Row]) -> list[str]:
     """Return the columns of all rows: run, settings and status, then scores, then costs and ids."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     # Costs and ids go last, also where a run that failed early brings them first.
-    last = ["train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, "mlflow_run_id"]
+    energy = [ENERGY] if ENERGY in columns else []
+    last = [
+        "train/loss", MEAN_LOSS, VALIDATION, "evaluation_seconds", *COSTS, *energy, "mlflow_run_id"
+    ]  # fmt: skip
     first = [name for name in columns if name not in last and "/" not in name]
     return [*first, *(name for name in columns if name not in (*first, *last)), *last]

@@ -231,10 +231,12 @@ class AdapterTraining:
         if kept is not None:
             adapters.load_weights(self.weights, kept)
 
-    def result(self, device: torch.device) -> TrainResult:
+    def result(self, device: torch.device, power_watts: float | None) -> TrainResult:
         totals = Totals(self.step, self.total_loss / self.step, self.num_tokens, self.seconds)
         num_trainable = sum(p.numel() for p in self.parameters)
-        return build_result(totals, self.validations, device, num_trainable=num_trainable)
+        return build_result(
+            totals, self.validations, device, num_trainable=num_trainable, power_watts=power_watts
+        )
 
     def save_checkpoint(self) -> None:
         """Write all that a resume needs, atomically."""

@@ -23,6 +23,7 @@ from finetune.data.token_rows import IGNORED, Example
 from finetune.models.adapters import LoraWeights
 from finetune.models.attention import has_varlen
 from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, enable_checkpointing
+from finetune.models.gpu_power import PowerMeter
 from finetune.models.kernels import FLASH
 from finetune.models.precision import Precision
 from finetune.models.process_memory import is_out_of_memory, reset_peak_memory, return_freed_memory
@@ -93,6 +94,7 @@ class SharedBase:
 
     def __init__(self, base: PreTrainedModel, precision: Precision) -> None:
         self._base = base
+        self.power = PowerMeter(base.device)  # of all trainings; each has its share of the seconds
         self._precision = precision
         self._attention = SequenceAttention(base)
         self._loss = LabelLoss(base)
@@ -328,7 +330,7 @@ def _advance(
             one.seconds += time.monotonic() - started
             if one.is_done:
                 one.keep_best()
-                ended.append((number, one.result(shared.device)))
+                ended.append((number, one.result(shared.device, shared.power.mean_watts())))
         except Exception as error:
             if is_out_of_memory(error):
                 raise  # the group does not fit

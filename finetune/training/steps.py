@@ -49,6 +49,7 @@ class TrainResult:
     num_trainable_parameters: int
     layout: str  # of a batch's sequences: padding-free, or padded and why
     best_step: int | None = None  # whose adapter is kept; None: the last one's
+    power_watts: float | None = None  # mean of the GPU while training; None where unknown
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def build_result(
     *,
     num_trainable: int,
     layout: str = PADDING_FREE,
+    power_watts: float | None = None,
 ) -> TrainResult:
     """Build the result of a training from its totals."""
     return TrainResult(
@@ -80,6 +82,7 @@ def build_result(
         num_trainable_parameters=num_trainable,
         layout=layout,
         best_step=validations.best_step,
+        power_watts=power_watts,
     )
 
 

@@ -31,6 +31,7 @@ from finetune.models.adapters import (
     num_trainable,
 )
 from finetune.models.compatibility import CHECKPOINTING, disable_checkpointing, is_checkpointing
+from finetune.models.gpu_power import PowerMeter
 from finetune.models.precision import Precision
 from finetune.models.process_memory import reset_peak_memory, return_freed_memory
 from finetune.signals import StopSignals
@@ -85,6 +86,7 @@ def train(
         ValueError: rows are packed, and this model cannot attend per sequence.
     """
     reset_peak_memory(arguments.device)
+    power = PowerMeter(arguments.device)
     checkpoint = find_resume(arguments, events)
     signals, validations = StopSignals(), Validations(arguments.early_stopping)
     num_rows, num_tokens = len(examples.train), int(example_lengths(examples.train).sum())
@@ -105,7 +107,7 @@ def train(
             trainer.seconds_before = checkpoint.seconds
         with trainer.per_sequence_attention():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        seconds = trainer.seconds()
+        seconds, watts = trainer.seconds(), power.mean_watts()
     if signals.request is not None:
         raise signals.request
     steps, planned = trainer.state.global_step, trainer.state.max_steps
@@ -117,8 +119,10 @@ def train(
     mean = fmean(losses)  # the Trainer's own forgets the steps before a resume
     totals = Totals(steps, mean, watch.num_tokens * (trainer.state.epoch or 0.0), seconds)
     layout = PADDING_FREE if problem is None else f"padded, since {problem}"
-    num = num_trainable(model)
-    return build_result(totals, validations, arguments.device, num_trainable=num, layout=layout)
+    return build_result(
+        totals, validations, arguments.device,
+        num_trainable=num_trainable(model), layout=layout, power_watts=watts,
+    )  # fmt: skip
 
 
 def _build_trainer(
