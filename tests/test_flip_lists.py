@@ -155,3 +155,22 @@ def test_items_of_other_types_are_shown_as_text(tmp_path: Path, harm: Line) -> N
     found = list_flips(read_results(folder))
     assert found is not None
     assert [kind.count for kind in found.tasks[0].kinds] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("question", "heading"),
+    [
+        ("### Instruction:\nWho found it?\n\n### Response:\n", "Who found it?"),
+        ("# A title\nWhy?", "# A title Why?"),
+        ("### Instruction:\n", "### Instruction:"),
+        ("Question: Who?\nAnswer:", "Question: Who? Answer:"),
+    ],
+)
+def test_a_heading_leaves_out_the_prompts_own_headings(
+    tmp_path: Path, question: str, heading: str
+) -> None:
+    """Lines that only name a part of the prompt; a question of nothing else stays."""
+    items = [ask(1, 0.0, 1.0, question=question, choices=["a", "b"], gold=1), ask(2, 1.0, 1.0)]
+    found = list_flips(read_results(write_sweep(tmp_path, items)))
+    assert found is not None
+    assert [one.heading for one in found.tasks[0].kinds[0].flips] == [heading]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ MOST = 50  # flips of each kind, gained and lost, in report.html
 LONGEST = 2000  # characters of a question or an answer, of a longer one its end
 LONGEST_CHOICE = 300
 MOST_CHOICES = 20
+MARKER = re.compile(r"\s*#+ [^:]{1,40}:\s*$")  # a line of a prompt that only names a part
 SHORT = 120  # characters of a question in one line
 CHOICES, TEXTS = ("acc", "acc_norm", "margin"), ("exact_match", "contains", "f1")
 
@@ -165,13 +167,19 @@ def list_flip(flip: Flip) -> ListedFlip:
         sign="+" if flip.gained else "-",
         id=_cut(flip.id, SHORT),
         category=_cut(flip.category, SHORT),
-        heading=_cut(" ".join(flip.question.split())[-2 * LONGEST :], SHORT),
+        heading=_cut(" ".join(_drop_markers(flip.question).split())[-2 * LONGEST :], SHORT),
         question=_keep_end(flip.question.strip(), LONGEST),
         right=_keep_end(flip.right, LONGEST),
         base=_keep_end(flip.pick(flip.before), LONGEST),
         tuned=_keep_end(flip.pick(flip.after), LONGEST),
         choices=list(_list_choices(flip)),
     )
+
+
+def _drop_markers(question: str) -> str:
+    """Return a question without its prompt's headings, such as `### Instruction:`."""
+    lines = [line for line in question.splitlines() if not MARKER.match(line)]
+    return "\n".join(lines) if any(line.strip() for line in lines) else question
 
 
 def _list_choices(flip: Flip) -> Iterator[ListedChoice]:
