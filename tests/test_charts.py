@@ -18,6 +18,7 @@ from PIL import Image
 
 from finetune.reporting.chart_parts import MOST_NAMED
 from finetune.reporting.charts import build_charts
+from finetune.reporting.curve_charts import name_runs
 from finetune.reporting.curves import (
     CURVES,
     FEWEST_POINTS,
@@ -118,6 +119,18 @@ def test_pictures_are_compressed_without_loss(tmp_path: Path) -> None:
     assert len(small) < 0.7 * len(png)
     before, after = (Image.open(io.BytesIO(one)).convert("RGBA") for one in (png, small))
     assert before.tobytes() == after.tobytes()
+
+
+def test_curves_of_many_runs_are_coloured_by_a_setting(tmp_path: Path) -> None:
+    """The first that has few values and is no seed; few runs each have their own colour."""
+    swept = {"training.seed": ["1", "2"], "lora.r": ["4", "8"], "optimizer.lr": ["1", "2"]}
+    many = read_results(write_grid(tmp_path / "many", swept, [1] * 8))
+    runs = name_runs(many)
+    assert (runs.title, runs.groups) == ("lora.r", ["4", "4", "8", "8"] * 2)
+    few = name_runs(read_results(write_grid(tmp_path / "few", {"lora.r": ["4", "8"]}, [1, 2])))
+    assert (few.title, few.groups) == (None, ["lora.r=4", "lora.r=8"])
+    spec = {chart.name: chart.spec for chart in build_charts(many)}["loss"]
+    assert spec["encoding"]["color"]["scale"]["domain"] == ["4", "8"]
 
 
 def test_ticks_of_few_steps_are_not_between_them(tmp_path: Path) -> None:
