@@ -14,6 +14,7 @@ from finetune.config.store_address import URI_VARIABLE, needs_typing, sync_comma
 from finetune.files import Damaged
 from finetune.problems import first_line
 from finetune.reporting.results import read_results
+from finetune.reporting.sweep_summaries import summarise
 from finetune.streams import keep_streams
 from finetune.tracking.claims import CLAIM_FILE, claimed
 from finetune.tracking.mirror import Mirror
@@ -107,7 +108,7 @@ def _conclude(mirror: Mirror, folder: Path) -> None:
         mirror.state = "finished" if states == {"finished"} else "failed"
     else:
         mirror.state = "interrupted"
-    mirror.champion, mirror.metrics = results.best_run(), results.drawn_metrics()
+    mirror.summary = summarise(results)
 
 
 if __name__ == "__main__":

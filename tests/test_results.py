@@ -21,6 +21,7 @@ from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results
 from finetune.reporting.run_list import ListedRun, render_list
 from finetune.reporting.run_pair import render_pair
+from finetune.reporting.sweep_summaries import summarise
 from finetune.reporting.verdict import verdict
 from finetune.statistics.metrics import Metric, compute
 from finetune.tracking.events import EventLog
@@ -447,13 +448,11 @@ def test_the_champion_is_the_best_run_in_the_metrics_direction(
     tracker = build_tracker(settings, folder, sweep_name="sweep", swept=["lora.r"])
     for run in results.runs:
         tracker.follow(run)
-    behind = tracker.close(
-        state="finished", champion=results.best_run(), metrics=results.drawn_metrics(),
-        lowest_first=results.lowest_first,
-    )  # fmt: skip
+    tracker.describe(summarise(results))
+    behind = tracker.close(state="finished")
     assert behind is None
     client = mlflow.MlflowClient(uri)
     (model,) = client.search_registered_models()
     champion = str(client.get_model_version_by_alias(model.name, "champion").run_id)
-    assert client.get_run(champion).info.run_name == f"run-{best}"
+    assert client.get_run(champion).data.tags["finetune.run"] == f"run-{best}"
     assert client.get_run(champion).data.metrics["train/mean_loss"] == 1.5

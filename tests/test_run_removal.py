@@ -14,6 +14,7 @@ from finetune.tracking.claims import CLAIM_FILE, claimed
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.run_folder import RunFolder
 from finetune.tracking.run_removal import NotRemoved, find_copies, held, remove_run
+from finetune.tracking.sweep_summary import SweepSummary
 from tests.test_tracker import recorded_run, tracker
 
 
@@ -25,7 +26,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     sent = tracker(uri, folder / "reports" / "sweep")
     for name in ("one", "two"):
         sent.follow(recorded_run(folder / name, num_steps=2))
-    assert sent.close(state="finished", champion="one") is None
+    sent.describe(SweepSummary(champion="one"))
+    assert sent.close(state="finished") is None
     return folder, uri
 
 
@@ -49,7 +51,7 @@ def test_a_run_is_removed_everywhere(tracked: tuple[Path, str]) -> None:
         client.get_run(str(copy.run_id))
     assert client.search_registered_models() == []
     mirror = Mirror.load(reports / "sweep" / "mlflow.json")
-    assert (list(mirror.children), mirror.champion) == (["two"], None)
+    assert (list(mirror.children), mirror.summary.champion) == (["two"], None)
     assert client.get_run(str(other.run_id)).info.run_name == "two"
     assert two.path.exists()
 

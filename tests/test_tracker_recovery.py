@@ -16,12 +16,14 @@ from finetune.tracking.mirror import Mirror
 from finetune.tracking.mlflow_store import open_store
 from finetune.tracking.run_folder import RunFolder, Status
 from finetune.tracking.sweep_record import RunRecord, SweepRecord
+from finetune.tracking.sweep_summary import SweepSummary
 from finetune.tracking.tracker import build_tracker, send
 from tests.test_tracker import history, recorded_run, tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 
 STEPS = [1, 2, 3]
+SUMMARY = SweepSummary(champion="run-1", metrics=["train/loss"])
 
 
 def tracked_sweep(uri: str, folder: Path) -> Path:
@@ -30,7 +32,8 @@ def tracked_sweep(uri: str, folder: Path) -> Path:
     tracked = tracker(uri, folder / "sweep")
     for run in runs:
         tracked.follow(run)
-    assert tracked.close(state="finished", champion="run-1", metrics=["train/loss"]) is None
+    tracked.describe(SUMMARY)
+    assert tracked.close(state="finished") is None
     return folder / "sweep" / "mlflow.json"
 
 
@@ -164,7 +167,8 @@ def test_sync_ends_a_sweep_whose_store_went_away(
     tracked = tracker(uri, tmp_path / "sweep")
     for run in runs:
         tracked.follow(run)
-    behind = tracked.close(state="finished", champion="run-1", metrics=["train/loss"])
+    tracked.describe(SUMMARY)
+    behind = tracked.close(state="finished")
     assert "python -m finetune.sync" in str(behind)
     assert sync_now(tmp_path / "sweep", monkeypatch) == 1
     file.rmdir()
@@ -180,7 +184,7 @@ def test_sync_ends_a_sweep_that_was_killed(
     sweep = tmp_path / "sweep"
     path = tracked_sweep(uri, tmp_path)
     mirror = Mirror.load(path)
-    mirror.state, mirror.champion, mirror.metrics = "running", None, []
+    mirror.state, mirror.summary = "running", SweepSummary()
     mirror.save(path)
     for name in ("run-1", "run-2"):
         RunFolder(tmp_path / name).write_status(Status("finished", None, 1.0, 2.0))

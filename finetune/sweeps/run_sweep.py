@@ -26,6 +26,7 @@ from finetune.problems import Refused
 from finetune.reporting.end_tables import render_end
 from finetune.reporting.pages import write_report
 from finetune.reporting.results import Results, read_results, write_csv
+from finetune.reporting.sweep_summaries import summarise
 from finetune.reporting.tables import output_width, print_table, print_text
 from finetune.reporting.verdict import verdict
 from finetune.sweeps import crew, launchers
@@ -294,13 +295,10 @@ def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
     unfinished = any(row["status"] != "finished" for row in so_far.rows)
     failed = unfinished or any(state in ("failed", "diverged") for state in states)
     state: State = "interrupted" if interrupted else "failed" if failed else "finished"
-    unsent = tracker.close(
-        state=state,
-        champion=so_far.best_run(),
-        metrics=so_far.drawn_metrics(),
-        lowest_first=so_far.lowest_first,
-    )
+    tracker.describe(summarise(so_far))
+    tracker.flush()  # the results have the ids of the runs in MLflow
     results, is_written = _write_report(sweep)
+    unsent = tracker.close(state=state)
     code = int(failed or not is_written)
     command = tracker.open_command if sweep.config.tracking.enabled else ""
     return Ending(results, is_written, unsent, command, code)

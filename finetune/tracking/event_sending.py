@@ -38,12 +38,13 @@ def send_events(
         by_kind.setdefault(event["event"], []).append(event)
     _send_params(client, run_id, by_kind.get("param", []))
     metrics = [
-        Metric(_key(e["key"]), e["value"], e["time"], e["step"]) for e in by_kind.get("metric", [])
+        Metric(metric_key(e["key"]), e["value"], e["time"], e["step"])
+        for e in by_kind.get("metric", [])
     ]
     for start in range(0, len(metrics), METRICS_A_CALL):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
     for event in by_kind.get("tag", []):
-        client.set_tag(run_id, _key(event["key"]), event["value"])
+        client.set_tag(run_id, metric_key(event["key"]), event["value"])
     for event in by_kind.get("dataset", []):
         source = json.dumps({"uri": event["source"]})
         profile = json.dumps({"num_rows": event["rows"]})
@@ -71,7 +72,7 @@ def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, A
     from mlflow.entities import Param
 
     stored = client.get_run(run_id).data.params
-    params = {_key(event["key"]): _shortened(event["value"]) for event in events}
+    params = {metric_key(event["key"]): _shortened(event["value"]) for event in events}
     drift = [f"{k}: {stored[k]} -> {v}" for k, v in params.items() if stored.get(k, v) != v]
     if drift:
         client.set_tag(run_id, "param_drift", "; ".join(drift)[:4000])
@@ -117,7 +118,7 @@ def run_info(client: MlflowClient, run_id: str | None) -> RunInfo | None:
     return info if info.lifecycle_stage == "active" else None
 
 
-def _key(name: str) -> str:
+def metric_key(name: str) -> str:
     """Return a name in the characters that MLflow allows."""
     return re.sub(r"[^\w./ -]", "_", name)
 

@@ -12,6 +12,9 @@ from finetune.files import Damaged, read_json, write_atomic
 from finetune.tracking.event_sending import END_STATES
 from finetune.tracking.events import State
 from finetune.tracking.run_folder import RunFolder
+from finetune.tracking.sweep_summary import SweepSummary
+
+EARLY_FIELDS = ("champion", "metrics", "lowest_first")  # of a summary, in files until 0.1
 
 
 @dataclass
@@ -36,9 +39,7 @@ class Mirror:
     experiment_id: str | None = None
     run_id: str | None = None
     state: State = "running"
-    champion: str | None = None  # the best run, once the sweep has ended
-    metrics: list[str] = field(default_factory=list)  # of its saved view
-    lowest_first: bool = False  # lower is better in the first of them
+    summary: SweepSummary = field(default_factory=SweepSummary)  # newer with each run that ends
     view: str | None = None  # the view's address below the UI's root
     children: dict[str, Child] = field(default_factory=dict)
     started: int | None = None  # when the sweep was first conducted, in milliseconds
@@ -47,6 +48,7 @@ class Mirror:
         self.uri = masked(self.uri)
         self._changing = threading.RLock()  # the sweep adds runs while a thread sends them
         self.verified: set[str] = set()  # runs that this process has seen in the store
+        self.described: SweepSummary | None = None  # the last that this process has sent
 
     @classmethod
     def load(cls, path: Path) -> Mirror:
@@ -58,7 +60,9 @@ class Mirror:
         stored = read_json(path, dict) or {}
         try:
             children = {name: Child(**child) for name, child in stored.pop("children").items()}
-            mirror = cls(**stored, children=children)
+            early = {name: stored.pop(name) for name in EARLY_FIELDS if name in stored}
+            summary = SweepSummary.parse(stored.pop("summary", early))
+            mirror = cls(**stored, children=children, summary=summary)
         except (TypeError, KeyError, AttributeError):
             raise Damaged("it is not a record of tracked runs") from None
         if not mirror.is_sound():
@@ -69,14 +73,13 @@ class Mirror:
         """Return whether every field has its type."""
         children = self.children.values()
         texts = [self.uri, self.experiment, self.name, *(child.path for child in children)]
-        ids = [self.experiment_id, self.run_id, self.champion, self.view]
+        ids = [self.experiment_id, self.run_id, self.view]
         ids += [child.run_id for child in children]
         return (
             isinstance(self.swept, list)
-            and isinstance(self.metrics, list)
             and self.state in END_STATES
             and isinstance(self.started, int | None)
-            and all(isinstance(one, str) for one in (*texts, *self.swept, *self.metrics))
+            and all(isinstance(one, str) for one in (*texts, *self.swept))
             and all(one is None or isinstance(one, str) for one in ids)
             and all(isinstance(child.ended, int | None) for child in children)
             and all(isinstance(claim, str) for child in children for claim in child.claims)
@@ -92,6 +95,11 @@ class Mirror:
         with self._changing:
             self.children.setdefault(run.name, Child(str(run.path))).path = str(run.path)
             self.save(path)
+
+    def forget_store(self) -> None:
+        """Verify and describe all runs anew: they may be of a run or store that is gone."""
+        self.verified.clear()
+        self.described = None
 
     def names(self) -> list[str]:
         with self._changing:

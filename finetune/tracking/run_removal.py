@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -126,7 +126,8 @@ def _forget(path: Path, name: str) -> None:
     """Take a run out of a sweep's `mlflow.json`: the sweep's command sends it as a new one."""
     mirror = Mirror.load(path)
     mirror.children.pop(name, None)
-    mirror.champion = None if mirror.champion == name else mirror.champion
+    if mirror.summary.champion == name:
+        mirror.summary = replace(mirror.summary, champion=None)
     mirror.save(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,12 +14,32 @@ from finetune.files import Damaged, read_yaml, write_atomic
 from finetune.tracking.claims import CLAIM_FILE, claimed
 
 RECORD = "sweep.yaml"
+LONGEST_VALUE = 40  # characters of a swept value in a run's label
 UNNAMED = "jobs"  # in place of a run's folder, until a worker elsewhere has named that
 
 
 def render_swept(swept: Mapping[str, str]) -> str:
     """Return a run's place in the grid, such as `lora.r=8 optimizer.lr=1e-3`."""
     return " ".join(f"{key}={value}" for key, value in swept.items())
+
+
+def label_run(swept: Mapping[str, str]) -> str:
+    """Return a run's place in the grid as a short name, such as `r=8 lr=1e-3`.
+
+    Keys are cut to their last words where these differ, paths to their names.
+    """
+    last = Counter(key.rpartition(".")[2] for key in swept)
+    return " ".join(
+        f"{short if last[short] == 1 else key}={_short(value)}"
+        for key, value in swept.items()
+        for short in [key.rpartition(".")[2]]
+    )
+
+
+def _short(value: str) -> str:
+    """Return a value without the folders of a path, and bounded."""
+    name = value.rstrip("/").rpartition("/")[2] if "://" not in value else value
+    return name if len(name) <= LONGEST_VALUE else f"{name[: LONGEST_VALUE - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,15 @@ def find_names(folder: Path) -> dict[str, str]:
     except ValueError:  # there is none
         return {}
     return {run.job: run.folder for run in runs if run.job and run.is_named}
+
+
+def find_labels(folder: Path) -> dict[str, str]:
+    """Return the labels of a sweep's runs, by the names of their folders; none without a grid."""
+    try:
+        runs = SweepRecord.load(folder).runs
+    except ValueError:  # there is none
+        return {}
+    return {Path(run.folder).name: label_run(run.swept) for run in runs if run.swept}
 
 
 @contextmanager

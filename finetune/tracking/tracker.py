@@ -29,7 +29,10 @@ from finetune.tracking.events import State, drop_superseded, parse_events
 from finetune.tracking.mirror import Child, Mirror
 from finetune.tracking.mlflow_store import find_experiment, open_store
 from finetune.tracking.run_folder import RunFolder
-from finetune.tracking.showcase import build_view, register_champion, save_view
+from finetune.tracking.run_names import IDENTITY
+from finetune.tracking.summary_sending import send_report, send_summary
+from finetune.tracking.sweep_record import find_labels
+from finetune.tracking.sweep_summary import SweepSummary
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +41,7 @@ log = logging.getLogger("finetune")
 
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
+FLUSH_SECONDS = 10.0  # to wait for the store before the report is written, which links to it
 CLOSE_SECONDS = 20.0  # to wait for the store at the end of a sweep
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
 
@@ -53,21 +57,20 @@ class Tracker(Protocol):
     def run_id(self, run: RunFolder) -> str | None:
         """Return the MLflow run of a run of this sweep, once it has one."""
 
-    def close(
-        self,
-        *,
-        state: State,
-        champion: str | None = None,
-        metrics: Sequence[str] = (),
-        lowest_first: bool = False,
-    ) -> str | None:
-        """Send missing events and end the sweep's MLflow run; return a remedy if some are unsent.
+    def describe(self, summary: SweepSummary) -> None:
+        """Show what is known of the sweep by now."""
+
+    def flush(self) -> None:
+        """Send what is new now, and wait a while for the store to take it."""
+
+    def close(self, *, state: State) -> str | None:
+        """Send missing events and the report, and end the sweep's MLflow run.
 
         Args:
             state: how the sweep ended.
-            champion: its best run, whose adapter is registered.
-            metrics: those of its saved view, which is sorted by the first.
-            lowest_first: whether lower is better in the first of them.
+
+        Returns:
+            A remedy where some are unsent.
         """
 
 
@@ -90,14 +93,13 @@ class NullTracker:
     def run_id(self, run: RunFolder) -> str | None:
         return None
 
-    def close(
-        self,
-        *,
-        state: State,
-        champion: str | None = None,
-        metrics: Sequence[str] = (),
-        lowest_first: bool = False,
-    ) -> str | None:
+    def describe(self, summary: SweepSummary) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self, *, state: State) -> str | None:
         return None
 
 
@@ -120,7 +122,7 @@ def build_tracker(
     stored = _load_or_set_aside(path) if path.exists() else None
     if stored is not None and (stored.uri, stored.experiment) == (address.uri, address.experiment):
         mirror = stored
-        mirror.state, mirror.champion, mirror.metrics = "running", None, []
+        mirror.state = "running"
     if (line := address.describe()) is not None:
         log.info(line)
     mirror.save(path)
@@ -141,7 +143,7 @@ class MlflowTracker:
     def __init__(self, mirror: Mirror, path: Path) -> None:
         self._mirror = mirror
         self._path = path
-        self._closing = threading.Event()
+        self._closing, self._wake, self._sent = (threading.Event() for _ in range(3))
         self._error: str | None = None
         self._thread = threading.Thread(target=self._keep_sending, daemon=True)
         self._thread.start()
@@ -154,23 +156,20 @@ class MlflowTracker:
         child = self._mirror.children.get(run.name)
         return child.run_id if child else None
 
-    def close(
-        self,
-        *,
-        state: State,
-        champion: str | None = None,
-        metrics: Sequence[str] = (),
-        lowest_first: bool = False,
-    ) -> str | None:
+    def describe(self, summary: SweepSummary) -> None:
+        self._mirror.summary = summary
+        self._save()
+
+    def flush(self) -> None:
+        self._sent.clear()
+        self._wake.set()
+        self._sent.wait(FLUSH_SECONDS)
+
+    def close(self, *, state: State) -> str | None:
         self._mirror.state = state
-        self._mirror.champion = champion
-        self._mirror.metrics = list(metrics)
-        self._mirror.lowest_first = lowest_first
-        try:
-            self._mirror.save(self._path)  # so that sync can end the sweep if MLflow is down
-        except OSError as error:
-            log.error("%s cannot be written: %s", self._path, error)
+        self._save()
         self._closing.set()
+        self._wake.set()
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive() and self._error is None:
             if self._mirror.view:
@@ -182,10 +181,23 @@ class MlflowTracker:
             f"send it with: {sync_command(self._path.parent, self._mirror.uri)}"
         )
 
+    def _save(self) -> None:
+        """Save the mirror, so that sync can send the rest if MLflow is down."""
+        try:
+            self._mirror.save(self._path)
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._path, error)
+
     def _keep_sending(self) -> None:
         wait = POLL_SECONDS
-        while not self._closing.wait(wait):
+        while not self._closing.is_set():
+            self._wake.wait(wait)
+            self._wake.clear()
+            if self._closing.is_set():
+                break
             wait = POLL_SECONDS if self._send() else min(2 * wait, LONGEST_WAIT_SECONDS)
+            if not self._wake.is_set():  # else it was asked for what is newer
+                self._sent.set()
         if not self._send():  # a store that others write to may be busy for a moment
             time.sleep(POLL_SECONDS)
             self._send()
@@ -212,9 +224,10 @@ def send(mirror: Mirror, path: Path) -> int:
         client = open_store(mirror.uri)
         _find_parent(client, mirror, path)
         num_events = sum(_send_child(client, mirror, path, name) for name in mirror.names())
-        _describe_parent(client, mirror)
+        send_summary(client, mirror, _started(mirror))
+        _end_parent(client, mirror, path.parent)
     except Exception:
-        mirror.verified.clear()  # it may be of a run or store that is gone
+        mirror.forget_store()
         raise
     mirror.save(path)
     return num_events
@@ -228,7 +241,7 @@ def _find_parent(client: MlflowClient, mirror: Mirror, path: Path) -> None:
         return
     mirror.experiment_id = find_experiment(client, mirror.uri, mirror.experiment)
     mirror.view = None
-    mirror.verified.clear()
+    mirror.forget_store()
     tags = {"finetune.sweep": mirror.name}
     mirror.run_id = create_run(client, mirror.experiment_id, mirror.name, tags, _started(mirror))
     mirror.save(path)
@@ -248,6 +261,7 @@ def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> 
     child = mirror.children[name]
     if _is_begun_anew(child) or not _is_tracked(client, mirror, name):
         child.run_id, child.offset, child.ended, child.claims = None, 0, None, []
+        mirror.described = None
     events, offset = _new_events(child)
     claims = list(child.claims)
     events = list(drop_superseded(events, claims))
@@ -256,9 +270,9 @@ def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> 
     if child.run_id is None:
         assert mirror.run_id is not None
         assert mirror.experiment_id is not None
-        tags = {"mlflow.parentRunId": mirror.run_id, "finetune.sweep": mirror.name}
-        started = _first_time(events)
-        child.run_id = create_run(client, mirror.experiment_id, name, tags, started)
+        tags = _describe_child(mirror, child.path)
+        label, started = find_labels(path.parent).get(name, name), _first_time(events)
+        child.run_id = create_run(client, mirror.experiment_id, label, tags, started)
         mirror.verified.add(name)
         mirror.save(path)
     send_events(client, child.run_id, Path(child.path), events)
@@ -268,6 +282,19 @@ def _send_child(client: MlflowClient, mirror: Mirror, path: Path, name: str) -> 
     child.offset, child.claims = offset, claims
     mirror.save(path)
     return len(events)
+
+
+def _describe_child(mirror: Mirror, folder: str) -> dict[str, str]:
+    """Return the tags of a run: its parent, its sweep, its folder and its identity."""
+    assert mirror.run_id is not None
+    name = Path(folder).name
+    identity = IDENTITY.search(name)
+    return {
+        "mlflow.parentRunId": mirror.run_id,
+        "finetune.sweep": mirror.name,
+        "finetune.run": name,
+        **({"finetune.identity": identity[1]} if identity else {}),
+    }
 
 
 def _is_tracked(client: MlflowClient, mirror: Mirror, name: str) -> bool:
@@ -284,23 +311,16 @@ def _is_tracked(client: MlflowClient, mirror: Mirror, name: str) -> bool:
     return True
 
 
-def _describe_parent(client: MlflowClient, mirror: Mirror) -> None:
-    """Update the state of the sweep's MLflow run, its champion and its view."""
+def _end_parent(client: MlflowClient, mirror: Mirror, folder: Path) -> None:
+    """Update the state of the sweep's MLflow run; at its end, send the report."""
     assert mirror.run_id is not None
     if mirror.state == "running":
         client.update_run(mirror.run_id, status="RUNNING")
-    else:
-        ends = [child.ended for child in mirror.children.values() if child.ended is not None]
-        ended = max([*ends, _started(mirror)]) if ends else None
-        client.set_terminated(mirror.run_id, END_STATES[mirror.state], end_time=ended)
-    if mirror.metrics:
-        view = build_view(mirror.name, mirror.swept, mirror.metrics, mirror.lowest_first)
-        mirror.view = save_view(client, mirror.run_id, mirror.name, view)
-    champion = mirror.children.get(mirror.champion or "")
-    if champion is not None and champion.run_id is not None:
-        for artifact in ("adapter", "model"):
-            if (Path(champion.path) / artifact).exists():
-                register_champion(client, mirror.name, champion.run_id, artifact)
+        return
+    ends = [child.ended for child in mirror.children.values() if child.ended is not None]
+    ended = max([*ends, _started(mirror)]) if ends else None
+    client.set_terminated(mirror.run_id, END_STATES[mirror.state], end_time=ended)
+    send_report(client, mirror.run_id, folder)
 
 
 def _first_time(events: Sequence[dict[str, Any]]) -> int:
