@@ -55,7 +55,7 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
     Raises:
         Refused: the settings have problems.
 
-    Example:
+    Examples:
         >>> finetune.compose("model=tiny", "lora.r=8").lora.r
         8
     """
@@ -75,7 +75,7 @@ def check(*overrides: str, config_dir: str | Path | None = None) -> list[str]:
         overrides: as on the command line; several values of a setting are a grid.
         config_dir: a folder of your own config groups (the command's `--config-dir`).
 
-    Example:
+    Examples:
         >>> finetune.check("model=tiny", "lora.r=2,4,0")
         ['lora.r is 0; it must be at least 1']
     """
@@ -104,7 +104,7 @@ def run(*overrides: str, config_dir: str | Path | None = None) -> Run:
         Refused: the run cannot start; `problems` lists why.
         KeyboardInterrupt: it was interrupted; the same call resumes from its checkpoint.
 
-    Example:
+    Examples:
         >>> run = finetune.run("model=tiny", "lora.r=8", "evaluation.limit=8")
         >>> run.scores()["demo_science"]["acc"]
         0.25
@@ -129,7 +129,7 @@ def sweep(
         Refused: a job of the grid cannot run; `problems` lists why. Nothing was started.
         KeyboardInterrupt: it was interrupted; the same call resumes from the checkpoints.
 
-    Example:
+    Examples:
         >>> results = finetune.sweep("model=tiny", "lora.r=2,4", "evaluation.limit=8")
         >>> results.best
         Run('/home/me/outputs/tiny-demo-lora-r4-1f0c8a52d7e9', status='finished')
@@ -147,7 +147,7 @@ def open_run(path: str | Path) -> Run:
     Raises:
         Refused: the folder is not a run's.
 
-    Example:
+    Examples:
         >>> finetune.open_run("outputs/tiny-demo-lora-r4-1f0c8a52d7e9").status
         'finished'
     """
@@ -166,7 +166,7 @@ def read_results(folder: str | Path) -> Results:
     Raises:
         Refused: the folder is not a sweep's.
 
-    Example:
+    Examples:
         >>> finetune.read_results("multirun_reports/NAME").to_frame()
     """
     try:
@@ -194,7 +194,7 @@ def load(
     Raises:
         Refused: the run has no weights yet, its files are damaged, or its base is missing.
 
-    Example:
+    Examples:
         >>> model, tokenizer = finetune.load("outputs/NAME")
         >>> asked = finetune.prompt("outputs/NAME", "Why is the sky blue?")
         >>> tokens = tokenizer(asked, return_tensors="pt").to(model.device)
@@ -221,7 +221,7 @@ def prompt(run: Run | str | Path, text: str | Mapping[str, Any]) -> str:
     Raises:
         Refused: the run's files are damaged, or the template takes other fields.
 
-    Example:
+    Examples:
         >>> finetune.prompt(run, "Name a colour.")[-40:]
         '### Instruction:\nName a colour.\n\n### Response:\n'
     """
@@ -246,7 +246,7 @@ def base_path(path: str, revision: str | None = None) -> str:
     Raises:
         Refused: there is no such model.
 
-    Example:
+    Examples:
         >>> AutoModelForCausalLM.from_pretrained(finetune.base_path("random://tiny"))
     """
     from finetune.config.schema import ModelConfig

@@ -36,7 +36,7 @@ what each is for:
   --merge       one model in the layout of transformers, for programs without LoRA
   --gguf        a GGUF file for llama.cpp, LM Studio and, of any architecture, Ollama
   --push        the folder on the hub, with its card
-What a program does not take is printed. Details: docs/export.md
+What a program does not take is printed. Details: docs/howto/export.md
 """
 OLLAMA_NAME = re.compile(r"[\w./:~-]+")
 

@@ -88,7 +88,7 @@ def test_a_public_name_is_explained(name: str) -> None:
     value = getattr(finetune, name)
     assert value.__doc__
     if name in SIGNATURES:
-        assert "Raises:" in value.__doc__ or "Example:" in value.__doc__
+        assert "Raises:" in value.__doc__ or "Examples:" in value.__doc__
 
 
 def test_an_unknown_name_is_no_attribute() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -466,11 +465,10 @@ def test_files_of_something_else_are_passed_over(folder: Path) -> None:
 
 
 def read_example(name: str) -> str:
-    """Return the file that docs/questions.md shows under its name."""
-    text = (Path(__file__).parents[1] / "docs" / "questions.md").read_text(encoding="utf-8")
-    lines = text.partition(f"`{name}`:\n\n")[2].splitlines()
-    block = itertools.takewhile(lambda line: line.startswith("    "), lines)
-    return "".join(f"{line[4:]}\n" for line in block)
+    """Return the file that docs/howto/questions.md shows under its name."""
+    page = Path(__file__).parents[1] / "docs" / "howto" / "questions.md"
+    block = page.read_text(encoding="utf-8").partition(f'title="{name}"\n')[2]
+    return block.partition("```")[0]
 
 
 def ask_both(task: str, rows: str, template: str, session: Session) -> list[TaskScore]:

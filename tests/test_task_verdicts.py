@@ -97,7 +97,7 @@ def test_every_link_to_a_term_has_its_entry_in_the_page(tmp_path: Path) -> None:
 
 
 def test_the_docs_have_all_terms() -> None:
-    """docs/report.md ends with the page's glossary."""
-    page = Path(__file__).parents[1] / "docs" / "report.md"
+    """docs/reference/report.md ends with the page's glossary."""
+    page = Path(__file__).parents[1] / "docs" / "reference" / "report.md"
     rows = [f"| {', '.join(term.names)} | {term.meaning} [more]({term.link}) |" for term in TERMS]
     assert page.read_text(encoding="utf-8").endswith("\n".join(["|---|---|", *rows, ""]))

@@ -25,10 +25,10 @@ OLDEST_TRITON = (7, 0)  # Volta; Liger's kernels are written in it
 OLDEST_INT8 = (7, 5)  # Turing; LLM.int8, by bitsandbytes' documentation
 OLDEST_CUDA_13 = (7, 5)  # of torch's builds for CUDA 13, which PyPI has
 OLDEST_CUDA_12_6 = (5, 0)
-# Advice on builds: the same in refusals and docs/gpus.md, which a test holds together.
+# Advice on builds: the same in refusals and docs/howto/gpus.md, which a test holds together.
 INSTALL_CUDA_12_6 = "pip install 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
 DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> oldest driver of NVIDIA's
-GUIDE = "docs/gpus.md"
+GUIDE = "docs/howto/gpus.md"
 
 
 @dataclass(frozen=True)

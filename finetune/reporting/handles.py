@@ -31,7 +31,7 @@ PENDING = "pending"  # the status of a run that has not begun, as in results.csv
 class Run:
     """One run, read from its folder at each access.
 
-    Example:
+    Examples:
         >>> run = finetune.open_run("outputs/tiny-demo-lora-r4-1f0c8a52d7e9")
         >>> run.status
         'finished'
@@ -122,7 +122,7 @@ def _numbers(side: ModelScore) -> dict[str, float]:
 class Results:
     """The results of a sweep. A notebook shows them as a table.
 
-    Example:
+    Examples:
         >>> results = finetune.sweep("model=tiny", "lora.r=2,4", "evaluation.limit=8")
         >>> results.best.overrides
         ['model=tiny', 'lora.r=4', 'evaluation.limit=8']
