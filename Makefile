@@ -60,9 +60,8 @@ docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical build --strict --clean
 
-ui: $(INSTALLED)  ## compare runs in MLflow on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
-	  --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --workers 1
+ui: $(INSTALLED)  ## compare the runs of the last sweep in MLflow
+	$(BIN)/python -m finetune.ui
 
 clean:  ## remove .venv and caches; runs and reports stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .cache site

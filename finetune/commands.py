@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with trained models",
     "export": "write a trained model to a folder or to the hub",
     "sync": "send missing events to MLflow",
+    "ui": "show sweeps in MLflow's UI on this machine",
 }
 
 

@@ -30,7 +30,7 @@ READ_BY_REPORTS = {*GROUND, "statistics", "config", "tracking", "reporting"}
 WITHOUT_TORCH = [
     *GROUND, "statistics", "config", "distributed", "tracking", "reporting", "sweeps", "api",
     "pipeline.jobs", "pipeline.finished_runs", "training.grouping", "training.checkpoints",
-    "models.devices", "report", "memory", "runs", "cache", "sync", "rerun",
+    "models.devices", "report", "memory", "runs", "cache", "sync", "rerun", "ui",
 ]  # fmt: skip
 HEAVY = "{'torch', 'transformers', 'mlflow', 'lm_eval', 'datasets'}"
 

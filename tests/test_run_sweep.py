@@ -117,7 +117,7 @@ def test_an_mlflow_store_compares_the_runs(tmp_path: Path, finetune: Command) ->
 
     done = finetune(*[a for a in TINY if a != "tracking=none"])
     assert done.returncode == 0, done.stderr
-    assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout
+    assert "compare: python -m finetune.ui multirun_reports/" in done.stdout
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (row,) = results(tmp_path)
     child = client.get_run(row["mlflow_run_id"])

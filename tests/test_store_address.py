@@ -97,7 +97,6 @@ def test_a_secret_is_masked_and_taken_from_the_environment_again(uri: str) -> No
     assert masked(address.uri) == address.uri
     assert reveal(address.uri, environment) == uri
     assert "s3cr3t" not in without_secrets(f"no answer of {uri}: refused", environment)
-    assert "s3cr3t" not in ui_command(address.uri)
     with pytest.raises(ValueError, match="which is not set"):
         reveal(address.uri, {})
     with pytest.raises(ValueError, match="names another store"):
@@ -134,4 +133,4 @@ def test_a_file_address_keeps_its_query() -> None:
 
 def test_the_command_that_is_printed_is_quoted() -> None:
     """It is there to be pasted."""
-    assert ui_command("sqlite:////a b/mlflow.db").endswith("'sqlite:////a b/mlflow.db'")
+    assert ui_command(Path("a b")) == "python -m finetune.ui 'a b'"

@@ -223,12 +223,9 @@ def _is_http(scheme: str) -> bool:
     return scheme.lower() in ("http", "https")
 
 
-def ui_command(uri: str) -> str:
-    """Return the shell command that opens a store."""
-    if is_server(uri):
-        return f"open {uri}"
-    given = f'"${URI_VARIABLE}"' if MASK in uri else shlex.quote(uri)
-    return f"mlflow ui --backend-store-uri {given}"
+def ui_command(sweep: Path) -> str:
+    """Return the shell command that shows a sweep in MLflow."""
+    return f"python -m finetune.ui {shlex.quote(str(sweep))}"
 
 
 def sync_command(sweep: Path, uri: str) -> str:

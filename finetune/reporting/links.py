@@ -38,7 +38,7 @@ def find_links(results: Results) -> Links:
     sweep = f"{experiment}/runs/{quote(mirror.run_id, safe='')}" if mirror.run_id else experiment
     if mirror.view:
         sweep = f"{_find_root(mirror.uri)}/{mirror.view}"
-    command = None if is_server(mirror.uri) else ui_command(mirror.uri)
+    command = None if is_server(mirror.uri) else ui_command(results.folder)
     return Links(folders, runs, sweep, command)
 
 

@@ -28,6 +28,9 @@ NETWORK = (
     "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.beegfs", "fuse.rclone", "fuse.moosefs",
 )  # fmt: skip
 
+# The page of a model's training, not of prompts and traces; MLflow guesses otherwise.
+EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+
 
 def open_store(uri: str) -> MlflowClient:
     """Open the store, creating a SQLite file if missing; `uri` may be masked."""
@@ -77,7 +80,8 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=_artifacts(uri, name)))
+            place = _artifacts(uri, name)
+            return str(client.create_experiment(name, artifact_location=place, tags=EXPERIMENT))
         except MlflowException:  # another process made it in between
             found = client.get_experiment_by_name(name)
             if found is None:

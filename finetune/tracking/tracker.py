@@ -43,7 +43,7 @@ POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
 FLUSH_SECONDS = 10.0  # to wait for the store before the report is written, which links to it
 CLOSE_SECONDS = 20.0  # to wait for the store at the end of a sweep
-LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves
+LOCAL_UI = "http://127.0.0.1:5000"  # where `finetune.ui` serves
 
 
 class Tracker(Protocol):
@@ -147,7 +147,7 @@ class MlflowTracker:
         self._error: str | None = None
         self._thread = threading.Thread(target=self._keep_sending, daemon=True)
         self._thread.start()
-        self.open_command = ui_command(mirror.uri)
+        self.open_command = ui_command(path.parent)
 
     def follow(self, run: RunFolder) -> None:
         self._mirror.add(run, self._path)
@@ -172,9 +172,8 @@ class MlflowTracker:
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive() and self._error is None:
-            if self._mirror.view:
-                ui = "" if is_server(self._mirror.uri) else f"\nthen open {LOCAL_UI}"
-                self.open_command += f"{ui}/{self._mirror.view}"
+            if is_server(self._mirror.uri) and self._mirror.view:
+                self.open_command = f"{self._mirror.uri.rstrip('/')}/{self._mirror.view}"
             return None
         return (
             f"MLflow at {self._mirror.uri} is missing some data ({self._error or 'timed out'}); "
