@@ -68,6 +68,9 @@ def render_settings() -> str:
         parts.append(_table(section.name, value, comments[type(value).__name__]))
     mix = _table("data.mix.N", schema.SourceConfig(), comments["SourceConfig"])
     parts.append(f"## data.mix\n\nEach of several sources of rows, N from 0.\n\n{mix}")
+    parts.append(
+        f"## experiment\n\nSettings of several groups at once.\n\n{_options('experiment')}"
+    )
     folders = comments["Config"]
     rest = [one for one in fields(Config) if one.name in ("output_dir", "report_dir")]
     rows = [f"| `{one.name}` | `{one.default}` | {folders[one.name]} |" for one in rest]
@@ -111,14 +114,20 @@ def _options(group: str) -> str:
 
 def _option_values(file: Path) -> str:
     values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    values.pop("defaults", None)
+    chosen = [_chosen(one) for one in values.pop("defaults", []) if isinstance(one, dict)]
     if values.pop("dimensions", None):  # sizes of the base, a dozen
         values["dimensions"] = HOLE
     flat = [
         f"`{key}`, which must be typed" if value == UNSET else f"`{key}={_shown(value)}`"
         for key, value in schema.flatten(values)
     ]
-    return ", ".join(flat) or "the defaults below"
+    return ", ".join([*chosen, *flat]) or "the defaults below"
+
+
+def _chosen(line: dict[str, str]) -> str:
+    """Return an option that a file chooses in another group, as it would be typed."""
+    ((group, option),) = line.items()
+    return f"`{group.removeprefix('override ').lstrip('/')}={option}`"
 
 
 def _table(prefix: str, section: Any, comments: dict[str, str]) -> str:

@@ -45,7 +45,7 @@ from tests.trainings import CPU, TINY, random_examples
 LORA = LoraConfig(r=4, alpha=8)
 TRAINED_BY_TRL = [name for name in METHODS if name != "lora"]
 IDS = torch.arange(3, 33)[None]
-# The README's table is made of this: a method, a quantisation, and where it runs.
+# The table of docs/reference/methods.md: a method, a quantisation, and where it runs.
 ON_QUANTISED = [name for name in METHODS if name != "full"]
 MATRIX = [
     *((method, "none", "CPU, CUDA") for method in METHODS),
@@ -54,7 +54,7 @@ MATRIX = [
 
 
 def render_matrix() -> str:
-    """Return the README's table of what runs where."""
+    """Return the table of what runs where, as docs/reference/methods.md has it."""
     quantisations = list(dict.fromkeys(quantization for _, quantization, _ in MATRIX))
     places = {(method, quantization): where for method, quantization, where in MATRIX}
     rows = [
