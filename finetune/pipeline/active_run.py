@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from finetune.config.inputs import Inputs
 from finetune.config.schema import Config, flatten
-from finetune.data import dataset, templates
-from finetune.files import keep_regular, slug
+from finetune.data import templates
+from finetune.files import keep_regular
 from finetune.home import WORKER
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import name_dtype
@@ -118,14 +117,6 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     sections = ("model", "peft", "lora", "optimizer", "data", "training", "evaluation")
     params = flatten({name: settings[name] for name in sections})
     events.params({key: str(value) for key, value in params})
-    for source, rows in [] if job.config.training.is_skipped else dataset.read_sources(inputs.data):
-        events.dataset(
-            slug(Path(source.location).stem),
-            digest=source.digest,
-            source=source.location,
-            context="training",
-            rows=len(rows),
-        )
     events.artifact("config.yaml", "config")
     template = templates.load_template(job.config.data.prompt_template)
     if template.file_text is not None:

@@ -40,6 +40,7 @@ from finetune.models.kernels import liger_kernels
 from finetune.models.precision import compute_dtype, find_precision, pick_device
 from finetune.models.process_memory import is_out_of_memory
 from finetune.pipeline.active_run import ActiveRun, open_runs
+from finetune.pipeline.dataset_records import record_questions, record_rows
 from finetune.pipeline.identity import check_inputs, find_changes
 from finetune.pipeline.jobs import Job
 from finetune.pipeline.samples import NUM_SAMPLES, Sample, answer
@@ -230,6 +231,7 @@ def _train_once(runs: Sequence[ActiveRun], session: Session) -> None:
         # For the run's log, not for the screen.
         log.debug("%s", describe_first(spec.examples, _tokenizer(run, session)))
         run.folder.write_json("data.json", asdict(spec.examples.counts))
+        record_rows(run.events, run.inputs.data, spec.examples.counts)
     first = runs[0]
     precision = find_precision(first.config)
     rows = specs[0].examples.shortest_and_longest()
@@ -411,6 +413,7 @@ def _write_stored_scores(run: ActiveRun, session: Session) -> list[dict[str, Tas
     tasks = _tasks(run, session)
     tuned, *base = build_scorers(run.config, run.inputs, run.folder)
     scores = [tuned.read(tasks), base[0].read(tasks) if base else {}]
+    record_questions(run.events, tasks, scores[0], run.config.evaluation)
     keep_texts = run.config.evaluation.keep_texts
     write_scores(run.folder, scores[0], scores[1], tasks, keep_texts=keep_texts)
     return scores

@@ -47,7 +47,9 @@ def send_events(
         client.set_tag(run_id, metric_key(event["key"]), event["value"])
     for event in by_kind.get("dataset", []):
         source = json.dumps({"uri": event["source"]})
-        profile = json.dumps({"num_rows": event["rows"]})
+        further = event.get("profile")
+        counts = further if isinstance(further, dict) else {}
+        profile = json.dumps({"num_rows": event["rows"], **counts})
         digest = event["digest"][-36:]  # the longest that MLflow takes
         dataset = Dataset(event["name"], digest, "local", source, profile=profile)
         tags = [InputTag("mlflow.data.context", event["context"])]

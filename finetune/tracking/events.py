@@ -41,12 +41,12 @@ class EventLog:
     """Append every metric, parameter and state of a run to `events.jsonl` as it happens.
 
     One JSON object a line, its kind in `event`: metric (key, value, step, time), param and tag
-    (key, value), dataset (name, digest, source, context, rows), artifact (path, folder: relative
-    to the run's folder and to the artifact root), status (state, reason, time), worker (name, host:
-    of the process that has taken the run). Times are milliseconds since the epoch. A step, score,
-    parameter, tag or data set that the log already holds is not written again, so a resumed run has
-    each once. Each line has its writer's claim: of two processes that hold the run one after the
-    other, the later one's lines count.
+    (key, value), dataset (name, digest, source, context, rows, profile), artifact (path, folder:
+    relative to the run's folder and to the artifact root), status (state, reason, time), worker
+    (name, host: of the process that has taken the run). Times are milliseconds since the epoch. A
+    step, score, parameter, tag or data set that the log already holds is not written again, so a
+    resumed run has each once. Each line has its writer's claim: of two processes that hold the run
+    one after the other, the later one's lines count.
 
     Args:
         path: of the log.
@@ -105,9 +105,20 @@ class EventLog:
     def tag(self, key: str, value: str) -> None:
         self._write_once("tag", key=key, value=value)
 
-    def dataset(self, name: str, *, digest: str, source: str, context: str, rows: int) -> None:
+    def dataset(
+        self,
+        name: str,
+        *,
+        digest: str,
+        source: str,
+        context: str,
+        rows: int,
+        profile: Mapping[str, int] | None = None,
+    ) -> None:
+        """Record a data set: `rows` are those that the run uses, `profile` has further counts."""
         fields = {"name": name, "digest": digest, "source": source}
-        self._write_once("dataset", **fields, context=context, rows=rows)
+        more = {"profile": dict(profile)} if profile else {}
+        self._write_once("dataset", **fields, context=context, rows=rows, **more)
 
     def artifact(self, path: str, folder: str) -> None:
         self._write("artifact", path=path, folder=folder)

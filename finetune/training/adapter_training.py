@@ -41,6 +41,7 @@ from finetune.training.steps import (
     record_validation,
     save_step,
 )
+from finetune.training.system_metrics import SystemMetrics
 from finetune.training.trainer import Arguments
 from finetune.training.validation import Validations
 
@@ -87,6 +88,7 @@ class AdapterTraining:
         self.num_tokens = 0
         self.validations = Validations(self.arguments.early_stopping)
         self._timer = CheckpointTimer(self.arguments.checkpoint_minutes)
+        self._system = SystemMetrics(base.device)
         self._waiting: list[list[Example]] = []  # micro-batches of this step
         self._labels = 0  # in this step
         self._loss = 0.0  # of this step so far
@@ -201,6 +203,7 @@ class AdapterTraining:
         if overflows and self._scaler.get_scale() > LOWEST_SCALE:
             del logs["grad_norm"]
         record_step(self.spec.events, logs, self.step, self.num_steps)
+        self._system.record(self.spec.events, self.step)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if not overflows:

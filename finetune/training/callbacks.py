@@ -18,6 +18,7 @@ from finetune.training.steps import (
     record_step,
     record_validation,
 )
+from finetune.training.system_metrics import SystemMetrics
 from finetune.training.validation import Validations
 
 
@@ -40,6 +41,7 @@ class StepWatch(TrainerCallback):
         self._signals = signals
         self._events = events
         self._bar: tqdm[Any] | None = None
+        self._system: SystemMetrics | None = None
         self._has_timer = checkpoint_minutes is not None
         self._timer = CheckpointTimer(checkpoint_minutes)
 
@@ -76,6 +78,9 @@ class StepWatch(TrainerCallback):
         if _lowers_loss_scale(settings["optimizer"]):
             logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         record_step(self._events, logs, state.global_step, state.max_steps)
+        if self._system is None:
+            self._system = SystemMetrics(args.device)
+        self._system.record(self._events, state.global_step)
         assert self._bar is not None
         advance(self._bar, state.global_step - self._bar.n, [logs["loss"]])
 
