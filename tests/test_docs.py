@@ -48,7 +48,13 @@ from tests.test_methods import render_matrix
 register()
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-FENCE = re.compile(r"^( *)```(\w+)(.*)\n((?s:.*?))^ *```$", re.MULTILINE)
+WRITTEN = sorted(set(DOCS.rglob("*.md")) - {REFERENCE / name for name in PAGES})
+FENCE = re.compile(
+    r"""^(?:\ *<!--\ (?P<mark>.*)\ -->\n)?  # exit=2, skip="REASON", stdin="TEXT"
+    (?P<indent>\ *)```(?P<language>\w+)(?:\ title="(?P<file>[^"]+)")?\n
+    (?P<text>(?s:.*?))^\ *```$""",
+    re.MULTILINE | re.VERBOSE,
+)
 OURS = re.compile(r"[A-Z_]+=\S+ ")  # a variable before a command
 NEEDS_FILE = ("there is no file", "names no file")
 TINY = [
@@ -59,18 +65,13 @@ TINY = [
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, what stands beside it, and its text."""
+    """A fenced block of a page, the comment before it, and the file that it shows."""
 
     page: str
     language: str
-    mark: str  # title="FILE", exit=2, skip="REASON"
+    mark: str
+    file: str | None
     text: str
-
-    @property
-    def file(self) -> str | None:
-        """The name of the file that it shows."""
-        found = re.search(r'title="([^"]+)"', self.mark)
-        return found[1] if found else None
 
     @property
     def is_skipped(self) -> bool:
@@ -83,10 +84,12 @@ class Block:
 
 
 def read_blocks() -> Iterator[Block]:
-    for path in sorted(set(DOCS.rglob("*.md")) - {REFERENCE / name for name in PAGES}):
+    for path in WRITTEN:
         for found in FENCE.finditer(path.read_text(encoding="utf-8")):
-            text = "".join(line.removeprefix(found[1]) for line in found[4].splitlines(True))
-            yield Block(str(path.relative_to(DOCS)), found[2], found[3], text)
+            lines = found["text"].splitlines(keepends=True)
+            text = "".join(line.removeprefix(found["indent"]) for line in lines)
+            name, mark = str(path.relative_to(DOCS)), found["mark"] or ""
+            yield Block(name, found["language"], mark, found["file"], text)
 
 
 BLOCKS = list(read_blocks())
@@ -119,6 +122,8 @@ def test_there_is_something_to_check() -> None:
     assert shown - pages == {"howto/index.md", "howto/python.md"}
     assert len(LINES) > 40
     assert len(SNIPPETS) >= 2
+    fences = sum(path.read_text(encoding="utf-8").count("```") for path in WRITTEN)
+    assert fences == 2 * len(BLOCKS)
 
 
 @pytest.mark.parametrize(("block", "line"), LINES)

@@ -70,8 +70,8 @@ class ModelConfig:
     attn_implementation: str = "sdpa"  # sdpa, eager, or flash_attention_2 (3) where installed
     chat_template: str | None = setting(None, NEUTRAL)  # a .jinja file; null: the tokenizer's
     trust_remote_code: bool = False  # run Python code that comes with a hub model
-    adapter: str | None = setting(None, NEUTRAL)  # folder of a saved one; only with training=none
-    dimensions: dict[str, Any] = field(  # of its config, for finetune.memory
+    adapter: str | None = setting(None, NEUTRAL)  # a saved adapter's folder; only training=none
+    dimensions: dict[str, Any] = field(  # sizes of its config, for finetune.memory
         default_factory=dict, metadata={NEUTRAL: True}
     )
 
@@ -143,9 +143,9 @@ class DataConfig:
     )
     num_examples: int | None = None  # rows drawn by training.data_seed; null takes all
     validation_fraction: float = 0.0  # share of the drawn rows held out for a validation loss
-    validation_path: str | None = None  # rows for it, instead of a share; as data.path
+    validation_path: str | None = None  # validation rows, instead of a share; as data.path
     heldout_fraction: float = 0.0  # share of all rows for evaluation=heldout alone, in any run
-    prompt_template: str = setting("alpaca", NEUTRAL)  # or chat (messages), text, a .jinja file
+    prompt_template: str = setting("alpaca", NEUTRAL)  # alpaca, chat (messages), text, FILE.jinja
     mask_prompt: bool = True  # learn the response only; no effect on prompt_template=text
     long_text: str = "split"  # texts over training.max_length: split into pieces, or cut; only text
     mask_empty_think: bool = False  # learn no <think></think> without a thought; only chat
@@ -213,10 +213,10 @@ class TrainingConfig:
     device: str = setting("auto", NEUTRAL)  # auto (a GPU where there is one), cuda, cpu
     precision: str = setting("auto", NEUTRAL)  # autocast: auto (the compute type), fp32, bf16, fp16
     checkpoint_every: int = setting(50, NEUTRAL, PER_RUN)  # optimizer steps between checkpoints
-    checkpoint_minutes: float | None = setting(None, NEUTRAL, PER_RUN)  # also after this time
+    checkpoint_minutes: float | None = setting(None, NEUTRAL, PER_RUN)  # also after so many minutes
     keep_checkpoints: int = setting(1, NEUTRAL, PER_RUN)  # newest checkpoints that are kept
-    validate_every: int | None = None  # optimizer steps; null: an epoch. The last one is
-    # always validated; no effect without rows to validate on
+    validate_every: int | None = None  # optimizer steps between validations; null: an epoch. The
+    # last step is always validated; no effect without rows to validate on
     early_stopping: int | None = None  # validations in a row without a lower loss, which end it;
     # the adapter of the lowest loss is kept. null: never, and the last one is kept
     seed: int = setting(42, PER_RUN)  # adapter initialisation, dropout
@@ -246,8 +246,8 @@ class EvaluationConfig:
     # default; a task that is 0-shot by definition stays so
     limit: float | None = None  # first questions of each task, of each subject (mmlu), or below 1
     # their share; null: all
-    batch_tokens: int | None = None  # in one forward pass; null takes what free memory allows
-    dtype: str = "auto"  # auto: the model's; fp32, bf16, fp16: changed answers are counted
+    batch_tokens: int | None = None  # tokens in one pass of scoring; null: as memory allows
+    dtype: str = "auto"  # of scoring: the model's; fp32, bf16, fp16: changed answers are counted
     base: bool = True  # score the base model too
     chat_template: bool = False  # render questions with the tokenizer's chat template
     fewshot_as_multiturn: bool = True  # few-shot examples as turns of it; false: in one turn
@@ -273,8 +273,8 @@ class TrackingConfig:
     """The MLflow store of the runs."""
 
     uri: str | None = None  # store or server; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db
-    experiment: str | None = None  # null: MLFLOW_EXPERIMENT_NAME, else finetune
-    enabled: bool = True  # false: only the runs' files
+    experiment: str | None = None  # MLflow's; null: MLFLOW_EXPERIMENT_NAME, else finetune
+    enabled: bool = True  # false: nothing is sent to MLflow
 
 
 @dataclass
@@ -294,17 +294,17 @@ class WorkersConfig:
     """The processes that run a sweep, each on its own GPUs; no setting here changes a result."""
 
     launch: str = "local"  # local (processes here), slurm (an array of jobs), ray (tasks)
-    num: int | None = None  # null: one a visible GPU, one on a CPU; slurm: one a run, at most 8
+    num: int | None = None  # workers; null: one a GPU, one on a CPU; slurm: one a run, at most 8
     threads: int | None = None  # CPU threads of each; null: its share of the cores
     gpus_per_worker: int = 1  # above 1 a run is trained by that many processes (DDP)
     stop_after: str | None = None  # 90m, 3h: then save, and end with exit code 75; null: never
     join: bool = False  # take runs of this command's sweep that runs elsewhere
-    partition: str | None = None  # of Slurm; null: the cluster's default
-    account: str | None = None  # of Slurm; null: the user's default
+    partition: str | None = None  # Slurm's partition; null: the cluster's default
+    account: str | None = None  # Slurm's account; null: the user's default
     time: str | None = None  # wall clock of a Slurm job, such as 4:00:00; it is requeued after it
-    gres: str | None = None  # of Slurm; null: gpu:N by gpus_per_worker, none on a CPU
+    gres: str | None = None  # Slurm's gres; null: gpu:N by gpus_per_worker, none on a CPU
     extra: list[str] = field(default_factory=list)  # more options of sbatch: [--mem=32G]
-    address: str | None = None  # of a Ray cluster; null: RAY_ADDRESS, else a new one here
+    address: str | None = None  # a Ray cluster's; null: RAY_ADDRESS, else a new one here
 
     @property
     def is_elsewhere(self) -> bool:
