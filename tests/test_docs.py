@@ -32,6 +32,7 @@ from docs.generate import (
     render_settings,
 )
 from finetune import api
+from finetune.__main__ import main
 from finetune.commands import COMMANDS
 from finetune.config import rules
 from finetune.config.command_line import is_multirun, read_command_line
@@ -56,6 +57,10 @@ FENCE = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 OURS = re.compile(r"[A-Z_]+=\S+ ")  # a variable before a command
+COMPLETION = 'eval "$(finetune -sc install=bash)"'
+SHOWS = re.compile(
+    r"python -m finetune\.(preview|memory|cache)\b(?!.*(qwen3_tiny|--remove|\.\.\.))"
+)
 NEEDS_FILE = ("there is no file", "names no file")
 TINY = [
     "model=tiny", "data.num_examples=16", "evaluation.limit=8", "training.max_steps=2",
@@ -184,6 +189,32 @@ def parse(module: str, words: list[str]) -> Any:
     return parsed.value.args[0]
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page} {block.language}")
+def test_no_command_is_left_out(block: Block) -> None:
+    """Other commands are targets of the Makefile, complete words, or say why they are not run."""
+    if block.language != "bash" or block.is_skipped:
+        return
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in block.text.splitlines():
+        target = re.fullmatch(r"make ([a-z-]+)(?: && \. \.venv/bin/activate)?", line)
+        is_target = target is not None and f"\n{target[1]}:" in makefile
+        assert (
+            is_target or OURS.sub("", line).startswith("python -m finetune") or line == COMPLETION
+        )
+
+
+def test_the_shell_completes_words(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """What the page has one put into ~/.bashrc registers `finetune`, and Tab knows settings."""
+    monkeypatch.setattr(sys, "argv", ["finetune", "-sc", "install=bash"])
+    main()
+    assert "-F hydra_bash_completion finetune" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["finetune", "-sc", "query=bash"])
+    monkeypatch.setenv("COMP_LINE", "finetune training.ba")
+    monkeypatch.setenv("COMP_POINT", "20")
+    main()
+    assert "training.batch_size=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.page)
 def test_a_snippet_uses_what_there_is(block: Block) -> None:
     """Python snippets compile, and take public names of the package."""
@@ -304,6 +335,18 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
             assert done.returncode == (2 if "exit=2" in block.mark else 0), done.stderr
     assert (tmp_path / "multirun_reports" / "first" / "report.html").is_file()
     assert (tmp_path / "exports" / "first" / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_commands_that_only_show_something_run(files: Path) -> None:
+    """Previews of the example rows, memory and cache, as they stand on the pages."""
+    shown = {line for block in BLOCKS for line in block.commands() if SHOWS.match(line)}
+    assert len(shown) >= 4
+    for line in sorted(shown):
+        words = shlex.split(line, comments=True)[1:]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=files)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
 
 
 @pytest.mark.slow
