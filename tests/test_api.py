@@ -465,7 +465,7 @@ def test_a_prompt_is_tokenised_as_in_training(
     data = replace(trained.config.data, prompt_template=template)
     trained = replace(trained, config=replace(trained.config, data=data))
     tokenizer = trained.load_tokenizer()
-    (voice,) = conversation._build_voices([trained])
+    (voice,) = conversation.build_voices([trained])
     fields = text if isinstance(text, dict) else {voice.fields[0]: text}
     asked = [*voice.turns(fields), Turn("assistant", "")]
     shown = conversation.render_prompt(trained, text)

@@ -250,7 +250,7 @@ def test_groups_resume_bit_for_bit_also_when_smaller(tmp_path: Path) -> None:
         pass
 
     def count_steps(values: Mapping[str, float], step: int) -> None:
-        if next(steps) == 3:
+        if "train/loss" in values and next(steps) == 3:
             raise Killed
 
     specs[2].events.metrics = count_steps  # type: ignore[method-assign]

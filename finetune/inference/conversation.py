@@ -222,7 +222,7 @@ def load(runs: Sequence[Trained]) -> Conversation:
         Refused: the runs do not share a base.
     """
     _check_together(runs)
-    voices = _build_voices(runs)
+    voices = build_voices(runs)
     if runs[0].is_full:
         return Conversation(runs[0].load_base(), runs[0].load_tokenizer(), voices)
     with ExitStack() as stack:
@@ -265,7 +265,7 @@ def render_prompt(run: Trained, given: str | Mapping[str, Any]) -> str:
     Raises:
         Refused: its template asks for other fields.
     """
-    (voice,), tokenizer = _build_voices([run]), run.load_tokenizer()
+    (voice,), tokenizer = build_voices([run]), run.load_tokenizer()
     fields = {voice.fields[0]: given} if isinstance(given, str) else dict(given)
     needed = ", ".join(voice.fields)
     if set(voice.fields) - fields.keys():
@@ -295,7 +295,7 @@ def _check_together(runs: Sequence[Trained]) -> None:
             raise Refused([f"{pair} are {' and '.join(methods)}; chat with each method alone"])
 
 
-def _build_voices(runs: Sequence[Trained]) -> list[Voice]:
+def build_voices(runs: Sequence[Trained]) -> list[Voice]:
     """Name each run as its folder, or where two are called alike as their paths."""
     counts = Counter(run.name for run in runs)
     voices = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import name_dtype
 from finetune.pipeline.identity import check_inputs, describe_environment, find_inputs
 from finetune.pipeline.jobs import Job
+from finetune.tracking.champion import FIELDS_TAG
 from finetune.tracking.claims import Claim, ClaimLost
 from finetune.tracking.events import EventLog, State
 from finetune.tracking.run_folder import RunFolder, Status
@@ -119,6 +121,11 @@ def _describe(job: Job, inputs: Inputs, folder: RunFolder, events: EventLog) -> 
     events.params({key: str(value) for key, value in params})
     events.artifact("config.yaml", "config")
     template = templates.load_template(job.config.data.prompt_template)
+    fields = {
+        "required": [n for n in template.required if n != "output"],
+        "optional": [n for n in template.optional if n != "output"],
+    }
+    events.tag(FIELDS_TAG, json.dumps(fields))
     if template.file_text is not None:
         folder.write_text(folder.prompt_template.name, template.file_text)
         events.artifact(folder.prompt_template.name, "config")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.store_address import masked
+from finetune.tracking.artifact_links import send_folder
 from finetune.tracking.item_tables import send_item_tables
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def send_events(
         if Path(path).is_absolute() or ".." in Path(path).parts:  # of somebody else's run
             raise ValueError(f"{folder}: its events name the artifact {path}, outside of the run")
         if local.is_dir():
-            client.log_artifacts(run_id, str(local), target)
+            send_folder(client, run_id, local, target)
             if path == EVALUATION:
                 send_item_tables(client, run_id, folder)
         elif local.exists():

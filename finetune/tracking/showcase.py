@@ -1,4 +1,4 @@
-"""Register a sweep's best adapter in MLflow as champion, and save a chart view of its runs.
+"""Save a chart view of a sweep's runs in MLflow.
 
 The view's format is internal to MLflow's UI (as of 3.17); another UI shows the same runs by the
 filter alone.
@@ -15,24 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-ALIAS = "champion"
-
-
-def register_champion(client: MlflowClient, name: str, run_id: str, artifact: str) -> None:
-    """Register a run's adapter or model under the sweep's name, once, with the alias champion."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    versions = client.search_model_versions(f"name = '{name}'")
-    known = next((v.version for v in versions if v.run_id == run_id), None)
-    source = f"runs:/{run_id}/{artifact}"
-    version = known or client.create_model_version(name, source, run_id).version
-    client.set_registered_model_alias(name, ALIAS, str(version))
 
 
 def save_view(client: MlflowClient, run_id: str, sweep: str, state: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.tracking.champion import Champion, register_champion
 from finetune.tracking.event_sending import END_STATES, create_run, metric_key
 from finetune.tracking.mirror import Mirror
-from finetune.tracking.showcase import build_view, register_champion, save_view
+from finetune.tracking.showcase import build_view, save_view
 from finetune.tracking.sweep_summary import BaseRun
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def send_summary(client: MlflowClient, mirror: Mirror, started: int) -> None:
     if summary.metrics:
         view = build_view(mirror.name, mirror.swept, summary.metrics, summary.lowest_first)
         mirror.view = save_view(client, mirror.run_id, mirror.name, view)
-    _send_champion(client, mirror)
+    _send_champion(client, mirror, runs)
     mirror.described = summary
 
 
@@ -106,12 +107,17 @@ def _send_base(
     _send_numbers(client, run, base.scores)
 
 
-def _send_champion(client: MlflowClient, mirror: Mirror) -> None:
-    champion = mirror.children.get(mirror.summary.champion or "")
-    if champion is not None and champion.run_id is not None:
-        for artifact in ("adapter", "model"):
-            if (Path(champion.path) / artifact).exists():
-                register_champion(client, mirror.name, champion.run_id, artifact)
+def _send_champion(client: MlflowClient, mirror: Mirror, runs: Mapping[str, Run]) -> None:
+    child = mirror.children.get(mirror.summary.champion or "")
+    run = runs.get(child.run_id or "") if child is not None else None
+    if child is None or run is None:
+        return
+    folder = Path(child.path)
+    for artifact in ("adapter", "model"):
+        if (folder / artifact).exists():
+            run_id, tags = run.info.run_id, run.data.tags
+            champion = Champion(mirror.name, run_id, folder, artifact, tags)
+            register_champion(client, champion, mirror.summary)
 
 
 def send_report(client: MlflowClient, run_id: str, folder: Path) -> None:
