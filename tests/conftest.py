@@ -22,6 +22,9 @@ from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.models.base_model import find_model, load_tokenizer
 from finetune.pipeline.jobs import Job
 
+# pytest-xdist sets it in its workers; tables and texts would be as narrow as that terminal.
+os.environ.pop("COLUMNS", None)
+
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -19,6 +19,7 @@ from finetune.models.base_model import (
     load_config,
     load_tokenizer,
 )
+from finetune.models.compatibility import HTTPError
 from finetune.models.precision import compute_dtype
 from finetune.pipeline import preflight
 from finetune.pipeline.preflight import find_row_problems
@@ -104,10 +105,9 @@ def test_a_missing_model_is_told_with_where_it_was_looked_for(
     path: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line says what was looked for and where."""
-    import httpx2
 
     def down(*_: object, **__: object) -> None:
-        raise httpx2.ConnectError("no route")
+        raise HTTPError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", down)
     with pytest.raises(FileNotFoundError, match=message) as caught:

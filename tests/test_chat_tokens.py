@@ -131,10 +131,16 @@ def test_tools_and_calls_are_used_as_the_stock_template_uses_them(
 ) -> None:
     """Arguments that are JSON text are not quoted once more; what is not used is named."""
     with_template(tokenizer, name)
-    expected: Any = tokenizer.apply_chat_template(
-        calling({"metres": 2}), tools=[TOOL], chat_template=in_force(tokenizer), return_dict=True,
-        return_assistant_tokens_mask=name in TRAINING,
-    )  # fmt: skip
+    messages = calling({"metres": 2})
+    settings: dict[str, Any] = {
+        "tools": [TOOL], "chat_template": in_force(tokenizer), "return_dict": True,
+        "return_assistant_tokens_mask": name in TRAINING,
+    }  # fmt: skip
+    try:
+        expected: Any = tokenizer.apply_chat_template(messages, **settings)
+    except TypeError:  # of transformers below 5.23, where a turn has calls and no content
+        empty = [{**turn, "content": turn["content"] or ""} for turn in messages]
+        expected = tokenizer.apply_chat_template(empty, **settings)
     for arguments in ({"metres": 2}, '{"metres": 2}'):
         encoded = encode(calling(arguments), tokenizer, tools=[TOOL])
         assert encoded.tokens == expected["input_ids"]

@@ -113,7 +113,9 @@ def test_the_trainer_keeps_flash_sequences_apart(
 ) -> None:
     """A kernel that does not find them is caught by the check, and batches are padded."""
     if not packed:
-        monkeypatch.setattr(modeling_flash_attention_utils, "_is_packed_sequence", lambda *_: False)
+        monkeypatch.setattr(
+            modeling_flash_attention_utils, "_is_packed_sequence", lambda *_, **__: False
+        )
     found = {}
     for name, model in (("flash", FLASH), ("sdpa", TINY)):
         run, base = RunFolder(tmp_path / name), load(model)

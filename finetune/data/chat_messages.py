@@ -16,7 +16,7 @@ from finetune.data.turns import Turn, Unusable
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython", "function")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for the same
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names for the same
 SPEECH = ("tool_calls", "function_call", *REASONING)  # stand for an answer's content
 LEARNS = ("weight", "train", "training")  # OpenAI's name and Axolotl's two
 
@@ -184,3 +184,17 @@ def with_joined_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 def begins_with_system(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the first two turns are a system's and a user's."""
     return [one["role"] for one in messages[:2]] in (["system", "user"], ["developer", "user"])
+
+
+def with_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Name each turn's reasoning as templates read it, as transformers does from 5.23 on.
+
+    Most read `reasoning_content`, that of gpt-oss reads `thinking`.
+    """
+    named: list[dict[str, Any]] = []
+    for turn in messages:
+        reasoning = next((turn[name] for name in REASONING if turn.get(name) is not None), None)
+        if reasoning is not None:
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+        named.append(turn)
+    return named

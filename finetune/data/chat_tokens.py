@@ -70,7 +70,7 @@ class Chat:
     def _apply(self, messages: Sequence[Message], **settings: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                chat_messages.with_reasoning(messages),
                 tools=self.tools,
                 chat_template=self.template.text,
                 **{**self.settings, **settings},

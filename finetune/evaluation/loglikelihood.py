@@ -42,6 +42,7 @@ from finetune.evaluation.text_requests import answer_texts
 from finetune.models.adapters import base_of, foldable_layers, folded
 from finetune.models.attention import attention_in, find_obstacle
 from finetune.models.base_model import autocast_dtype, autocast_to, cast_parameters, head_on_rows
+from finetune.models.compatibility import cache_argument
 from finetune.models.process_memory import is_out_of_memory
 from finetune.models.quantization import is_castable
 from finetune.substitution import substituted
@@ -354,9 +355,9 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         ids, at, places = (
             torch.tensor(one, device=self.device) for one in ([tokens], [positions], list(rows))
         )
-        kept = (
-            {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        )
+        kept: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            kept[cache_argument(base_of(self.model))] = cache
         with torch.inference_mode(), head_on_rows(head, places), autocast:
             logits: torch.Tensor = self.model(input_ids=ids, position_ids=at, **kept).logits[0]
         return logits

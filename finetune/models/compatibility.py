@@ -1,7 +1,7 @@
 """Where releases of a library differ within the ranges of pyproject.toml, bridged in one place.
 
-transformers 5.22 renamed gradient checkpointing to activation checkpointing; huggingface_hub 2
-moved from httpx to its successor httpx2.
+transformers 5.22 renamed gradient checkpointing to activation checkpointing, and 5.24
+`past_key_values` to `cache`; huggingface_hub 2 moved from httpx to its successor httpx2.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def attend_by_varlen(
     attended = _varlen(query, key, value, *sequences, scale=scale, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor)
     return attended
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which a model takes its cache: `past_key_values` before 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

@@ -59,11 +59,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_unused_gpu() -> str | None:
-    """Return why torch does not see a GPU that the machine has; None where it has none to hide."""
+    """Return why auto leaves a GPU unused that the machine has; None where there is none to use."""
     if torch.cuda.is_available() or devices.are_hidden(os.environ):
         return None
-    gpus = devices.list_gpus()
-    return devices.describe_missing(os.environ, gpus, torch.version.cuda) if gpus else None
+    if not (gpus := devices.list_gpus()):
+        return None
+    why = devices.describe_missing(os.environ, gpus, torch.version.cuda)
+    return f"training.device=auto trains on the CPU: {why}"
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -27,6 +27,7 @@ from finetune.models import adapters, base_model, devices, kernels, quantization
 from finetune.models.chat_templates import read_chat_template
 from finetune.models.precision import (
     compute_dtype,
+    describe_unused_gpu,
     find_precision,
     find_precision_problems,
     pick_device,
@@ -37,6 +38,7 @@ from finetune.pipeline.identity import find_inputs
 from finetune.pipeline.jobs import CheckedJob
 from finetune.pipeline.scores import build_scorers, forecasts, is_done
 from finetune.pipeline.session import Session, base_key
+from finetune.pipeline.tested_versions import describe_untested
 from finetune.pipeline.training_speed import find_row_seconds, rows_per_step
 from finetune.problems import first_line, nearest
 from finetune.statistics.objective import Objective
@@ -58,6 +60,7 @@ def prepare(config: Config, session: Session | None = None) -> CheckedJob:
         session: what is loaded already; None begins with nothing.
     """
     session, is_elsewhere = session or Session(), config.workers.is_elsewhere
+    session.warn_once(describe_untested)
     problems = find_problems(config)
     wrong = {problem.partition(".")[0] for problem in problems}
     for check, sections in CHECKS.items():
@@ -174,7 +177,7 @@ def _find_optimizer_problems(config: Config, _: Session) -> list[str]:
 
 def _find_device_problems(config: Config, session: Session) -> list[str]:
     if config.training.device == "auto":
-        session.warn_of_unused_gpu()
+        session.warn_once(describe_unused_gpu)
     if config.training.device == "cuda" and not torch.cuda.is_available():
         why = devices.describe_missing(os.environ, devices.list_gpus(), torch.version.cuda)
         return [f"training.device is cuda, and {why}, or set training.device=auto for the CPU"]

@@ -27,7 +27,6 @@ from finetune.evaluation.local_data import find_file_digests
 from finetune.evaluation.task_folder import find_contents
 from finetune.evaluation.tasks import BuildOwn, LoadedTask, load_task
 from finetune.models import base_model
-from finetune.models.precision import describe_unused_gpu
 from finetune.models.shape import Shape, describe_shape
 from finetune.pipeline import samples
 from finetune.pipeline.finished_runs import FinishedRuns
@@ -76,7 +75,7 @@ class Session:
         self._row_problems: Kept[list[str]] = Kept(64)
         self._obstacles: Kept[str | None] = Kept(1)
         self._answers: Kept[list[str]] = Kept(1)
-        self._unused_gpus: Kept[str | None] = Kept(1)
+        self._warnings: Kept[str | None] = Kept(8)
         self.finished_runs = FinishedRuns()
 
     def base(self, config: Config, inputs: Inputs) -> PreTrainedModel:
@@ -269,15 +268,15 @@ class Session:
 
         return self._obstacles.get((*base_key(config, inputs), list(rows)), look)
 
-    def warn_of_unused_gpu(self) -> None:
-        """Warn once where the machine has a GPU that the installed torch does not see."""
+    def warn_once(self, find: Callable[[], str | None]) -> None:
+        """Log what there is to warn of, at the first call with a function; None is nothing."""
 
         def look() -> str | None:
-            if (why := describe_unused_gpu()) is not None:
-                log.warning("training.device=auto trains on the CPU: %s", why)
-            return why
+            if (text := find()) is not None:
+                log.warning(text)
+            return text
 
-        self._unused_gpus.get("looked", look)
+        self._warnings.get(find, look)
 
     def base_answers(
         self, config: Config, inputs: Inputs, prompts: Sequence[Sequence[int]]
