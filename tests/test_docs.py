@@ -44,7 +44,6 @@ from finetune.reporting.rows import list_columns
 from finetune.signals import STOPPED_BY_MACHINE, STOPPED_BY_PERSON
 from finetune.sweeps.grid import compose_grid
 from finetune.tracking.events import FIELDS
-from tests.test_methods import render_matrix
 
 register()
 ROOT = Path(__file__).parents[1]
@@ -257,11 +256,6 @@ def test_every_setting_is_explained() -> None:
             assert f"| `{section.name}.{key.name}` |" in page
     for option in conf_dir().glob("*/*.yaml"):
         assert f"`{option.parent.name}={option.stem}`" in page
-
-
-def test_the_table_of_methods_is_that_of_the_tests() -> None:
-    """What runs where is what is tested."""
-    assert render_matrix() in (REFERENCE / "methods.md").read_text(encoding="utf-8")
 
 
 def test_a_setting_without_effect_says_so() -> None:

@@ -69,6 +69,12 @@ def render_matrix() -> str:
     )
 
 
+def test_the_docs_have_the_table_of_methods() -> None:
+    """What runs where is what is tested."""
+    page = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
+    assert render_matrix() in page.read_text(encoding="utf-8")
+
+
 def fresh(method: str, steps: int = 1) -> PreTrainedModel | PeftModel:
     """Return the tiny model with what the method trains, as the pipeline makes it."""
     base = load_base(TINY, find_model(TINY), torch.device("cpu"))
