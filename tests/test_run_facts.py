@@ -90,8 +90,14 @@ def test_the_page_has_them_and_the_links(tmp_path: Path) -> None:
     write_report(folder)
     page = (folder / "report.html").read_text()
     assert 'href="../run-0/"' in page
-    assert 'href="https://mlflow.example/x/#/experiments/7/runs/a%22b"' in page
-    assert 'href="https://mlflow.example/x/#/experiments/7/runs/parent"' in page
+    assert (
+        'href="https://mlflow.example/x/#/experiments/7/runs/a%22b?workflowType=machine_learning"'
+        in page
+    )
+    assert (
+        'href="https://mlflow.example/x/#/experiments/7/runs/parent?workflowType=machine_learning"'
+        in page
+    )
     assert "secret" not in page
     assert "<dt>model<dd>a/model, bf16" in page
     assert "- model: a/model, bf16" in (folder / "report.md").read_text()

@@ -42,7 +42,7 @@ def test_the_last_sweeps_store_is_in_force(tmp_path: Path) -> None:
     assert shown.mirror.name == "new"
     assert shown.pages() == {
         "charts": "#/experiments/1/runs?workflowType=machine_learning",
-        "sweep": "#/experiments/1/runs/ab",
+        "sweep": "#/experiments/1/runs/ab?workflowType=machine_learning",
     }
 
 

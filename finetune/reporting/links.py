@@ -9,6 +9,7 @@ from finetune.config.store_address import is_server, ui_command
 from finetune.files import Damaged
 from finetune.reporting.results import Results
 from finetune.tracking.mirror import Mirror
+from finetune.tracking.tracked_sweep import TRAINING
 from finetune.tracking.tracker import LOCAL_UI
 
 
@@ -31,11 +32,13 @@ def find_links(results: Results) -> Links:
         return Links(folders, {}, None, None)
     experiment = f"{_find_root(mirror.uri)}/#/experiments/{quote(mirror.experiment_id, safe='')}"
     runs = {
-        name: f"{experiment}/runs/{quote(child.run_id, safe='')}"
+        name: f"{experiment}/runs/{quote(child.run_id, safe='')}?{TRAINING}"
         for name, child in mirror.children.items()
         if child.run_id
     }
-    sweep = f"{experiment}/runs/{quote(mirror.run_id, safe='')}" if mirror.run_id else experiment
+    sweep = f"{experiment}/runs?{TRAINING}"
+    if mirror.run_id:
+        sweep = f"{experiment}/runs/{quote(mirror.run_id, safe='')}?{TRAINING}"
     if mirror.view:
         sweep = f"{_find_root(mirror.uri)}/{mirror.view}"
     command = None if is_server(mirror.uri) else ui_command(results.folder)

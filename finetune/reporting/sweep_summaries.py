@@ -40,7 +40,7 @@ def _describe(results: Results) -> str:
     command = f"python -m finetune {shlex.join(results.record.command)}".rstrip()
     multirun = " --multirun" if results.record.swept else ""
     report = "The report is among the artifacts: `report/report.html`."
-    return f"{verdict(results)}\n\n    {command}{multirun}\n\n{report}"
+    return f"{verdict(results)}\n\n`{command}{multirun}`\n\n{report}"
 
 
 def _total(results: Results) -> Numbers:

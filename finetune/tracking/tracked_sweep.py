@@ -24,6 +24,7 @@ from finetune.problems import Refused
 from finetune.tracking.mirror import Mirror
 
 MIRROR = "mlflow.json"
+TRAINING = "workflowType=machine_learning"  # the pages of a model's training, not of prompts
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class TrackedSweep:
         if self.mirror is None or self.mirror.experiment_id is None:
             return {"experiments": "#/experiments"}
         experiment = f"#/experiments/{quote(self.mirror.experiment_id, safe='')}"
-        runs = f"{experiment}/runs?workflowType=machine_learning"
+        runs = f"{experiment}/runs?{TRAINING}"
         found = {"charts": self.mirror.view or runs}
         if self.mirror.run_id is not None:
-            found["sweep"] = f"{experiment}/runs/{quote(self.mirror.run_id, safe='')}"
+            found["sweep"] = f"{experiment}/runs/{quote(self.mirror.run_id, safe='')}?{TRAINING}"
         return found
 
 
