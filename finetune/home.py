@@ -15,10 +15,10 @@ from finetune.problems import Refused
 
 ROOM_BYTES = 2**16  # free space that a folder must have
 CACHE_PARTS = {
-    "models": "converted model",
+    "models": "model",
     "tokens": "tokenised rows",
-    "evaluations": "scores of base models",
-    "speeds": "measured speeds",
+    "evaluations": "base scores",
+    "speeds": "speeds",
     "finished": "records of finished jobs",
     "javascript": "code of charts",
 }
