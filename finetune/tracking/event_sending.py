@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ END_STATES = {
 }  # fmt: skip
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones without a word
 EVALUATION = "evaluation"  # the artifact of a run's scores
-METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's own limits
+METRICS_A_CALL, PARAMS_A_CALL, TAGS_A_CALL = 1000, 100, 100  # MLflow's own limits
 
 
 def send_events(
@@ -44,8 +44,7 @@ def send_events(
     ]
     for start in range(0, len(metrics), METRICS_A_CALL):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
-    for event in by_kind.get("tag", []):
-        client.set_tag(run_id, metric_key(event["key"]), event["value"])
+    send_tags(client, run_id, {metric_key(e["key"]): e["value"] for e in by_kind.get("tag", [])})
     for event in by_kind.get("dataset", []):
         source = json.dumps({"uri": event["source"]})
         further = event.get("profile")
@@ -70,24 +69,37 @@ def send_events(
         _send_status(client, run_id, by_kind["status"][-1])
 
 
-def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
-    """Send each parameter once; a changed value goes into a tag, since MLflow's never change."""
+def send_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags in few calls: one may take a server half a second, which checks a password each."""
+    from mlflow.entities import RunTag
+
+    found = [RunTag(key, value) for key, value in tags.items()]
+    for start in range(0, len(found), TAGS_A_CALL):
+        client.log_batch(run_id, tags=found[start : start + TAGS_A_CALL])
+
+
+def send_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    """Set parameters that a run does not have yet, in few calls."""
     from mlflow.entities import Param
 
+    found = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(found), PARAMS_A_CALL):
+        client.log_batch(run_id, params=found[start : start + PARAMS_A_CALL])
+
+
+def _send_params(client: MlflowClient, run_id: str, events: Sequence[dict[str, Any]]) -> None:
+    """Send each parameter once; a changed value goes into a tag, since MLflow's never change."""
     stored = client.get_run(run_id).data.params
     params = {metric_key(event["key"]): _shortened(event["value"]) for event in events}
     drift = [f"{k}: {stored[k]} -> {v}" for k, v in params.items() if stored.get(k, v) != v]
     if drift:
         client.set_tag(run_id, "param_drift", "; ".join(drift)[:4000])
-    fresh = [Param(key, value) for key, value in params.items() if key not in stored]
-    for start in range(0, len(fresh), PARAMS_A_CALL):
-        client.log_batch(run_id, params=fresh[start : start + PARAMS_A_CALL])
+    send_params(client, run_id, {key: v for key, v in params.items() if key not in stored})
 
 
 def _send_status(client: MlflowClient, run_id: str, event: dict[str, Any]) -> None:
-    client.set_tag(run_id, "finetune.state", event["state"])
-    if event["reason"]:
-        client.set_tag(run_id, "finetune.reason", event["reason"][:4000])
+    reason = {"finetune.reason": event["reason"][:4000]} if event["reason"] else {}
+    send_tags(client, run_id, {"finetune.state": event["state"], **reason})
     if event["state"] == "running":
         client.update_run(run_id, status="RUNNING")
     else:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.tracking.champion import Champion, register_champion
-from finetune.tracking.event_sending import END_STATES, create_run, metric_key
+from finetune.tracking.event_sending import (
+    END_STATES,
+    create_run,
+    metric_key,
+    send_params,
+    send_tags,
+)
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.showcase import build_view, save_view
 from finetune.tracking.sweep_summary import BaseRun
@@ -49,8 +55,7 @@ def send_summary(client: MlflowClient, mirror: Mirror, started: int) -> None:
     for name, base in summary.bases.items():
         _send_base(client, mirror, (name, base), known.get(name), started)
     tags = {**summary.tags, **({NOTE: summary.note} if summary.note else {})}
-    for key, value in tags.items():
-        client.set_tag(mirror.run_id, key, value)
+    send_tags(client, mirror.run_id, tags)
     if summary.metrics:
         view = build_view(mirror.name, mirror.swept, summary.metrics, summary.lowest_first)
         mirror.view = save_view(client, mirror.run_id, mirror.name, view)
@@ -98,8 +103,7 @@ def _send_base(
         }  # fmt: skip
         run_id = create_run(client, str(mirror.experiment_id), name, tags, started)
         run = client.get_run(run_id)
-        for key, value in base.params.items():
-            client.log_param(run_id, key, value)
+        send_params(client, run_id, base.params)
         ended = started + int(base.seconds * 1000)
         client.set_terminated(run_id, END_STATES["finished"], end_time=ended)
     elif run.data.tags.get("mlflow.parentRunId") != mirror.run_id:  # its parent was made anew

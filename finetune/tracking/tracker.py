@@ -42,7 +42,7 @@ log = logging.getLogger("finetune")
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is down
 FLUSH_SECONDS = 10.0  # to wait for the store before the report is written, which links to it
-CLOSE_SECONDS = 20.0  # to wait for the store at the end of a sweep
+CLOSE_SECONDS = 60.0  # to wait for the store at the end of a sweep
 LOCAL_UI = "http://127.0.0.1:5000"  # where `finetune.ui` serves
 
 
