@@ -339,8 +339,8 @@ COMMANDS_HEAD = f"""{NOTE}
 MESSAGES_HEAD = f"""{NOTE}
 # Messages
 
-Every refusal in the code, with `…` in place of values. Nothing was started when one is printed
-(exit code 2). Search this page for the words around the values. What is asked most often:
+The refusals in the code, with `…` in place of values; those that are composed of parts are shown
+in parts. Nothing was started when one is printed (exit code 2). Search this page for the words around the values. What is asked most often:
 [FAQ](../faq.md).
 """
 
