@@ -340,8 +340,8 @@ MESSAGES_HEAD = f"""{NOTE}
 # Messages
 
 The refusals in the code, with `…` in place of values; those that are composed of parts are shown
-in parts. Nothing was started when one is printed (exit code 2). Search this page for the words around the values. What is asked most often:
-[FAQ](../faq.md).
+in parts. Nothing was started when one is printed (exit code 2). Search this page for the words
+around the values. What is asked most often: [FAQ](../faq.md).
 """
 
 PAGES: dict[str, Callable[[], str]] = {
