@@ -129,7 +129,15 @@ def test_an_mlflow_store_compares_the_runs(tmp_path: Path, finetune: Command) ->
     (model,) = client.search_registered_models()
     champion = client.get_model_version_by_alias(model.name, "champion")
     assert champion.run_id == row["mlflow_run_id"]
-    assert "viewStateShareKey=finetune-" in done.stdout
+    tags = client.get_experiment(child.info.experiment_id).tags
+    assert any(tag.startswith("mlflow.sharedViewState.finetune-") for tag in tags)
+    parent = client.get_run(child.data.tags["mlflow.parentRunId"])
+    assert parent.data.metrics["num_finished"] == 1
+    assert "report" in {one.path for one in client.list_artifacts(parent.info.run_id)}
+    assert child.inputs is not None
+    contexts = [tag.value for one in child.inputs.dataset_inputs for tag in one.tags]
+    assert sorted(contexts) == ["evaluation", "training"]
+    assert any(key.startswith("system/") for key in child.data.metrics)
 
 
 EARLY = {

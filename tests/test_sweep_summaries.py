@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -12,6 +13,7 @@ from finetune.config.schema import TrackingConfig
 from finetune.files import Damaged
 from finetune.reporting.results import read_results
 from finetune.reporting.sweep_summaries import summarise
+from finetune.sweeps import run_sweep
 from finetune.tracking.mirror import Mirror
 from finetune.tracking.mlflow_store import open_store
 from finetune.tracking.sweep_record import RunRecord, SweepRecord, label_run
@@ -107,6 +109,21 @@ def test_bases_that_differ_are_runs_of_their_own(tmp_path: Path) -> None:
         "base path=one": {"arc/acc": 0.0},
         "base path=two r=2": {"arc/acc": 0.5},
     }
+
+
+def test_a_sweep_at_work_shows_its_best_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each run; the champion is registered once, when all runs have ended."""
+    runs: list[Any] = [{"arc": {"acc": (ACC, ZEROS, HALF)}}]
+    folder = write_sweep(tmp_path, runs)
+    monkeypatch.setattr(run_sweep, "_write_report", lambda _: (read_results(folder), True))
+    tracker, sweep = MagicMock(), MagicMock()
+    run_sweep._report_so_far(sweep, tracker)
+    (summary,) = tracker.describe.call_args.args
+    assert summary.values["best_score"] == 0.5
+    assert set(summary.bases) == {"base"}
+    assert summary.champion is None
 
 
 def test_what_changed_is_sent_again_and_only_that(uri: str, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def conduct(
         log.info("sweep %s: %s", sweep.name, count_runs(len(sweep.points)))
         tracker = _begin(sweep, arguments)
         with crew.assembled(sweep, tracker, launch) as workers:
-            states, stopped = _run(sweep, workers, deadline)
+            states, stopped = _run(sweep, workers, tracker, deadline)
         ending = _report(sweep, tracker, states)
     if stopped is None:
         return ending
@@ -186,7 +186,10 @@ def conduct(
 
 
 def _run(
-    sweep: Sweep, workers: Conduct | Follower, deadline: signals.Deadline | None
+    sweep: Sweep,
+    workers: Conduct | Follower,
+    tracker: Tracker,
+    deadline: signals.Deadline | None,
 ) -> tuple[list[State], KeyboardInterrupt | None]:
     """Let the planned jobs run, and write the results after each.
 
@@ -203,7 +206,7 @@ def _run(
                 for state in workers.states(deadline):
                     states.append(state)
                     report.cancel()  # one that has not begun; the next has more
-                    report = reporter.submit(_write_report, sweep)
+                    report = reporter.submit(_report_so_far, sweep, tracker)
                 if states:
                     wait([report])
         except KeyboardInterrupt as stop:
@@ -286,6 +289,12 @@ def _write_report(sweep: Sweep) -> tuple[Results, bool]:
         log.error("%s cannot be written: %s", sweep.folder / "results.csv", error)
         return results, False
     return results, True
+
+
+def _report_so_far(sweep: Sweep, tracker: Tracker) -> None:
+    """Write the report, and let MLflow show the best score by now; the champion comes last."""
+    results, _ = _write_report(sweep)
+    tracker.describe(replace(summarise(results), champion=None))
 
 
 def _report(sweep: Sweep, tracker: Tracker, states: Sequence[State]) -> Ending:
