@@ -95,7 +95,8 @@ def build_job(before: RunFolder, into: Path | None) -> Job:
         composed = OmegaConf.create(before.read_settings())
         if into is None:
             Path("reruns").mkdir(exist_ok=True)
-            into = Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
+            made = Path(tempfile.mkdtemp(prefix=f"{before.name}-", dir="reruns"))
+            into = Path("reruns", made.name)  # Python 3.12 and later return an absolute path
         OmegaConf.update(composed, "output_dir", str(into))
         OmegaConf.update(composed, "report_dir", str(into / "report"))
         OmegaConf.update(composed, "tracking.enabled", value=False)
