@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import torch
 from finetune.tracking.events import EventLog, read_events
 from finetune.training import system_metrics
 from finetune.training.system_metrics import SystemMetrics
+from tests.nvml_driver import CUDA, play_driver
 
 CPU = torch.device("cpu")
 
@@ -59,40 +57,17 @@ def test_two_runs_that_train_together_have_their_own_samples(tmp_path: Path) -> 
     assert all(0 <= values.get("cpu_utilization_percentage", 0) <= 100 for values in monkey)
 
 
-class NVMLError(Exception):
-    """As pynvml's."""
-
-
-def fake_nvml(uuids: list[str]) -> Any:
-    def handle(uuid: str) -> str:
-        uuids.append(uuid)
-        return "handle"
-
-    return SimpleNamespace(
-        NVMLError=NVMLError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=handle,
-        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=2**30, total=2**32),
-        nvmlDeviceGetUtilizationRates=lambda _: SimpleNamespace(gpu=97),
-        nvmlDeviceGetPowerUsage=lambda _: 250_000,
-    )
-
-
 def test_the_runs_own_gpu_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its UUID: torch counts only the GPUs that are visible to it."""
-    uuids: list[str] = []
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(uuids))
-    properties = SimpleNamespace(uuid="ab-cd")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    values = SystemMetrics(torch.device("cuda:0"))._sample_gpu()
-    assert uuids == ["GPU-ab-cd"]
-    assert values == {
-        "gpu_0_memory_usage_megabytes": 1024.0, "gpu_0_memory_usage_percentage": 25.0,
-        "gpu_0_utilization_percentage": 97.0, "gpu_0_power_usage_watts": 250.0,
-    }  # fmt: skip
-
-
-def test_without_nvml_the_gpu_has_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an optional package."""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert SystemMetrics(torch.device("cuda:0"))._sample_gpu() == {}
+    asked = play_driver(monkeypatch)
+    events = EventLog(tmp_path / "events.jsonl")
+    SystemMetrics(CUDA).record(events, 1)
+    events.close()
+    assert asked == ["GPU-ab-cd"]
+    values = {event["key"]: event["value"] for event in read_events(tmp_path / "events.jsonl")}
+    assert {name: value for name, value in values.items() if "gpu" in name} == {
+        "system/gpu_0_memory_usage_megabytes": 1024.0,
+        "system/gpu_0_memory_usage_percentage": 25.0,
+        "system/gpu_0_utilization_percentage": 97.0,
+        "system/gpu_0_power_usage_watts": 250.0,
+    }
