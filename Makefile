@@ -10,7 +10,7 @@ MODELS ?= $(CASES)/data/models
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export FINETUNE_TEST_DATA ?= $(SHARED_DATA)
 
-.PHONY: help install demo example test test-slow test-gpu test-cluster test-oldest test-newest cases lint format docs ui clean
+.PHONY: help install demo example test test-slow test-gpu test-cluster test-browser test-oldest test-newest cases lint format docs ui clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 
 test-cluster: $(INSTALLED)  ## the longer tests on a Slurm node that they start: as root, with apt
 	$(BIN)/python -m pytest -m cluster
+
+test-browser: $(INSTALLED)  ## the tests that look at reports in Chromium, which they need (apt install chromium)
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest tests/test_page.py tests/test_charts.py tests/test_flip_lists.py
 
 test-oldest: .venv-oldest  ## the quick tests on the oldest libraries that pyproject.toml allows
 	$(call test_in,$<)
