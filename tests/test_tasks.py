@@ -323,7 +323,7 @@ def test_several_benchmarks_at_once_from_local_files(
     done = finetune(*command)
     assert done.returncode == 0, done.stderr
     assert "to score: gsm8k: 3 questions, answers of up to 256 tokens\n" in done.stdout
-    assert done.stderr.count("Running generate_until requests: 100%") == 2
+    assert done.stderr.count("generate: 100%") == 2
     assert "arning" not in done.stderr
     (table,) = (tmp_path / "multirun_reports").glob("*/results.csv")
     (row,) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
