@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune.evaluation.prefix_tree import Tree, build_blocks
+from finetune.evaluation.prefix_tree import Block, Tree, build_blocks
 from finetune.models.adapters import base_of
 from finetune.models.attention import (
     attention_replaced,
@@ -62,13 +62,17 @@ class BlockAttention:
 
     def _find_blocks(self) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Return the tree's blocks, built once a forward pass: place, keys and mask of each."""
-        assert self._tree is not None
-        device = self._base.device
-        for block in [] if self._blocks else build_blocks(self._tree, BLOCK_TOKENS[device.type]):
-            keys = torch.tensor([*block.path, *range(block.start, block.end)], device=device)
-            hidden = self._mask(torch.from_numpy(block.visible).to(device))
-            self._blocks.append((slice(block.start, block.end), keys, hidden))
+        if not self._blocks:
+            assert self._tree is not None
+            size = BLOCK_TOKENS[self._base.device.type]
+            self._blocks = [self._lay_out_block(block) for block in build_blocks(self._tree, size)]
         return self._blocks
+
+    def _lay_out_block(self, block: Block) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        device = self._base.device
+        keys = torch.tensor([*block.path, *range(block.start, block.end)], device=device)
+        hidden = self._mask(torch.from_numpy(block.visible).to(device))
+        return slice(block.start, block.end), keys, hidden
 
     def lay_out_step(self, visible: torch.Tensor) -> None:
         """Set the cached keys that each token of the next pass sees, itself too: [token, key]."""
